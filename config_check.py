@@ -1,0 +1,245 @@
+"""Checks of the settings, the data and the model before Ray starts: one message with the cause and the remedy."""
+
+import ast
+import json
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from recipe.spin.core_algos import LOSSES, PAIRINGS, TIE_POLICIES, beta_at, check_loss_settings
+
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+
+
+class ConfigError(ValueError):
+    """A setting, file or row that a run cannot use; the message names it, the cause and the remedy."""
+
+
+def check_config(config: DictConfig) -> None:
+    """Raises ConfigError at the first thing in the composed config that could not work.
+
+    Looks at the recipe's keys, at verl's keys that the recipe relies on, and at the files they name; needs neither
+    verl nor Ray.
+    """
+    _check_preferences(config)
+    _check_loss(config)
+    _check_reference(config)
+    _check_workers(config)
+    check_model(config.actor_rollout_ref.model.path)
+    _check_reward(config)
+    train_rows = sum(check_data_file("data.train_files", file, config) for file in _files(config.data.train_files))
+    for file in _files(config.data.val_files):
+        check_data_file("data.val_files", file, config)
+    if train_rows < config.data.train_batch_size:
+        raise ConfigError(
+            f"data.train_files holds {train_rows} prompts, fewer than data.train_batch_size="
+            f"{config.data.train_batch_size}: add prompts or lower data.train_batch_size"
+        )
+
+
+def _require(condition: bool, key: str, config: DictConfig, remedy: str) -> None:
+    if not condition:
+        raise ConfigError(f"{key}={OmegaConf.select(config, key)!r}: {remedy}")
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_int(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_preferences(config: DictConfig) -> None:
+    n = config.actor_rollout_ref.rollout.n
+    _require(
+        _is_int(n) and n >= 2, "actor_rollout_ref.rollout.n", config, "a pair needs at least 2 responses to a prompt"
+    )
+    temperature = config.actor_rollout_ref.rollout.temperature
+    _require(
+        _is_number(temperature) and temperature > 0,
+        "actor_rollout_ref.rollout.temperature",
+        config,
+        "responses must be sampled to differ; use a temperature above 0, for example 1.0",
+    )
+    for key, known in (("algorithm.dpo_pairing", PAIRINGS), ("algorithm.dpo_tie_policy", TIE_POLICIES)):
+        _require(OmegaConf.select(config, key) in known, key, config, f"choose one of {', '.join(known)}")
+    for key in ("algorithm.dpo_min_margin", "algorithm.missing_eos_penalty"):
+        value = OmegaConf.select(config, key) or 0
+        _require(_is_number(value) and value >= 0, key, config, "must be a number of at least 0")
+
+
+def _check_loss(config: DictConfig) -> None:
+    algorithm = OmegaConf.to_container(config.algorithm, resolve=True)
+    try:
+        beta = beta_at(algorithm["dpo_beta"], step=1, total_steps=1, steps_per_epoch=1)
+        losses = check_loss_settings(
+            algorithm["dpo_loss_type"],
+            beta,
+            algorithm["dpo_label_smoothing"],
+            algorithm["dpo_loss_weights"],
+            average_log_prob=algorithm["dpo_average_log_prob"],
+        )
+    except ValueError as error:
+        raise ConfigError(f"algorithm.dpo_*: {error}") from error
+    if any(LOSSES[name].batch_coupled for name, _ in losses) and algorithm["dpo_pairing"] == "all":
+        raise ConfigError(
+            "algorithm.dpo_pairing=all weighs pairs, which a loss that sorts them cannot; use best_worst or random"
+        )
+
+
+def _check_reference(config: DictConfig) -> None:
+    trainer, model = config.trainer, config.actor_rollout_ref.model
+    _require(_is_int(trainer.ref_update_freq), "trainer.ref_update_freq", config, "must be a whole number of steps")
+    alpha = trainer.ref_update_alpha
+    _require(
+        _is_number(alpha) and 0 < alpha <= 1, "trainer.ref_update_alpha", config, "must be above 0 and at most 1"
+    )
+    if trainer.ref_update_freq > 0 and (model.lora_rank > 0 or model.lora_adapter_path):
+        raise ConfigError(
+            f"trainer.ref_update_freq={trainer.ref_update_freq} with LoRA (actor_rollout_ref.model.lora_rank="
+            f"{model.lora_rank}): the reference is the base model with the adapter off and cannot be refreshed; set "
+            "trainer.ref_update_freq=0 or train without LoRA"
+        )
+    if alpha < 1 and config.actor_rollout_ref.ref.fsdp_config.model_dtype != "fp32":
+        raise ConfigError(
+            f"trainer.ref_update_alpha={alpha} needs actor_rollout_ref.ref.fsdp_config.model_dtype=fp32: small steps "
+            "towards the actor are lost in bf16"
+        )
+
+
+def _check_workers(config: DictConfig) -> None:
+    actor, ref = config.actor_rollout_ref.actor, config.actor_rollout_ref.ref
+    _require(
+        actor.strategy in ("fsdp", "fsdp2"), "actor_rollout_ref.actor.strategy", config, "choose fsdp2 or fsdp"
+    )
+    _require(
+        ref.strategy == actor.strategy,
+        "actor_rollout_ref.ref.strategy",
+        config,
+        "the reference is copied shard by shard and must be sharded as actor_rollout_ref.actor.strategy says",
+    )
+    _require(
+        config.trainer.use_v1 and config.trainer.v1.trainer_mode == "sync",
+        "trainer.v1.trainer_mode",
+        config,
+        "SPIN runs on verl's synchronous v1 trainer; set trainer.use_v1=True trainer.v1.trainer_mode=sync",
+    )
+    _require(not actor.shuffle, "actor_rollout_ref.actor.shuffle", config, "shuffling rows would tear pairs; leave it")
+    longest = 2 * (config.data.max_prompt_length + config.data.max_response_length)
+    limit = actor.ppo_max_token_len_per_gpu * actor.ulysses_sequence_parallel_size
+    _require(
+        not actor.use_dynamic_bsz or longest <= limit,
+        "actor_rollout_ref.actor.ppo_max_token_len_per_gpu",
+        config,
+        f"a pair of the longest prompts and responses has {longest} tokens and must fit into one micro-batch; raise it "
+        "or lower data.max_prompt_length or data.max_response_length",
+    )
+    gpus = torch.cuda.device_count()
+    _require(
+        config.trainer.device != "cuda" or config.trainer.nnodes > 1 or config.trainer.n_gpus_per_node <= gpus,
+        "trainer.n_gpus_per_node",
+        config,
+        f"this machine shows {gpus} GPUs; lower it, or use device=cpu on a machine without GPUs",
+    )
+
+
+def check_model(path: str) -> None:
+    """Raises ConfigError when a local model folder lacks its config, tokenizer or weights; hub names pass."""
+    key = "actor_rollout_ref.model.path"
+    folder = Path(path).expanduser()
+    if not folder.exists():
+        if path.startswith((".", "/", "~")) or path.count("/") != 1:
+            raise ConfigError(f"{key}={path!r}: there is no such folder; give a model folder or a hub name such as a/b")
+        return
+    for name, patterns in {
+        "model configuration (config.json)": ("config.json",),
+        "tokenizer (tokenizer.json, tokenizer.model or vocab.json)": ("tokenizer.json", "tokenizer.model", "vocab.json"),
+        f"weights ({' or '.join(WEIGHTS)})": WEIGHTS,
+    }.items():
+        if not any(any(folder.glob(pattern)) for pattern in patterns):
+            raise ConfigError(f"{key}={path!r}: the folder has no {name}; save the model there with save_pretrained")
+
+
+def _check_reward(config: DictConfig) -> None:
+    function, model = config.reward.custom_reward_function, config.reward.reward_model
+    if function.path is None or model.enable:
+        return
+    key = "reward.custom_reward_function"
+    path = Path(function.path).expanduser()
+    if not path.is_file():
+        raise ConfigError(f"{key}.path={function.path!r}: there is no such file; name a Python file with the reward")
+    try:
+        body = ast.parse(path.read_text()).body
+    except SyntaxError as error:
+        raise ConfigError(f"{key}.path={function.path!r}, line {error.lineno}: {error.msg}; correct the file") from error
+    names = [node.name for node in body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    if function.name not in names:
+        raise ConfigError(f"{key}.name={function.name!r}: {path} defines {', '.join(names) or 'no function'}; name one")
+
+
+def _files(files) -> list[str]:
+    return [files] if isinstance(files, str) else list(files)
+
+
+def check_data_file(key: str, file: str, config: DictConfig) -> int:
+    """Reads a parquet, JSON-lines or JSON file of prompts and returns its number of rows.
+
+    Raises:
+        ConfigError: names the file, and the row with the fault.
+    """
+    path = Path(file).expanduser()
+    if "://" in file:
+        return config.data.train_batch_size  # remote files are read by verl
+    if not path.is_file():
+        raise ConfigError(f"{key}={file!r}: there is no such file; make it (examples/) or name another")
+    rows = _read_rows(key, path)
+    if not rows:
+        raise ConfigError(f"{key}={file!r}: the file has no rows; make it again")
+    for number, row in enumerate(rows):
+        fault = _row_fault(row, config)
+        if fault:
+            raise ConfigError(f"{key}={file!r}, row {number}: {fault}")
+    return len(rows)
+
+
+def _read_rows(key: str, path: Path) -> list[dict]:
+    import pyarrow
+    import pyarrow.parquet
+
+    if path.suffix in (".jsonl", ".json"):
+        rows = []
+        for number, line in enumerate(path.read_text().splitlines(), start=1):
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise ConfigError(
+                    f"{key}={str(path)!r}, line {number}: not JSON ({error.msg}); write one JSON object a line"
+                ) from error
+        return rows
+    if path.suffix != ".parquet":
+        raise ConfigError(f"{key}={str(path)!r}: verl reads .parquet, .jsonl and .json; convert the file")
+    try:
+        return pyarrow.parquet.read_table(path).to_pylist()
+    except pyarrow.ArrowInvalid as error:
+        raise ConfigError(f"{key}={str(path)!r}: not a readable parquet file ({error}); make it again") from error
+
+
+def _row_fault(row: dict, config: DictConfig) -> str | None:
+    prompt_key = config.data.prompt_key
+    if not isinstance(row, dict) or prompt_key not in row:
+        columns = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+        return f"no column {prompt_key!r} (it has {columns}); name the prompts' column in data.prompt_key"
+    messages = row[prompt_key]
+    if not isinstance(messages, list) or not messages:
+        return f"{prompt_key!r} must be a list of chat messages, not {str(messages)[:60]!r}"
+    for message in messages:
+        if not isinstance(message, dict) or not message.get("role") or message.get("content") is None:
+            return f"{prompt_key!r} holds {str(message)[:60]!r}; a message is {{'role': ..., 'content': ...}}"
+    if not config.reward.reward_model.enable:
+        if (row.get("reward_model") or {}).get("ground_truth") is None:
+            return "no reward_model.ground_truth, which the reward function is called with; add the column"
+        if row.get(config.data.reward_fn_key) is None:
+            return f"no {config.data.reward_fn_key!r}, which the reward function is called with; add the column"
+    return None

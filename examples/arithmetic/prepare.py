@@ -1,0 +1,89 @@
+"""Makes the data set of the arithmetic example: sums of two small numbers, in verl's format.
+
+    python examples/arithmetic/prepare.py --output DIR [--seed 0] [--test-size 128] [--train-size N] [--max-operand 20]
+
+Writes train.parquet and test.parquet. A question that is held out is not trained on the other way round either:
+if 3 + 5 is in the test set, 5 + 3 is not in the training set. The same arguments give the same rows.
+"""
+
+import argparse
+import os
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+Pair = tuple[int, int]
+
+
+def split_pairs(seed: int, test_size: int, train_size: int | None, max_operand: int) -> tuple[list[Pair], list[Pair]]:
+    """Training and held-out pairs (a, b) of numbers up to max_operand, with no sum in both; None takes all the rest."""
+    rng = random.Random(seed)
+    unordered = [(a, b) for a in range(max_operand + 1) for b in range(a, max_operand + 1)]
+    rng.shuffle(unordered)
+    test: list[Pair] = []
+    rest: list[Pair] = []
+    for a, b in unordered:
+        (test if len(test) < test_size else rest).extend(sorted({(a, b), (b, a)}))
+    # A mirror image too many goes to neither set
+    del test[test_size:]
+    wanted = len(rest) if train_size is None else train_size
+    if not 0 < test_size == len(test) or not 0 < wanted <= len(rest):
+        raise ValueError(
+            f"the {(max_operand + 1) ** 2} sums of numbers up to {max_operand} cannot give {test_size} held-out and "
+            f"{'any' if train_size is None else train_size} training ones that share none. Both must be at least 1; "
+            "lower --test-size or --train-size, or raise --max-operand."
+        )
+    rng.shuffle(rest)
+    rng.shuffle(test)
+    return rest[:wanted], test
+
+
+def row(index: int, split: str, a: int, b: int) -> dict[str, Any]:
+    """One question in verl's format."""
+    return {
+        "data_source": "arithmetic",
+        "prompt": [{"role": "user", "content": f"What is {a} + {b}? Answer with the number only."}],
+        "ability": "math",
+        "reward_model": {"style": "rule", "ground_truth": str(a + b)},
+        "extra_info": {"index": index, "split": split, "a": a, "b": b},
+    }
+
+
+def write_split(output: Path, split: str, pairs: list[Pair]) -> None:
+    """Writes one split; the file appears complete or not at all."""
+    table = pa.Table.from_pylist([row(index, split, a, b) for index, (a, b) in enumerate(pairs)])
+    partial = output / f".{split}.parquet.{os.getpid()}"
+    pq.write_table(table, partial)
+    partial.rename(output / f"{split}.parquet")
+
+
+def prepare(
+    output: Path, seed: int = 0, test_size: int = 128, train_size: int | None = None, max_operand: int = 20
+) -> None:
+    """Writes train.parquet and test.parquet into the folder."""
+    train, test = split_pairs(seed, test_size, train_size, max_operand)
+    output.mkdir(parents=True, exist_ok=True)
+    write_split(output, "train", train)
+    write_split(output, "test", test)
+    print(f"[data] {output}: {len(train)} training and {len(test)} held-out sums of numbers up to {max_operand}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Makes the data set of the arithmetic example.")
+    parser.add_argument("--output", type=Path, required=True, help="the folder to write into")
+    parser.add_argument("--seed", type=int, default=0, help="decides the split and the order (0)")
+    parser.add_argument("--test-size", type=int, default=128, help="held-out questions (128)")
+    parser.add_argument("--train-size", type=int, help="training questions (all the others)")
+    parser.add_argument("--max-operand", type=int, default=20, help="the largest number to add (20)")
+    try:
+        prepare(**vars(parser.parse_args()))
+    except (ValueError, OSError) as error:
+        sys.exit(f"[data] error: {error}")
+
+
+if __name__ == "__main__":
+    main()

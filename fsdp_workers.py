@@ -1,0 +1,127 @@
+"""The Ray worker: FSDP actor, vLLM rollout and FSDP reference in one process, and the copy of the actor into the
+reference."""
+
+import os
+
+import torch
+from tensordict import TensorDict
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+from torch.distributed.tensor import DTensor
+from verl.single_controller.base.decorator import Dispatch, make_nd_compute_dataproto_dispatch_fn, register
+from verl.utils import tensordict_utils as tu
+from verl.workers.engine_workers import ActorRolloutRefWorker
+from verl.workers.utils.padding import no_padding_2_padding
+
+from recipe.spin import verl_patches
+from recipe.spin.core_algos import sequence_logps
+from recipe.spin.dp_actor import DataParallelPPOActor
+from recipe.spin.pair_batch import pad_rows
+
+verl_patches.ignore_trl()
+
+
+class SpinWorker(ActorRolloutRefWorker):
+    """verl's hybrid worker with the DPO actor and a reference that can be refreshed from it.
+
+    With LoRA there is no second model: the reference is the base model, the actor with its adapter off.
+    """
+
+    actor_worker_cls = DataParallelPPOActor
+
+    @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="actor"))
+    def compute_ref_logps(self, data: TensorDict) -> TensorDict:
+        """Log-probs of the responses under the reference, one value per row: `ref_logps` (rows,).
+
+        `data` carries the model's inputs, `temperature` and `average_log_prob` (mean over tokens instead of the sum).
+        """
+        average = tu.pop(data, "average_log_prob")
+        worker = self.ref or self.actor
+        tu.assign_non_tensor(data, compute_loss=False, calculate_entropy=False, no_lora_adapter=self.ref is None)
+        if not worker.engine_config.use_dynamic_bsz:
+            rows = largest_divisor(len(data), worker.engine_config.infer_micro_batch_size_per_gpu)
+            tu.assign_non_tensor(data, micro_batch_size_per_gpu=rows)
+        output = worker.infer_batch(data)
+        if output is None:  # a rank that holds a copy of another's output (sequence parallelism)
+            return None
+        token_logps = no_padding_2_padding(output["log_probs"], data.cpu())
+        logps = sequence_logps(token_logps, pad_rows(data["response_mask"]).cpu(), average=average)
+        return TensorDict({"ref_logps": logps.float()}, batch_size=len(data))
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def refresh_reference(self, alpha: float = 1.0) -> None:
+        """Moves the reference towards the actor in memory: reference = alpha * actor + (1 - alpha) * reference.
+
+        alpha 1 copies (SPIN's next opponent); below 1 it is TR-DPO's soft update (arXiv 2404.09656, eq. 8).
+        """
+        mix_parameters(source=self.actor.engine.module, target=self.ref.engine.module, alpha=alpha)
+        self._reference_refreshed = True
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def save_checkpoint(self, local_path, hdfs_path=None, global_step=0, max_ckpt_to_keep=None):
+        """Saves the actor as verl does, and beside it the reference once it differs from the model that was loaded."""
+        super().save_checkpoint(local_path, hdfs_path, global_step, max_ckpt_to_keep)
+        if getattr(self, "_reference_refreshed", False):
+            self.ref.save_checkpoint(_reference_path(local_path), global_step=global_step)
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def load_checkpoint(self, local_path, hdfs_path=None, del_local_after_load=False):
+        """Loads the actor, and the reference where the checkpoint holds one."""
+        super().load_checkpoint(local_path, hdfs_path, del_local_after_load)
+        if os.path.isdir(_reference_path(local_path)):
+            self.ref.load_checkpoint(_reference_path(local_path))
+            self._reference_refreshed = True
+
+
+def _reference_path(actor_path: str) -> str:
+    return os.path.join(os.path.dirname(actor_path), "reference")
+
+
+def largest_divisor(number: int, limit: int) -> int:
+    """The largest divisor of `number` that is at most `limit`: equal micro-batches without padding."""
+    return next(size for size in range(min(number, limit), 0, -1) if number % size == 0)
+
+
+@torch.no_grad()
+def mix_parameters(source: torch.nn.Module, target: torch.nn.Module, alpha: float = 1.0) -> None:
+    """target = alpha * source + (1 - alpha) * target for two equally sharded FSDP modules, shard by shard.
+
+    Both are resharded first: FSDP keeps gathered copies of the parameters after a forward, and would go on computing
+    with the old ones although the stored shards are new.
+
+    Raises:
+        ValueError: when the modules are sharded differently.
+    """
+    _reshard(source)
+    _reshard(target)
+    _mix(dict(source.named_parameters()), dict(target.named_parameters()), alpha)
+    _mix(dict(source.named_buffers()), dict(target.named_buffers()), 1.0)
+
+
+def _mix(source: dict[str, torch.Tensor], target: dict[str, torch.Tensor], alpha: float) -> None:
+    if source.keys() != target.keys():
+        raise ValueError(f"actor and reference have different tensors: {sorted(source.keys() ^ target.keys())[:4]}")
+    for name, tensor in target.items():
+        new, old = _local(source[name]), _local(tensor)
+        if new.shape != old.shape:
+            raise ValueError(
+                f"{name} has {tuple(new.shape)} in the actor's shard and {tuple(old.shape)} in the reference's; give "
+                "actor_rollout_ref.actor.fsdp_config and actor_rollout_ref.ref.fsdp_config the same fsdp_size"
+            )
+        if alpha == 1.0:
+            old.copy_(new)
+        else:
+            old.lerp_(new.to(old), alpha)
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.data
+
+
+def _reshard(module: torch.nn.Module) -> None:
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+        # FSDP1 on one rank does not shard, and must not be told to.
+        elif isinstance(part, FSDP) and part._handle is not None and part._handle.uses_sharded_strategy:
+            part._handle.reshard(True)

@@ -1,0 +1,175 @@
+#!/usr/bin/env bash
+# Trains with SPIN / online DPO on this machine; `bash run_spin.sh --help` tells how.
+set -euo pipefail
+
+usage() {
+    cat <<'TEXT'
+bash run_spin.sh [KEY=VALUE ...]
+
+Trains a model with online DPO against a self-play reference (SPIN) on verl. Installs what is needed into .venv on the
+first call, unless the active Python has verl and vLLM. KEY=VALUE are Hydra overrides of any verl or SPIN setting, for
+example  algorithm.dpo_beta=0.2 trainer.total_training_steps=40
+
+Without a GPU a model of 135 million parameters learns to add numbers; with GPUs Qwen2.5-3B-Instruct trains on GSM8K.
+The same command continues an unfinished run; after a finished one it begins another in the next free folder.
+
+Environment variables:
+  MODEL_PATH            model folder or hub name
+  DATA_DIR              folder with train.parquet and test.parquet in verl's format
+  REWARD_PATH           file with compute_score(data_source, solution_str, ground_truth, extra_info);
+                        without it DATA_DIR/reward.py, then the example's, then verl's own for the data source
+  RUN_DIR               folder for checkpoints, metrics and the summary (outputs/PROFILE-DATA)
+  SPIN_PROFILE          cpu or gpu (by what the machine has)
+  CUDA_VISIBLE_DEVICES  the GPUs to use (all)
+  N_GPUS_PER_NODE       GPUs, or ranks on cpu, per machine (the visible GPUs; 1 on cpu)
+  NNODES                machines (1); with more the run joins the Ray cluster that is running there
+  RAY_ADDRESS           that cluster's address (auto)
+  WANDB_API_KEY         also log to Weights & Biases
+  PYTHON                a Python that has verl and vLLM, to be used instead of .venv
+  SPIN_TORCH_INDEX      address of PyTorch's package index of CPU builds (pytorch.org tells it), for a smaller
+                        installation on cpu where the usual index serves builds for CUDA
+TEXT
+}
+
+if [[ "${1:-}" == -h || "${1:-}" == --help ]]; then
+    usage
+    exit
+fi
+# shellcheck source=scripts/env.sh
+source "$(dirname "${BASH_SOURCE[0]}")/scripts/env.sh"
+
+# ---- What to train, on what, with what -------------------------------------------------------------------------------
+
+absolute() { if [[ "$1" == /* ]]; then echo "$1"; else echo "$PWD/${1#./}"; fi; }
+
+choose_model() {
+    if [[ -n "${MODEL_PATH:-}" ]]; then
+        MODEL="$MODEL_PATH"
+        if [[ -d "$MODEL" ]]; then
+            MODEL="$(absolute "$MODEL")"
+        elif [[ "$MODEL" =~ ^[./~] || "$MODEL" == */*/* ]]; then
+            spin_die "MODEL_PATH is '$MODEL', and there is no such folder." \
+                "Give the path of a Hugging Face model folder, or a hub name such as Qwen/Qwen2.5-3B-Instruct."
+        fi
+    elif [[ "$SPIN_PROFILE" == cpu ]]; then
+        MODEL="$SPIN_MODEL_CACHE/SmolLM2-135M-Instruct"
+        spin_run "$PYTHON" "$SPIN_ROOT/examples/embedded_model.py" --output "$MODEL" ||
+            spin_die "the model could not be made; the cause stands above." "Remove that cause, or set MODEL_PATH to a model folder."
+    else
+        MODEL=Qwen/Qwen2.5-3B-Instruct
+    fi
+}
+
+# make_example NAME: makes one of the examples' data sets unless it is there.
+make_example() {
+    DATA="$SPIN_ROOT/data/$1"
+    if [[ -f "$DATA/train.parquet" && -f "$DATA/test.parquet" ]]; then return; fi
+    spin_run "$PYTHON" "$SPIN_ROOT/examples/$1/prepare.py" --output "$DATA" ||
+        spin_die "the data set $1 could not be made; the cause stands above." \
+            "Remove that cause, or set DATA_DIR to a folder with train.parquet and test.parquet."
+}
+
+choose_data() {
+    if [[ -n "${DATA_DIR:-}" ]]; then
+        DATA="$(absolute "${DATA_DIR%/}")"
+        local name
+        for name in train test; do
+            if [[ ! -f "$DATA/$name.parquet" ]]; then
+                spin_die "DATA_DIR is '$DATA_DIR', and there is no file $DATA/$name.parquet." \
+                    "Make it in verl's format (examples/arithmetic/prepare.py shows how), or unset DATA_DIR."
+            fi
+        done
+    elif [[ "$SPIN_PROFILE" == cpu ]]; then
+        make_example arithmetic
+    else
+        make_example gsm8k
+    fi
+}
+
+# Sets REWARD to a file, or to nothing, and verl then takes its own reward for the rows' data_source.
+choose_reward() {
+    local file
+    if [[ -n "${REWARD_PATH:-}" ]]; then
+        REWARD="$(absolute "$REWARD_PATH")"
+        if [[ ! -f "$REWARD" ]]; then
+            spin_die "REWARD_PATH is '$REWARD_PATH', and there is no such file." "Give a Python file with compute_score."
+        fi
+        return
+    fi
+    REWARD=""
+    for file in "$DATA/reward.py" "$SPIN_ROOT/examples/$(basename "$DATA")/reward.py"; do
+        if [[ -f "$file" ]]; then
+            REWARD="$file"
+            return
+        fi
+    done
+}
+
+check_count() {
+    if [[ ! "$2" =~ ^[1-9][0-9]*$ ]]; then spin_die "$1 is '$2'." "Set it to a whole number of at least 1."; fi
+}
+
+choose_machines() {
+    local default=1
+    if [[ "$SPIN_PROFILE" == gpu ]]; then
+        default="$(spin_gpu_count)"
+        if [[ "$default" == 0 && -z "${N_GPUS_PER_NODE:-}" ]]; then
+            spin_die "the profile is gpu, and no GPU is visible." \
+                "Check nvidia-smi -L and CUDA_VISIBLE_DEVICES, set N_GPUS_PER_NODE, or use SPIN_PROFILE=cpu."
+        fi
+    fi
+    N_GPUS_PER_NODE="${N_GPUS_PER_NODE:-$default}"
+    NNODES="${NNODES:-1}"
+    check_count N_GPUS_PER_NODE "$N_GPUS_PER_NODE"
+    check_count NNODES "$NNODES"
+    if ((NNODES > 1)); then export RAY_ADDRESS="${RAY_ADDRESS:-auto}"; fi
+}
+
+# The first of RUN_DIR, RUN_DIR-2, RUN_DIR-3 ... that holds no finished run.
+choose_run_dir() {
+    local base number=1
+    base="$(absolute "${RUN_DIR:-$SPIN_ROOT/outputs/$SPIN_PROFILE-$(basename "$DATA")}")"
+    base="${base%/}"
+    RUN="$base"
+    while [[ -e "$RUN/summary.json" ]]; do
+        number=$((number + 1))
+        RUN="$base-$number"
+    done
+}
+
+tell() {
+    spin_say "profile: $SPIN_PROFILE, $NNODES x $N_GPUS_PER_NODE $(if [[ "$SPIN_PROFILE" == gpu ]]; then echo GPU; else echo rank; fi)(s)"
+    spin_say "model:   $MODEL"
+    spin_say "data:    $DATA"
+    spin_say "reward:  ${REWARD:-the one that verl has for the data source}"
+    if [[ -n "$(ls -A "$RUN" 2>/dev/null)" ]]; then
+        spin_say "run:     $RUN, unfinished: continuing from its last checkpoint, or from the start if it has none"
+    else
+        spin_say "run:     $RUN"
+    fi
+}
+
+# override KEY VALUE: appends a Hydra override whose value may hold any character.
+override() {
+    local quote="'"
+    OVERRIDES+=("$1='${2//$quote/\\$quote}'")
+}
+
+spin_setup
+choose_model
+choose_data
+choose_reward
+choose_machines
+choose_run_dir
+tell
+
+OVERRIDES=("device=$SPIN_PROFILE" "trainer.nnodes=$NNODES" "trainer.n_gpus_per_node=$N_GPUS_PER_NODE")
+override actor_rollout_ref.model.path "$MODEL"
+override data.train_files "$DATA/train.parquet"
+override data.val_files "$DATA/test.parquet"
+override trainer.default_local_dir "$RUN"
+if [[ -n "$REWARD" ]]; then override reward.custom_reward_function.path "$REWARD"; fi
+if [[ -n "${WANDB_API_KEY:-}" ]]; then OVERRIDES+=("trainer.logger=[file,wandb]"); fi
+
+# exec: signals reach Python itself
+exec "$PYTHON" -m recipe.spin.main_spin "${OVERRIDES[@]}" "$@"

