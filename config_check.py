@@ -9,6 +9,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from recipe.spin.core_algos import LOSSES, PAIRINGS, TIE_POLICIES, beta_at, check_loss_settings
 
+CONFIGURATION = ("config.json",)
+TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json")
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
 
@@ -83,7 +85,10 @@ def _check_loss(config: DictConfig) -> None:
         )
     except ValueError as error:
         raise ConfigError(f"algorithm.dpo_*: {error}") from error
-    if any(LOSSES[name].batch_coupled for name, _ in losses) and algorithm["dpo_pairing"] == "all":
+    coupled = any(LOSSES[name].batch_coupled for name, _ in losses)
+    if coupled and config.actor_rollout_ref.actor.ulysses_sequence_parallel_size > 1:
+        raise ConfigError("algorithm.dpo_loss_type: aot and aot_unpaired need ulysses_sequence_parallel_size=1")
+    if coupled and algorithm["dpo_pairing"] == "all":
         raise ConfigError(
             "algorithm.dpo_pairing=all weighs pairs, which a loss that sorts them cannot; use best_worst or random"
         )
@@ -153,13 +158,12 @@ def check_model(path: str) -> None:
         if path.startswith((".", "/", "~")) or path.count("/") != 1:
             raise ConfigError(f"{key}={path!r}: there is no such folder; give a model folder or a hub name such as a/b")
         return
-    for name, patterns in {
-        "model configuration (config.json)": ("config.json",),
-        "tokenizer (tokenizer.json, tokenizer.model or vocab.json)": ("tokenizer.json", "tokenizer.model", "vocab.json"),
-        f"weights ({' or '.join(WEIGHTS)})": WEIGHTS,
-    }.items():
+    for what, patterns in (("configuration", CONFIGURATION), ("tokenizer", TOKENIZER), ("weights", WEIGHTS)):
         if not any(any(folder.glob(pattern)) for pattern in patterns):
-            raise ConfigError(f"{key}={path!r}: the folder has no {name}; save the model there with save_pretrained")
+            raise ConfigError(
+                f"{key}={path!r}: the folder has no {what} ({' or '.join(patterns)}); save model and tokenizer there with "
+                "save_pretrained"
+            )
 
 
 def _check_reward(config: DictConfig) -> None:
@@ -173,7 +177,7 @@ def _check_reward(config: DictConfig) -> None:
     try:
         body = ast.parse(path.read_text()).body
     except SyntaxError as error:
-        raise ConfigError(f"{key}.path={function.path!r}, line {error.lineno}: {error.msg}; correct the file") from error
+        raise ConfigError(f"{key}.path={function.path!r}, line {error.lineno}: {error.msg}; correct it") from error
     names = [node.name for node in body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
     if function.name not in names:
         raise ConfigError(f"{key}.name={function.name!r}: {path} defines {', '.join(names) or 'no function'}; name one")

@@ -69,6 +69,32 @@ class DataParallelPPOActor(TrainingWorker):
                 self._collect(metrics, self.train_batch(rows))
         return tu.get_tensordict(tensor_dict={}, non_tensor_dict={"metrics": metrics}).cpu() if metrics else None
 
+    def _attach_coupled_gradients(self, rows: TensorDict, settings: DPOSettings) -> None:
+        """For a loss that couples all pairs of a mini-batch: its gradient by each log-prob, from a pass of its own.
+
+        The mini-batch's log-probs are gathered over the ranks, the loss is differentiated by them, and each
+        micro-batch then only has to propagate its part of that gradient.
+        """
+        data = rows.copy()
+        tu.assign_non_tensor(data, compute_loss=False, calculate_entropy=False)
+        token_logps = no_padding_2_padding(tu.get(self.infer_batch(data), "log_probs"), data.cpu())
+        mask = pad_rows(rows["response_mask"]).cpu()
+        local = torch.stack(
+            [
+                sequence_logps(token_logps.float(), mask, average=settings.average_log_prob),
+                rows["ref_logps"].cpu(),
+                mask.sum(-1).float(),
+                rows["pair_weight"].cpu(),
+            ]
+        )  # (4, 2P)
+        group = self.engine.get_data_parallel_group()
+        gathered = [None] * torch.distributed.get_world_size(group)
+        torch.distributed.all_gather_object(gathered, local, group)
+        gradient, losses = coupled_gradient(torch.cat(gathered, dim=1), settings)
+        start = sum(part.shape[1] for part in gathered[: self.engine.get_data_parallel_rank()])
+        rows["logp_gradient"] = gradient[start : start + len(rows)]
+        rows["coupled_loss"] = losses[start : start + len(rows)]
+
     def _token_counts(self, rows: TensorDict) -> list[int]:
         """Lengths of all sequences of the mini-batch over all ranks; verl's FLOPS counter wants them."""
         group = self.engine.get_data_parallel_group()
@@ -126,8 +152,6 @@ def dpo_loss(model_output, data: TensorDict, dp_group=None, *, settings: DPOSett
     mask = pad_rows(data["response_mask"])  # (2P, T)
     token_logps = no_padding_2_padding(model_output["log_probs"], data).float()  # (2P, T)
     logps = sequence_logps(token_logps, mask, average=settings.average_log_prob)
-    chosen, rejected = logps.view(-1, 2).unbind(1)
-    ref_chosen, ref_rejected = data["ref_logps"].view(-1, 2).unbind(1)
     lengths = mask.sum(-1)
     weight = data["pair_weight"].view(-1, 2)[:, 0]
 
@@ -137,26 +161,12 @@ def dpo_loss(model_output, data: TensorDict, dp_group=None, *, settings: DPOSett
         loss = (logps * data["logp_gradient"]).sum() * tu.get(data, "dp_size")
         loss = loss + (data["coupled_loss"].view(-1, 2)[:, 0] * scale).sum() - loss.detach()
     else:
-        losses = compute_online_dpo_loss(
-            chosen,
-            rejected,
-            ref_chosen,
-            ref_rejected,
-            beta=settings.beta,
-            label_smoothing=settings.label_smoothing,
-            loss_type=list(settings.loss_type),
-            loss_weights=settings.loss_weights and list(settings.loss_weights),
-            reference_free=settings.reference_free,
-            chosen_lengths=lengths[0::2],
-            rejected_lengths=lengths[1::2],
-            mean_chosen_length=mini_batch.mean_chosen_length,
-            reduction="none",
-        )
+        losses = _pair_losses(logps, data["ref_logps"], lengths, mini_batch.mean_chosen_length, settings)
         loss = (losses * scale).sum()
     if not torch.isfinite(loss):
         raise FloatingPointError(
-            f"the DPO loss of pairs {pair_id[:, 0].tolist()} is {loss.item()}; log-probs: chosen {chosen.tolist()}, "
-            f"rejected {rejected.tolist()}. Lower actor_rollout_ref.actor.optim.lr or check the model's weights."
+            f"the DPO loss of pairs {pair_id[:, 0].tolist()} is {loss.item()}; log-probs of their chosen and rejected "
+            f"responses: {logps.tolist()}. Lower actor_rollout_ref.actor.optim.lr or check the model's weights."
         )
     with torch.no_grad():
         metrics = pair_metrics(logps, data["ref_logps"], lengths, scale, settings)
@@ -164,6 +174,41 @@ def dpo_loss(model_output, data: TensorDict, dp_group=None, *, settings: DPOSett
             gap = (token_logps - pad_rows(data["rollout_log_probs"])).abs() * mask
             metrics["rollout/logp_gap_max"] = Metric(AggregationType.MAX, gap.max())
     return loss, metrics
+
+
+def coupled_gradient(table: torch.Tensor, settings: DPOSettings) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradient of a batch-coupled loss by the policy's log-probs, and the losses, both per row and 0 for padding.
+
+    table: (4, 2P) with the rows' log-probs, reference log-probs, lengths and pair weights.
+    """
+    real = table[3] > 0
+    logps, ref_logps, lengths, _ = table[:, real].double()
+    logps.requires_grad_()
+    losses = _pair_losses(logps, ref_logps, lengths, lengths[0::2].mean().item(), settings)
+    (gradient,) = torch.autograd.grad(losses.mean(), logps)
+    output = torch.zeros(2, table.shape[1])
+    output[0, real] = gradient.float()
+    output[1, real] = losses.detach().float().repeat_interleave(2)
+    return output[0], output[1]
+
+
+def _pair_losses(logps, ref_logps, lengths, mean_chosen_length: float, settings: DPOSettings) -> torch.Tensor:
+    """Losses (P,) of pairs whose rows alternate chosen and rejected (2P,)."""
+    return compute_online_dpo_loss(
+        logps[0::2],
+        logps[1::2],
+        ref_logps[0::2],
+        ref_logps[1::2],
+        beta=settings.beta,
+        label_smoothing=settings.label_smoothing,
+        loss_type=list(settings.loss_type),
+        loss_weights=settings.loss_weights and list(settings.loss_weights),
+        reference_free=settings.reference_free,
+        chosen_lengths=lengths[0::2],
+        rejected_lengths=lengths[1::2],
+        mean_chosen_length=mean_chosen_length,
+        reduction="none",
+    )
 
 
 def pair_metrics(logps, ref_logps, lengths, scale, settings: DPOSettings) -> dict[str, Metric]:

@@ -13,6 +13,10 @@ FOLDER = Path(__file__).resolve().parent
 OmegaConf.register_new_resolver("spin_folder", lambda name: str(FOLDER / name), replace=True)
 
 
+class RunFailed(RuntimeError):
+    """A run that had started and could not go on."""
+
+
 class TaskRunner:
     """The Ray actor that drives a run: builds SpinTrainer and the agent loop, and trains."""
 
@@ -48,36 +52,55 @@ class TaskRunner:
             tq.close()
 
     def progress(self) -> dict | None:
-        """The last finished step and its metrics, for the progress bar; None while the trainer starts."""
+        """What the trainer is doing, the last finished step and its metrics; None before there is a trainer."""
         return getattr(self.trainer, "progress", None)
 
 
 def run_spin(config: DictConfig) -> None:
-    """Runs a checked and resolved config on a Ray cluster and reports what came of it."""
+    """Runs a checked and resolved config on a Ray cluster and reports what came of it.
+
+    Raises:
+        RunFailed: when a step, a worker or the cluster failed; the message has the first cause on top.
+    """
     import ray
     from verl.trainer.main_ppo import run_ppo
     from verl.utils.config import validate_config
 
     from recipe.spin import report
-    from recipe.spin.run_monitor import RunMonitor, TASK_RUNNER
+    from recipe.spin.run_monitor import TASK_RUNNER, RunMonitor
 
     validate_config(config, use_reference_policy=True, use_critic=False)
     runner = ray.remote(TaskRunner).options(name=TASK_RUNNER, num_cpus=1, max_concurrency=2)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    with RunMonitor() as monitor:
-        run_ppo(config, task_runner_class=runner)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
+    logs = Path(config.trainer.default_local_dir).absolute() / "logs"
+    try:
+        with RunMonitor(logs) as monitor:
+            run_ppo(config, task_runner_class=runner)
+    except ray.exceptions.RayError as error:
+        raise RunFailed(f"{report.first_cause(str(error), logs)}\n\n{error}\n\nlogs: {logs}") from error
     report.write(config, seconds=monitor.seconds, peak_memory_gb=monitor.peak_memory_gb)
+
+
+def _stop(number: int, frame) -> None:
+    """Ends the run by an exception, so that Ray is shut down and the run's files are removed, which no signal may cut."""
+    for ignored in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(ignored, signal.SIG_IGN)
+    sys.exit(128 + number)
 
 
 @hydra.main(config_path="config", config_name="spin_trainer", version_base=None)
 def main(config: DictConfig) -> None:
-    """Entry point: one clear message and exit code 2 for settings that cannot work."""
+    """Entry point: settings that cannot work end in one clear message, before Ray starts."""
     try:
         OmegaConf.resolve(config)
         check_config(config)
     except ConfigError as error:
         sys.exit(f"error: {error}")
-    run_spin(config)
+    try:
+        run_spin(config)
+    except RunFailed as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -23,8 +23,11 @@ def write(config: DictConfig, seconds: float, peak_memory_gb: float) -> dict:
         "peak_memory_gb": round(peak_memory_gb, 2),
         "checkpoint": latest_checkpoint(folder),
     }
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     plot(history, folder / PLOT)
+    # Last and at once: the summary marks a finished run
+    unfinished = folder / "summary.json.tmp"
+    unfinished.write_text(json.dumps(summary, indent=2) + "\n")
+    unfinished.rename(folder / "summary.json")
     print_summary(summary, folder)
     return summary
 
@@ -56,7 +59,7 @@ def summarize(history: dict[int, dict[str, float]]) -> dict:
     held_out = [accuracy for metrics in history.values() if (accuracy := held_out_accuracy(metrics))]
     return {
         "before": held_out[0] if held_out else {},
-        "after": held_out[-1] if held_out else {},
+        "after": held_out[-1] if len(held_out) > 1 else {},
         "steps": max(history, default=0),
     }
 
@@ -102,6 +105,23 @@ def plot(history: dict[int, dict[str, float]], path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def first_cause(error: str, logs: Path) -> str:
+    """The one line that says why a run failed: the innermost exception, or what made prompts fail in the agent loop.
+
+    verl's agent loop logs the exception of a failed prompt and goes on, so it stands in the workers' logs alone.
+    """
+    for file in sorted(logs.glob("worker-*")):
+        _, found, block = file.read_text(errors="replace").partition("Error in _run_prompt")
+        if found:
+            return _last_exception(block.split("ERROR:")[0])
+    return _last_exception(error)
+
+
+def _last_exception(text: str) -> str:
+    lines = [line for line in text.strip().splitlines() if line and not line.startswith((" ", "\t", "During handling"))]
+    return lines[-1] if lines else text
 
 
 def print_summary(summary: dict, folder: Path) -> None:

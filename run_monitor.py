@@ -1,7 +1,13 @@
-"""What the user sees of a run while it lasts: a progress bar, and the peak memory of its processes."""
+"""Around a run: a progress bar, the peak memory of its processes, a folder of its own, and nothing left behind."""
 
+import os
+import re
+import shutil
+import sys
+import tempfile
 import threading
 import time
+from pathlib import Path
 
 import psutil
 import ray
@@ -9,10 +15,15 @@ from tqdm import tqdm
 
 TASK_RUNNER = "spin_task_runner"
 POLL_SECONDS = 2.0
+SHOWN = {"accuracy": "score/accuracy", "score": "score/mean", "margin": "rewards/margins", "pairs": "pairs/used"}
+SHARED_MEMORY = re.compile(r"/dev/shm/(?:psm|verl_weights)_\w+")
 
 
 class RunMonitor:
     """Context manager around a run; a thread of the driver asks the TaskRunner how far it is.
+
+    Gives Ray, vLLM and their workers one private folder for sockets and logs, and removes it when the run ends,
+    together with the shared memory that vLLM's processes leave when Ray ends them.
 
     Attributes:
         seconds: length of the run.
@@ -20,39 +31,75 @@ class RunMonitor:
             vLLM's among them), in 10^9 bytes.
     """
 
-    def __init__(self):
+    def __init__(self, log_folder: Path):
         self.peak_memory_gb = 0.0
         self.seconds = 0.0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="run-monitor", daemon=True)
         self._bar: tqdm | None = None
+        self._told = ""
+        self._log_folder = log_folder
+        self._shared_memory: set[str] = set()
 
     def __enter__(self) -> "RunMonitor":
         self._started = time.monotonic()
+        self._folder = Path(tempfile.mkdtemp(prefix="spin-"))
+        os.environ.update(TMPDIR=str(self._folder), VLLM_RPC_BASE_PATH=str(self._folder))
         self._thread.start()
         return self
 
-    def __exit__(self, *exc_info) -> None:
+    def __exit__(self, exception_type, exception, traceback) -> None:
         self.seconds = time.monotonic() - self._started
         self._stop.set()
         self._thread.join()
         if self._bar is not None:
             self._bar.close()
+        processes = process_tree()[1:]
+        ray.shutdown()
+        _, alive = psutil.wait_procs(processes, timeout=10)
+        for process in alive:
+            process.kill()
+        psutil.wait_procs(alive, timeout=5)
+        if exception_type is not None:
+            self._keep_logs()
+        shutil.rmtree(self._folder, ignore_errors=True)
+        for file in self._shared_memory:
+            Path(file).unlink(missing_ok=True)
+
+    def _keep_logs(self) -> None:
+        logs = self._folder / "ray" / "session_latest" / "logs"
+        if logs.is_dir():
+            shutil.copytree(logs, self._log_folder, dirs_exist_ok=True, ignore_dangling_symlinks=True)
 
     def _watch(self) -> None:
         while not self._stop.wait(POLL_SECONDS):
-            self.peak_memory_gb = max(self.peak_memory_gb, tree_memory_gb())
+            processes = process_tree()
+            self.peak_memory_gb = max(self.peak_memory_gb, sum(map(_proportional_set_size, processes)) / 1e9)
+            self._shared_memory.update(*map(_shared_memory, processes))
             progress = _ask_task_runner()
-            if progress and progress["total"]:
+            if progress is None:
+                self._tell("starting Ray")
+            else:
                 self._show(progress)
 
     def _show(self, progress: dict) -> None:
         if self._bar is None:
-            self._bar = tqdm(total=progress["total"], initial=progress["step"], desc="training", unit="step")
+            if progress["doing"] != "training":
+                self._tell(progress["doing"])
+                return
+            self._bar = tqdm(total=progress["total"], initial=progress["step"], unit="step", dynamic_ncols=True)
+        self._bar.set_description(progress["doing"], refresh=False)
         metrics = progress["metrics"]
-        shown = {"accuracy": "score/accuracy", "score": "score/mean", "margin": "rewards/margins", "pairs": "pairs/used"}
-        self._bar.set_postfix({label: f"{metrics[name]:.3g}" for label, name in shown.items() if name in metrics})
+        shown = {label: f"{metrics[name]:.3g}" for label, name in SHOWN.items() if name in metrics}
+        self._bar.set_postfix(shown, refresh=False)
         self._bar.update(progress["step"] - self._bar.n)
+        if sys.stderr.isatty():  # the clock goes on within a step
+            self._bar.refresh()
+
+    def _tell(self, doing: str) -> None:
+        if doing != self._told:
+            self._told = doing
+            sys.stderr.write(f"[spin] {doing} ...\n")
 
 
 def _ask_task_runner() -> dict | None:
@@ -65,15 +112,23 @@ def _ask_task_runner() -> dict | None:
         return None
 
 
-def tree_memory_gb() -> float:
-    """Proportional set size of this process and all its descendants: shared pages count once, in 10^9 bytes."""
-    processes = [psutil.Process()]
-    processes += processes[0].children(recursive=True)
-    return sum(map(_proportional_set_size, processes)) / 1e9
+def process_tree() -> list[psutil.Process]:
+    """This process and all its descendants."""
+    own = psutil.Process()
+    return [own, *own.children(recursive=True)]
 
 
 def _proportional_set_size(process: psutil.Process) -> int:
+    """Bytes of memory of a process, pages shared by n processes counted as a n-th; 0 if it ended meanwhile."""
     try:
         return process.memory_full_info().pss
-    except psutil.Error:  # it ended meanwhile
+    except psutil.Error:
         return 0
+
+
+def _shared_memory(process: psutil.Process) -> set[str]:
+    """The files in shared memory that a process has mapped, of the kinds that outlive a killed process."""
+    try:
+        return set(SHARED_MEMORY.findall(Path(f"/proc/{process.pid}/maps").read_text()))
+    except OSError:
+        return set()

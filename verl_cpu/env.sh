@@ -3,8 +3,12 @@ export VERL_PLATFORM=cpu VERL_USE_EXTERNAL_MODULES=verl_cpu
 # verl registers its FSDP engine for "cuda" and "npu" only; on a CPU the engine is the same.
 export VERL_ENGINE_DEVICE=cuda
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(nproc)}"
-# vLLM: 1 GB of key-value cache, and threads that share the cores with the trainer's.
-export VLLM_CPU_KVCACHE_SPACE="${VLLM_CPU_KVCACHE_SPACE:-1}" VLLM_CPU_OMP_THREADS_BIND="${VLLM_CPU_OMP_THREADS_BIND:-nobind}"
+# vLLM's threads share the cores with the trainer's.
+export VLLM_CPU_OMP_THREADS_BIND="${VLLM_CPU_OMP_THREADS_BIND:-nobind}"
+# Lets vLLM keep its scheduler and the model in one process (config/device/cpu.yaml: distributed_executor_backend).
+export VLLM_ENABLE_V1_MULTIPROCESSING=0
+# A dozen processes with dozens of threads: without a limit each thread hoards freed memory of its own.
+export MALLOC_ARENA_MAX="${MALLOC_ARENA_MAX:-2}"
 # Compiling costs minutes here and gains nothing at this size.
 export TORCH_COMPILE_DISABLE=1
 # One machine: keep gloo and vLLM's server off the network.

@@ -1,0 +1,349 @@
+"""Settings, models, data and rewards that cannot work are refused before Ray starts, by one message with the remedy."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from worker_harness import ROOT, compose, cpu_environment
+
+from recipe.spin.config_check import ConfigError, check_config
+
+REFUSED = (ConfigError, HydraException, OmegaConfBaseException)
+SUM = "def compute_score(data_source, solution_str, ground_truth, extra_info=None):\n    return 1.0\n"
+
+
+def row(number: int) -> dict:
+    return {
+        "data_source": "sums",
+        "prompt": [{"role": "user", "content": f"What is {number} + 1?"}],
+        "reward_model": {"style": "rule", "ground_truth": str(number + 1)},
+    }
+
+
+def write_rows(path: Path, rows: list[dict]) -> str:
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+class Run:
+    """A run that could start: a model, 8 prompts to train on and 4 held out, a reward."""
+
+    def __init__(self, folder: Path, model: str):
+        self.folder = folder
+        (folder / "reward.py").write_text(SUM)
+        self.settings = {
+            "actor_rollout_ref.model.path": model,
+            "data.train_files": write_rows(folder / "train.parquet", [row(number) for number in range(8)]),
+            "data.val_files": write_rows(folder / "test.parquet", [row(number) for number in range(4)]),
+            "data.train_batch_size": 4,
+            "reward.custom_reward_function.path": str(folder / "reward.py"),
+        }
+
+    def overrides(self, *more: str) -> list[str]:
+        replaced = {override.split("=")[0] for override in more}
+        return [f"{key}={value}" for key, value in self.settings.items() if key not in replaced] + list(more)
+
+    def check(self, *more: str, device: str = "cpu") -> DictConfig:
+        config = compose(*self.overrides(*more), device=device)
+        OmegaConf.resolve(config)
+        check_config(config)
+        return config
+
+    def refusal(self, *more: str, device: str = "cpu") -> str:
+        with pytest.raises(REFUSED) as caught:
+            self.check(*more, device=device)
+        return str(caught.value)
+
+
+@pytest.fixture
+def run(tmp_path, tiny_models) -> Run:
+    return Run(tmp_path, tiny_models["llama"])
+
+
+# ---- Settings that work ----------------------------------------------------------------------------------------------
+def test_cpu_profile(run):
+    config = run.check()
+    assert config.trainer.device == "cpu" and config.actor_rollout_ref.actor.fsdp_config.model_dtype == "fp32"
+    assert config.actor_rollout_ref.ref.strategy == config.actor_rollout_ref.actor.strategy == "fsdp2"
+    assert config.algorithm.dpo_beta == 0.1 and config.algorithm.dpo_loss_type == "sigmoid"
+    assert config.actor_rollout_ref.actor.ppo_mini_batch_size == 4
+
+
+def test_gpu_profile(run, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    assert run.check(device="gpu").trainer.device == "cuda"
+
+
+def test_gpu_profile_on_a_machine_with_fewer_gpus(run, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    message = run.refusal("trainer.n_gpus_per_node=2", device="gpu")
+    assert "trainer.n_gpus_per_node=2" in message and "1 GPU" in message and "device=cpu" in message
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["algorithm.dpo_beta={schedule:cosine,start:0.5,end:0.1}"],
+        ["algorithm.dpo_beta=[0.5,0.1]"],
+        ["algorithm.dpo_loss_type=[sigmoid,sft]", "algorithm.dpo_loss_weights=[1,0.2]"],
+        ["algorithm.dpo_loss_type=aot"],
+        ["algorithm.dpo_label_smoothing=0.5"],
+        ["actor_rollout_ref.rollout.n=4", "algorithm.dpo_pairing=all"],
+        ["actor_rollout_ref.actor.strategy=fsdp"],
+        ["trainer.ref_update_freq=0", "actor_rollout_ref.model.lora_rank=8"],
+        ["trainer.ref_update_freq=10", "trainer.ref_update_alpha=0.5"],
+        ["actor_rollout_ref.model.path=Qwen/Qwen2.5-0.5B-Instruct"],  # hub names are not looked up
+        # pairs are counted, not their tokens
+        ["actor_rollout_ref.actor.use_dynamic_bsz=False", "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=1"],
+        # the longest pair fits exactly
+        ["data.max_prompt_length=64", "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=160"],
+    ],
+    ids=lambda overrides: overrides[0],
+)
+def test_settings_that_work(run, overrides):
+    run.check(*overrides)
+
+
+# ---- Settings that do not --------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ("algorithm.dpo_betta=0.1", ["dpo_betta"]),
+        ("trainer.reference_update_freq=3", ["reference_update_freq"]),
+        ("actor_rollout_ref.rollout.n=1", ["actor_rollout_ref.rollout.n=1", "at least 2"]),
+        ("actor_rollout_ref.rollout.n=two", ["actor_rollout_ref.rollout.n=", "two", "at least 2"]),
+        ("actor_rollout_ref.rollout.temperature=0", ["actor_rollout_ref.rollout.temperature=0", "above 0"]),
+        ("algorithm.dpo_beta=0", ["algorithm.dpo_beta", "> 0"]),
+        ("algorithm.dpo_beta=high", ["algorithm.dpo_beta", "high", "> 0"]),
+        ("algorithm.dpo_beta=null", ["algorithm.dpo_beta", "> 0"]),
+        ("algorithm.dpo_beta=[0.1,-1]", ["algorithm.dpo_beta", "-1"]),
+        ("algorithm.dpo_beta={schedule:step,start:1,end:2}", ["algorithm.dpo_beta", "linear or cosine"]),
+        ("algorithm.dpo_loss_type=sigmoidal", ["algorithm.dpo_loss_type", "sigmoidal", "choose from sigmoid, "]),
+        ("algorithm.dpo_loss_type=[sigmoid,stf]", ["algorithm.dpo_loss_type", "stf"]),
+        ("algorithm.dpo_loss_weights=[1,2]", ["algorithm.dpo_loss_weights", "[1, 2]"]),
+        ("algorithm.dpo_label_smoothing=0.6", ["algorithm.dpo_label_smoothing", "0.6", "0 to 0.5"]),
+        ("algorithm.dpo_label_smoothing=-0.1", ["algorithm.dpo_label_smoothing", "-0.1"]),
+        ("algorithm.dpo_loss_type=exo_pair", ["algorithm.dpo_label_smoothing", "above 0 for exo_pair"]),
+        ("algorithm.dpo_loss_type=sft algorithm.dpo_average_log_prob=True", ["dpo_average_log_prob", "false"]),
+        ("algorithm.dpo_loss_type=aot algorithm.dpo_pairing=all", ["algorithm.dpo_pairing=all", "best_worst"]),
+        ("algorithm.dpo_pairing=best", ["algorithm.dpo_pairing=", "best_worst, random, all"]),
+        ("algorithm.dpo_tie_policy=last", ["algorithm.dpo_tie_policy=", "drop, first"]),
+        ("algorithm.dpo_min_margin=-1", ["algorithm.dpo_min_margin=-1", "at least 0"]),
+        ("algorithm.missing_eos_penalty=-1", ["algorithm.missing_eos_penalty=-1", "at least 0"]),
+        ("trainer.ref_update_freq=1.5", ["trainer.ref_update_freq=1.5", "whole number"]),
+        ("trainer.ref_update_alpha=0", ["trainer.ref_update_alpha=0", "above 0"]),
+        ("trainer.ref_update_alpha=1.5", ["trainer.ref_update_alpha=1.5", "at most 1"]),
+        (
+            "trainer.ref_update_alpha=0.5 actor_rollout_ref.ref.fsdp_config.model_dtype=bf16",
+            ["trainer.ref_update_alpha=0.5", "actor_rollout_ref.ref.fsdp_config.model_dtype=fp32"],
+        ),
+        (
+            "actor_rollout_ref.model.lora_rank=8",
+            ["trainer.ref_update_freq=1", "lora_rank=8", "trainer.ref_update_freq=0"],
+        ),
+        ("actor_rollout_ref.actor.shuffle=True", ["actor_rollout_ref.actor.shuffle=True", "pairs"]),
+        ("actor_rollout_ref.actor.strategy=megatron", ["actor_rollout_ref.actor.strategy=", "fsdp2 or fsdp"]),
+        (
+            "actor_rollout_ref.ref.strategy=fsdp",
+            ["actor_rollout_ref.ref.strategy='fsdp'", "actor_rollout_ref.actor.strategy"],
+        ),
+        ("trainer.v1.trainer_mode=separate_async", ["trainer.v1.trainer_mode", "sync"]),
+        (
+            "data.max_prompt_length=64 actor_rollout_ref.actor.ppo_max_token_len_per_gpu=159",
+            ["actor_rollout_ref.actor.ppo_max_token_len_per_gpu=159", "160 tokens", "raise it"],
+        ),
+    ],
+)
+def test_setting_is_refused(run, overrides, words):
+    message = run.refusal(*overrides.split())
+    assert [word for word in words if word not in message] == [], message
+
+
+# ---- Model -----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("missing", "words"),
+    [("*.safetensors", "weights"), ("tokenizer.json", "tokenizer"), ("config.json", "config.json")],
+)
+def test_incomplete_model_folder(run, tmp_path, missing, words):
+    folder = shutil.copytree(run.settings["actor_rollout_ref.model.path"], tmp_path / "model")
+    for file in folder.glob(missing):
+        file.unlink()
+    message = run.refusal(f"actor_rollout_ref.model.path={folder}")
+    assert message.startswith("actor_rollout_ref.model.path=") and str(folder) in message
+    assert words in message and "save_pretrained" in message
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "./model", "~/no-such-model", "a-name", "a/b/c"])
+def test_missing_model_folder(run, name):
+    message = run.refusal(f"actor_rollout_ref.model.path='{name}'")
+    assert f"actor_rollout_ref.model.path='{name}'" in message and "no such folder" in message
+
+
+# ---- Data ------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("key", ["data.train_files", "data.val_files"])
+def test_missing_data_file(run, tmp_path, key):
+    message = run.refusal(f"{key}={tmp_path}/absent.parquet")
+    assert message.startswith(f"{key}=") and "absent.parquet" in message and "no such file" in message
+
+
+@pytest.mark.parametrize("name", ["data.jsonl", "data.parquet"])
+def test_file_without_rows(run, tmp_path, name):
+    path = tmp_path / name
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row(1)]).slice(0, 0), path)
+    else:
+        path.write_text("")
+    message = run.refusal(f"data.train_files={path}")
+    assert message.startswith("data.train_files=") and str(path) in message and "no rows" in message
+
+
+def _cut(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+def _overwritten(content: bytes) -> bytes:
+    """The footer's end is there, the rest of it is not."""
+    return content[:-300] + bytes(292) + content[-8:]
+
+
+@pytest.mark.parametrize("damage", [_cut, _overwritten, lambda content: b""], ids=["cut", "overwritten", "empty"])
+def test_damaged_parquet_file(run, tmp_path, damage):
+    path = tmp_path / "damaged.parquet"
+    path.write_bytes(damage((tmp_path / "train.parquet").read_bytes()))
+    message = run.refusal(f"data.train_files={path}")
+    assert message.startswith("data.train_files=") and str(path) in message
+    assert "not a readable parquet file" in message and "make it again" in message
+
+
+def test_broken_json_line(run, tmp_path):
+    path = Path(write_rows(tmp_path / "data.jsonl", [row(number) for number in range(4)]))
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[:2], lines[2][:20], lines[3]]))
+    message = run.refusal(f"data.train_files={path}")
+    assert message.startswith("data.train_files=") and "data.jsonl" in message
+    assert "line 3" in message and "one JSON object a line" in message
+
+
+def test_json_lines_are_read(run, tmp_path):
+    path = write_rows(tmp_path / "data.jsonl", [row(number) for number in range(4)])
+    run.check(f"data.train_files={path}")
+
+
+def test_several_files_are_counted_together(run, tmp_path):
+    files = [write_rows(tmp_path / f"{i}.jsonl", [row(i), row(i + 1)]) for i in range(2)]
+    run.check(f"data.train_files=[{','.join(files)}]")
+    message = run.refusal(f"data.train_files=[{files[0]}]")
+    assert "data.train_files holds 2 prompts" in message and "data.train_batch_size=4" in message
+
+
+def test_file_of_another_kind(run, tmp_path):
+    (tmp_path / "data.csv").write_text("prompt\nhello\n")
+    message = run.refusal(f"data.val_files={tmp_path}/data.csv")
+    assert message.startswith("data.val_files=") and ".parquet, .jsonl" in message
+
+
+def without(key: str) -> dict:
+    return {name: value for name, value in row(2).items() if name != key}
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        (without("prompt"), ["'prompt'", "it has data_source, reward_model", "data.prompt_key"]),
+        (row(2) | {"prompt": "What is 2 + 1?"}, ["'prompt'", "list of chat messages", "What is 2 + 1?"]),
+        (row(2) | {"prompt": []}, ["'prompt'", "list of chat messages"]),
+        (row(2) | {"prompt": [{"content": "What?"}]}, ["'role'", "'content'"]),
+        (row(2) | {"prompt": ["What is 2 + 1?"]}, ["'role'", "'content'"]),
+        (without("reward_model"), ["reward_model.ground_truth", "add the column"]),
+        (row(2) | {"reward_model": {"style": "rule"}}, ["reward_model.ground_truth", "add the column"]),
+        (row(2) | {"reward_model": "3"}, ["reward_model.ground_truth"]),
+        (without("data_source"), ["'data_source'", "add the column"]),
+        (["prompt"], ["'prompt'"]),
+    ],
+    ids=[
+        "no-prompt",
+        "string-prompt",
+        "empty-prompt",
+        "no-role",
+        "string-message",
+        "no-reward-model",
+        "no-ground-truth",
+        "string-reward-model",
+        "no-data-source",
+        "no-object",
+    ],
+)
+def test_faulty_row_is_named(run, tmp_path, bad, words):
+    """Rows count from 0, as data sets do."""
+    path = write_rows(tmp_path / "data.jsonl", [row(0), row(1), bad, row(3)])
+    message = run.refusal(f"data.train_files={path}")
+    assert message.startswith(f"data.train_files='{path}', row 2: ")
+    assert [word for word in words if word not in message] == [], message
+
+
+def test_ground_truth_is_not_asked_for_with_a_reward_model(run, tmp_path):
+    rows = [{"data_source": "sums", "prompt": row(number)["prompt"]} for number in range(4)]
+    path = write_rows(tmp_path / "data.jsonl", rows)
+    run.check(f"data.train_files={path}", f"data.val_files={path}", "reward.reward_model.enable=True")
+
+
+def test_fewer_rows_than_a_batch(run):
+    message = run.refusal("data.train_batch_size=9")
+    assert "data.train_files holds 8 prompts" in message
+    assert "data.train_batch_size=9" in message and "lower data.train_batch_size" in message
+
+
+# ---- Reward ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, ["reward.custom_reward_function.path", "no such file"]),
+        ("x = 1\ndef compute_score(:\n", ["reward.custom_reward_function.path", "line 2", "correct"]),
+        ("def score():\n    pass\n", ["reward.custom_reward_function.name='compute_score'", "defines score"]),
+        ("x = 1\n", ["reward.custom_reward_function.name='compute_score'", "no function"]),
+    ],
+    ids=["missing", "syntax", "other-function", "no-function"],
+)
+def test_reward_file(run, tmp_path, text, words):
+    path = tmp_path / "my_reward.py"
+    if text is not None:
+        path.write_text(text)
+    message = run.refusal(f"reward.custom_reward_function.path={path}")
+    assert [word for word in [*words, str(path)] if word not in message] == [], message
+
+
+# ---- The command -----------------------------------------------------------------------------------------------------
+def test_command_refuses_before_ray_starts(run, tmp_path):
+    """Exit code, message on stderr, no traceback; Ray would have made its session's folder in RAY_TMPDIR."""
+    ray = tmp_path / "ray"
+    ray.mkdir()
+    command = [sys.executable, "-m", "recipe.spin.main_spin", "device=cpu"]
+    start = time.monotonic()
+    result = subprocess.run(
+        [*command, *run.overrides("algorithm.dpo_beta=-1")],
+        cwd=tmp_path,
+        env=os.environ | cpu_environment() | {"PYTHONPATH": str(ROOT), "RAY_TMPDIR": str(ray)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert time.monotonic() - start < 20
+    assert result.returncode != 0
+    assert "algorithm.dpo_beta" in result.stderr and "give a number > 0" in result.stderr
+    assert "Traceback" not in result.stdout + result.stderr
+    assert list(ray.iterdir()) == []
+    assert not (tmp_path / "outputs").exists()

@@ -1,0 +1,207 @@
+"""Whole runs on a tiny model: Ray, FSDP actor and reference, vLLM server, TransferQueue, weight sync, checkpoints.
+
+A run of four steps refreshes its reference at steps 2 and 4 and saves at 2 and 4. The learning rate is so high that a
+stale copy of the weights anywhere would show at once.
+"""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parent.parent
+REWARD = """
+def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
+    vowels = sum(letter in "aeiou" for letter in solution_str)
+    return {"score": vowels - 0.01 * len(solution_str), "acc": float(vowels > 3)}
+
+def compute_nothing(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
+    raise ZeroDivisionError("the reward of this test always fails")
+"""
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tiny_models) -> Path:
+    return Path(tiny_models["llama"])
+
+
+@pytest.fixture(scope="session")
+def task(tmp_path_factory) -> Path:
+    """A folder with eight training prompts, four held-out ones and a reward."""
+    folder = tmp_path_factory.mktemp("task")
+    for name, size in (("train", 8), ("test", 4)):
+        rows = [
+            {
+                "data_source": "vowels",
+                "prompt": [{"role": "user", "content": f"{name} {i}"}],
+                "reward_model": {"style": "rule", "ground_truth": ""},
+                "extra_info": {"index": i},
+            }
+            for i in range(size)
+        ]
+        pq.write_table(pa.Table.from_pylist(rows), folder / f"{name}.parquet")
+    (folder / "reward.py").write_text(REWARD)
+    return folder
+
+
+def start(task: Path, model: Path, run: Path, *overrides: str) -> subprocess.Popen:
+    """Starts a run as a user would."""
+    command = [sys.executable, "-m", "recipe.spin.main_spin", "device=cpu", f"actor_rollout_ref.model.path={model}"]
+    command += [
+        f"data.train_files={task}/train.parquet",
+        f"data.val_files={task}/test.parquet",
+        f"reward.custom_reward_function.path={task}/reward.py",
+        f"trainer.default_local_dir={run}",
+        "data.train_batch_size=4",
+        "data.max_response_length=8",
+        "actor_rollout_ref.actor.optim.lr=1e-2",
+        "actor_rollout_ref.rollout.checkpoint_engine.update_weights_bucket_megabytes=16",
+        "actor_rollout_ref.rollout.engine_kwargs.vllm.kv_cache_memory_bytes=20000000",
+        "trainer.total_training_steps=4",
+        "trainer.ref_update_freq=2",
+        "trainer.save_freq=2",
+        "trainer.test_freq=100",
+        *overrides,
+    ]
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def finish(process: subprocess.Popen, timeout: float = 420) -> str:
+    """Waits for a run and returns what it printed; a hang ends the whole process group."""
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    return output
+
+
+def metrics(run: Path) -> dict[int, dict]:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return {entry["step"]: entry for entry in map(json.loads, lines)}
+
+
+def leftovers() -> set[str]:
+    """What a run could leave: shared memory, sockets and folders, processes of Ray and vLLM."""
+    files = {str(path) for path in Path("/dev/shm").iterdir()}
+    temporary = Path(os.environ.get("TMPDIR", "/tmp"))
+    files |= {str(path) for pattern in ("spin-*", "rl-colocate*") for path in temporary.glob(pattern)}
+    processes = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
+    return files | {line for line in processes.splitlines() if any(name in line for name in ("ray::", "raylet", "VLLM"))}
+
+
+@pytest.fixture(scope="session")
+def one_rank(task, tiny_llama, tmp_path_factory) -> Path:
+    """The folder of a finished run on one rank, and beside it what it printed and left."""
+    run = tmp_path_factory.mktemp("one_rank") / "run"
+    before = leftovers()
+    process = start(task, tiny_llama, run)
+    output = finish(process)
+    (run.parent / "output.txt").write_text(output)
+    assert process.returncode == 0, output[-5000:]
+    time.sleep(3)
+    (run.parent / "left.json").write_text(json.dumps(sorted(leftovers() - before)))
+    return run
+
+
+def test_loss_is_log_2_when_the_reference_equals_the_actor(one_rank):
+    history = metrics(one_rank)
+    for step in (1, 2, 4):  # as loaded; refreshed; refreshed
+        assert history[step]["actor/loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert history[3]["actor/loss"] != pytest.approx(math.log(2), abs=1e-3)
+    assert [history[step]["training/reference_refreshed"] for step in (1, 2, 3, 4)] == [0, 1, 0, 1]
+
+
+def test_vllm_generates_with_the_weights_that_fsdp_trains(one_rank):
+    """Both give the same log-probs to the same tokens at every step, although each update changes them much."""
+    history = metrics(one_rank)
+    for step in range(1, 5):
+        assert history[step]["rollout/logp_gap_max"] < 1e-3
+    assert abs(history[3]["kl/sequence"]) > 0.05  # what the gap would be like with the weights of the step before
+
+
+def test_a_run_reports_what_it_reached(one_rank):
+    summary = json.loads((one_rank / "summary.json").read_text())
+    assert summary["steps"] == 4
+    assert summary["before"].keys() == summary["after"].keys() == {"greedy", "sampled"}
+    assert all(0 <= accuracy <= 1 for part in ("before", "after") for accuracy in summary[part].values())
+    assert summary["seconds"] > 0 and summary["peak_memory_gb"] > 0.5
+    assert (one_rank / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
+    output = (one_rank.parent / "output.txt").read_text()
+    assert summary["checkpoint"] in output and "held-out accuracy" in output
+    assert "Traceback" not in output and len(output.replace("\r", "\n").splitlines()) < 200
+
+
+def test_the_checkpoint_is_the_trained_model(one_rank, tiny_llama):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = json.loads((one_rank / "summary.json").read_text())["checkpoint"]
+    trained = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    loaded = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    assert AutoTokenizer.from_pretrained(folder).eos_token == AutoTokenizer.from_pretrained(tiny_llama).eos_token
+    change = max((a - b).abs().max().item() for a, b in zip(trained.parameters(), loaded.parameters(), strict=True))
+    assert change > 1e-3
+
+
+def test_a_run_leaves_nothing_behind(one_rank):
+    assert json.loads((one_rank.parent / "left.json").read_text()) == []
+
+
+def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(one_rank, task, tiny_llama, tmp_path):
+    """Steps 3 and 4 after a resume at 2 equal those of the run that went through: the refreshed reference, the
+    optimizer, the data order and the sampling seeds all came back. A stray half-written checkpoint is not used."""
+    run = tmp_path / "run"
+    run.mkdir()
+    shutil.copytree(one_rank / "global_step_2", run / "global_step_2")
+    (run / "latest_checkpointed_iteration.txt").write_text("2")
+    (run / "global_step_3" / "actor").mkdir(parents=True)
+    process = start(task, tiny_llama, run)
+    output = finish(process)
+    assert process.returncode == 0, output[-5000:]
+    through, resumed = metrics(one_rank), metrics(run)
+    assert sorted(resumed) == [3, 4]
+    for step in (3, 4):
+        for name in ("actor/loss", "score/mean", "logps/chosen", "logps/rejected", "kl/sequence", "actor/grad_norm"):
+            assert resumed[step][name] == pytest.approx(through[step][name], rel=1e-4, abs=1e-5), (step, name)
+
+
+def test_two_ranks_do_what_one_does(one_rank, task, tiny_llama, tmp_path):
+    process = start(task, tiny_llama, tmp_path / "run", "trainer.n_gpus_per_node=2", "trainer.val_before_train=False")
+    output = finish(process)
+    assert process.returncode == 0, output[-5000:]
+    one, two = metrics(one_rank), metrics(tmp_path / "run")
+    for step in (1, 2, 3, 4):
+        assert two[step]["rollout/logp_gap_max"] < 1e-3
+        for name in ("actor/loss", "score/mean", "logps/chosen", "kl/sequence", "actor/grad_norm", "pairs/used"):
+            assert two[step][name] == pytest.approx(one[step][name], rel=2e-3, abs=1e-4), (step, name)
+
+
+def test_a_failing_reward_stops_the_run_with_its_cause(task, tiny_llama, tmp_path):
+    before = leftovers()
+    process = start(
+        task,
+        tiny_llama,
+        tmp_path / "run",
+        "reward.custom_reward_function.name=compute_nothing",
+        "trainer.val_before_train=False",
+    )
+    output = finish(process)
+    assert process.returncode not in (0, None)
+    error = output[output.index("error: ") :].splitlines()[0]
+    assert "ZeroDivisionError" in error and "the reward of this test always fails" in error
+    time.sleep(3)
+    assert leftovers() - before == set()

@@ -1,0 +1,388 @@
+"""Layout of pairs over ranks and optimizer steps, and the loss of a micro-batch: pure functions, on tensors made by hand."""
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tensordict import TensorDict
+from verl.utils import tensordict_utils as tu
+from verl.utils.metric.utils import AggregationType, Metric
+from worker_harness import nest, response_batch
+
+from recipe.spin.core_algos import PreferencePairs
+from recipe.spin.dp_actor import DPOSettings, dpo_loss, split_mini_batches
+from recipe.spin.fsdp_workers import largest_divisor, mix_parameters
+from recipe.spin.pair_batch import MiniBatch, build_pair_batch, pad_rows, plan_mini_batches
+
+
+def plan(prompts, dp_size=1, prompts_per_mini_batch=100, tokens=None, weights=None, lengths=None, micro=None):
+    pairs = len(prompts)
+    return plan_mini_batches(
+        prompts,
+        tokens or [10] * pairs,
+        weights or [1.0] * pairs,
+        lengths or [5] * pairs,
+        prompts_per_mini_batch,
+        dp_size,
+        micro,
+    )
+
+
+def shares(planned, dp_size) -> list[list[list[tuple[int, bool]]]]:
+    """(pair, real) by rank and mini-batch: a rank's rows are a contiguous share, and its mini-batches follow in order."""
+    entries = list(zip(planned.pairs, planned.real, strict=True))
+    per_rank = sum(mini_batch.pairs_per_rank for mini_batch in planned.mini_batches)
+    assert len(entries) == per_rank * dp_size
+    result = []
+    for rank in range(dp_size):
+        share, start = entries[rank * per_rank : (rank + 1) * per_rank], 0
+        result.append([])
+        for mini_batch in planned.mini_batches:
+            result[-1].append(share[start : start + mini_batch.pairs_per_rank])
+            start += mini_batch.pairs_per_rank
+    return result
+
+
+# ---- Plan ------------------------------------------------------------------------------------------------------------
+def test_one_rank_gets_the_pairs_in_order():
+    planned = plan([0, 1, 3], weights=[1.0, 1.0, 1.0], lengths=[2, 4, 6])
+    assert planned.pairs == [0, 1, 2] and planned.real == [True] * 3
+    assert planned.mini_batches == [MiniBatch(3, weight=3.0, mean_chosen_length=4.0)]
+
+
+def test_mini_batches_are_cut_by_prompts():
+    """Prompts 0-1, 2-3 (no pairs: left out) and 4-5; the numbers of pairs differ."""
+    planned = plan([0, 0, 1, 4], prompts_per_mini_batch=2, weights=[0.5, 0.5, 1.0, 1.0], lengths=[2, 4, 9, 7])
+    assert planned.pairs == [0, 1, 2, 3]
+    assert planned.mini_batches == [MiniBatch(3, 2.0, mean_chosen_length=6.0), MiniBatch(1, 1.0, 7.0)]
+
+
+def test_padding_is_the_shortest_pair_and_does_not_count():
+    planned = plan([0, 1, 2], dp_size=2, tokens=[30, 8, 20], lengths=[10, 2, 6])
+    assert Counter(planned.pairs) == {0: 1, 1: 2, 2: 1}
+    assert sorted(pair for pair, real in zip(planned.pairs, planned.real, strict=True) if not real) == [1]
+    assert planned.mini_batches == [MiniBatch(2, weight=3.0, mean_chosen_length=6.0)]
+
+
+def test_ranks_get_similar_token_counts():
+    tokens = [100, 10, 90, 20]
+    (first,), (second,) = shares(plan([0, 1, 2, 3], dp_size=2, tokens=tokens), 2)
+    assert sorted(sum(tokens[pair] for pair, _ in rank) for rank in (first, second)) == [110, 110]
+
+
+@pytest.mark.parametrize(
+    ("pairs", "dp_size", "most", "per_rank", "per_micro"),
+    [
+        (6, 1, 4, 6, 3),  # two micro-batches of 3, not 4 and 2
+        (5, 1, 4, 6, 3),  # one pair of padding
+        (7, 1, 3, 9, 3),
+        (5, 2, 8, 3, 3),  # 3 and 2+1
+        (1, 2, 4, 1, 1),
+        (4, 2, 1, 2, 1),
+    ],
+)
+def test_static_micro_batches_are_equal(pairs, dp_size, most, per_rank, per_micro):
+    (mini_batch,) = plan(list(range(pairs)), dp_size=dp_size, micro=most).mini_batches
+    assert (mini_batch.pairs_per_rank, mini_batch.pairs_per_micro_batch) == (per_rank, per_micro)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    prompts=st.lists(st.integers(0, 30), min_size=1, max_size=40).map(sorted),
+    prompts_per_mini_batch=st.integers(1, 31),
+    dp_size=st.integers(1, 6),
+    most=st.none() | st.integers(1, 9),
+    seed=st.integers(0, 1000),
+)
+def test_a_step_holds_the_same_pairs_for_any_number_of_ranks(prompts, prompts_per_mini_batch, dp_size, most, seed):
+    draw = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(2, 500, (len(prompts),), generator=draw).tolist()
+    weights = torch.rand(len(prompts), generator=draw).add(0.1).tolist()
+    lengths = torch.randint(0, 200, (len(prompts),), generator=draw).tolist()
+    planned = plan(prompts, dp_size, prompts_per_mini_batch, tokens, weights, lengths, most)
+
+    expected: dict[int, set[int]] = {}
+    for pair, prompt in enumerate(prompts):
+        expected.setdefault(prompt // prompts_per_mini_batch, set()).add(pair)
+    expected_steps = [expected[step] for step in sorted(expected)]
+    by_rank = shares(planned, dp_size)
+    assert len(planned.mini_batches) == len(expected_steps)
+    for step, (mini_batch, members) in enumerate(zip(planned.mini_batches, expected_steps, strict=True)):
+        entries = [entry for rank in by_rank for entry in rank[step]]
+        real = [pair for pair, is_real in entries if is_real]
+        assert sorted(real) == sorted(members)  # each once
+        assert {pair for pair, _ in entries} == members
+        assert mini_batch.weight == pytest.approx(sum(weights[pair] for pair in members))
+        mean_length = sum(weights[pair] * lengths[pair] for pair in members) / mini_batch.weight
+        assert mini_batch.mean_chosen_length == pytest.approx(mean_length)
+        if most is None:
+            assert mini_batch.pairs_per_micro_batch is None
+            assert mini_batch.pairs_per_rank == math.ceil(len(members) / dp_size)
+        else:
+            assert mini_batch.pairs_per_rank % mini_batch.pairs_per_micro_batch == 0
+            assert 1 <= mini_batch.pairs_per_micro_batch <= most
+            # at most one pair of padding a micro-batch beyond what equal ranks need
+            micro_batches = mini_batch.pairs_per_rank // mini_batch.pairs_per_micro_batch
+            assert mini_batch.pairs_per_rank - math.ceil(len(members) / dp_size) < micro_batches
+
+
+# ---- Batch -----------------------------------------------------------------------------------------------------------
+PROMPT_ROWS = [[1], [1], [2, 2], [2, 2]]
+RESPONSE_ROWS = [[10, 11, 12], [20], [30, 31], [40, 41, 42, 43]]
+
+
+def responses() -> TensorDict:
+    return response_batch(PROMPT_ROWS, RESPONSE_ROWS, [[1] * len(row) for row in RESPONSE_ROWS])
+
+
+def pairs(chosen, rejected, weight=None) -> PreferencePairs:
+    weight = [1.0] * len(chosen) if weight is None else weight
+    return PreferencePairs(
+        torch.tensor(chosen), torch.tensor(rejected), torch.ones(len(chosen)), torch.tensor(weight)
+    )
+
+
+def test_batch_alternates_chosen_and_rejected():
+    planned = plan([0, 1])
+    batch = build_pair_batch(responses(), pairs([1, 2], [0, 3], [0.5, 1.0]), planned)
+    assert [row.tolist() for row in batch["responses"].unbind()] == [RESPONSE_ROWS[row] for row in (1, 0, 2, 3)]
+    assert [row.tolist() for row in batch["input_ids"].unbind()][2] == [2, 2, 30, 31]
+    assert batch["pair_id"].tolist() == [0, 0, 1, 1]
+    assert batch["pair_weight"].tolist() == [0.5, 0.5, 1.0, 1.0]
+
+
+def test_padding_pair_repeats_the_rows_and_weighs_nothing():
+    """One pair on two ranks: the second rank gets a copy."""
+    batch = build_pair_batch(responses(), pairs([2], [3]), plan([1], dp_size=2))
+    assert [row.tolist() for row in batch["responses"].unbind()] == [RESPONSE_ROWS[row] for row in (2, 3, 2, 3)]
+    assert batch["pair_id"].tolist() == [0, 0, 1, 1]
+    assert sorted(batch["pair_weight"].tolist()) == [0.0, 0.0, 1.0, 1.0]
+
+
+def test_a_response_may_stand_in_several_pairs():
+    batch = build_pair_batch(responses(), pairs([2, 2], [0, 3], [0.5, 0.5]), plan([0, 0]))
+    assert [row.tolist() for row in batch["responses"].unbind()] == [RESPONSE_ROWS[row] for row in (2, 0, 2, 3)]
+
+
+def test_rows_are_padded_with_zeros():
+    assert pad_rows(nest([[1.0, 2.0, 3.0], [4.0], []])).tolist() == [[1, 2, 3], [4, 0, 0], [0, 0, 0]]
+
+
+def test_rows_selected_from_a_longer_batch_are_padded_to_their_own_length():
+    batch = tu.index_select_tensor_dict(responses(), [1, 2])
+    assert pad_rows(batch["responses"]).tolist() == [[20, 0], [30, 31]]
+
+
+def test_a_ranks_rows_are_cut_into_its_mini_batches():
+    batch = build_pair_batch(responses(), pairs([0, 3, 1], [1, 2, 0]), plan([0, 1, 1]))
+    steps = [MiniBatch(1, 1.0, 3.0), MiniBatch(2, 2.0, 3.0)]
+    cut = list(split_mini_batches(batch, steps))
+    assert [rows["pair_id"].tolist() for rows, _ in cut] == [[0, 0], [1, 1, 2, 2]]
+    assert [mini_batch for _, mini_batch in cut] == steps
+
+
+@pytest.mark.parametrize("pairs_per_rank", [2, 4])
+def test_rows_that_mini_batches_do_not_name_are_refused(pairs_per_rank):
+    batch = build_pair_batch(responses(), pairs([0, 3, 1], [1, 2, 0]), plan([0, 1, 1]))
+    with pytest.raises(ValueError, match=f"6 rows, but its mini-batches name {2 * pairs_per_rank}"):
+        list(split_mini_batches(batch, [MiniBatch(pairs_per_rank, 3.0, 3.0)]))
+
+
+# ---- Loss ------------------------------------------------------------------------------------------------------------
+# Response lengths of 3 pairs (chosen, rejected, ...); every prompt has 2 tokens.
+LENGTHS = [2, 3, 1, 2, 3, 1]
+LOGPS = [-2.0, -4.0, -1.0, -2.5, -3.0, -1.5]  # of whole responses, spread evenly over their tokens
+REF_LOGPS = [-3.0, -3.0, -1.0, -1.5, -2.0, -3.0]
+BETA = 0.5
+H = [1 + 1, 0 + 1, -1 - 1.5]  # log-ratio of chosen less that of rejected: 2, 1, -2.5
+PAIR_LOSSES = [math.log1p(math.exp(-BETA * h)) for h in H]
+
+
+def micro_batch(rows=range(6), weights=(1.0, 1.0, 1.0), dp_size=1, total=3.0, first_step=False):
+    """Rows of the mini-batch above as dpo_loss gets them, and the model's output with its leaf of log-probs."""
+    rows = list(rows)
+    data = response_batch(
+        [[7, 7]] * len(rows), [[5] * LENGTHS[row] for row in rows], [[1] * LENGTHS[row] for row in rows]
+    )
+    data["ref_logps"] = torch.tensor([REF_LOGPS[row] for row in rows])
+    data["pair_id"] = torch.tensor([row // 2 for row in rows])
+    data["pair_weight"] = torch.tensor([weights[row // 2] for row in rows])
+    tu.assign_non_tensor(data, mini_batch=MiniBatch(3, total, 2.0), dp_size=dp_size, first_step=first_step)
+    # The model predicts the next token: a response's log-probs stand one place before its tokens. 99 must not be read.
+    flat = [
+        value for row in rows for value in [99.0, *[LOGPS[row] / LENGTHS[row]] * LENGTHS[row], 99.0]
+    ]
+    leaf = torch.tensor(flat, requires_grad=True)
+    offsets = torch.tensor([0, *[2 + LENGTHS[row] for row in rows]]).cumsum(0)
+    return {"log_probs": torch.nested.nested_tensor_from_jagged(leaf, offsets)}, data, leaf
+
+
+def value_of(metrics: dict, name: str) -> float:
+    assert metrics[name].aggregation is AggregationType.SUM
+    return metrics[name].aggregate()
+
+
+def test_loss_is_the_mean_over_pairs():
+    output, data, leaf = micro_batch()
+    loss, _ = dpo_loss(output, data, settings=DPOSettings(beta=BETA))
+    assert loss.item() == pytest.approx(sum(PAIR_LOSSES) / 3, rel=1e-6)
+    loss.backward()
+    # d loss / d log-prob of a token of pair p: -+ beta sigma(-beta h_p) / 3; nothing at the prompt and after the end
+    slope = [BETA / (1 + math.exp(BETA * h)) / 3 for h in H]
+    expected = []
+    for row, length in enumerate(LENGTHS):
+        expected += [0.0, *[slope[row // 2] * (1 if row % 2 else -1)] * length, 0.0]
+    torch.testing.assert_close(leaf.grad, torch.tensor(expected), rtol=1e-5, atol=1e-8)
+
+
+def test_metrics_are_means_over_pairs():
+    output, data, _ = micro_batch()
+    _, metrics = dpo_loss(output, data, settings=DPOSettings(beta=BETA))
+    expected = {
+        "rewards/chosen": BETA * (1 + 0 - 1) / 3,
+        "rewards/rejected": BETA * (-1 - 1 + 1.5) / 3,
+        "rewards/margins": BETA * (2 + 1 - 2.5) / 3,
+        "rewards/accuracies": 2 / 3,
+        "logps/chosen": (-2 - 1 - 3) / 3,
+        "logps/rejected": (-4 - 2.5 - 1.5) / 3,
+        "kl/sequence": (0 / 2 - 1 / 2 + 0.5 / 2) / 3,  # mean over both responses of a pair
+        "response_length/chosen": 2.0,
+        "response_length/rejected": 2.0,
+    }
+    assert metrics.keys() == expected.keys()
+    assert {name: value_of(metrics, name) for name in metrics} == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [[[0, 1], [2, 3], [4, 5]], [[0, 1, 2, 3], [4, 5]], [[4, 5, 0, 1], [2, 3]]],
+    ids=lambda parts: "+".join(str(len(part) // 2) for part in parts),
+)
+@pytest.mark.parametrize("dp_size", [1, 2])
+def test_micro_batches_and_ranks_add_up_to_the_mean(parts, dp_size):
+    """Micro-batches add up within a rank; FSDP then averages over dp_size ranks."""
+    losses, metrics, gradient = 0.0, Counter(), {}
+    for part in parts:
+        output, data, leaf = micro_batch(part, dp_size=dp_size)
+        loss, values = dpo_loss(output, data, settings=DPOSettings(beta=BETA))
+        losses += loss.item() / dp_size
+        metrics.update({name: value_of(values, name) / dp_size for name in values})
+        loss.backward()
+        for row, grad in zip(part, torch.nested.nested_tensor_from_jagged(leaf.grad, output["log_probs"].offsets())):
+            gradient[row] = grad / dp_size
+    output, data, leaf = micro_batch()
+    whole, whole_metrics = dpo_loss(output, data, settings=DPOSettings(beta=BETA))
+    whole.backward()
+    assert losses == pytest.approx(sum(PAIR_LOSSES) / 3, rel=1e-6)
+    assert dict(metrics) == pytest.approx({name: value_of(whole_metrics, name) for name in whole_metrics}, abs=1e-6)
+    torch.testing.assert_close(torch.cat([gradient[row] for row in range(6)]), leaf.grad)
+
+
+def test_padding_weighs_nothing():
+    """The third pair is padding: neither its loss nor its gradient nor its metrics count."""
+    output, data, leaf = micro_batch(weights=(1.0, 1.0, 0.0), total=2.0)
+    loss, metrics = dpo_loss(output, data, settings=DPOSettings(beta=BETA))
+    loss.backward()
+    assert loss.item() == pytest.approx(sum(PAIR_LOSSES[:2]) / 2, rel=1e-6)
+    assert value_of(metrics, "rewards/accuracies") == pytest.approx(1.0)
+    assert value_of(metrics, "response_length/chosen") == pytest.approx(1.5)
+    assert leaf.grad[-8:].abs().max() == 0 and leaf.grad[:-8].abs().max() > 0
+
+
+def test_weights_of_pairs_are_relative():
+    output, data, _ = micro_batch(weights=(0.5, 0.5, 1.0), total=2.0)
+    loss, _ = dpo_loss(output, data, settings=DPOSettings(beta=BETA))
+    assert loss.item() == pytest.approx((PAIR_LOSSES[0] + PAIR_LOSSES[1] + 2 * PAIR_LOSSES[2]) / 4, rel=1e-6)
+
+
+@pytest.mark.parametrize("rows", [[0, 2, 1, 3], [1, 2], [0, 1, 2, 4]])
+def test_a_torn_pair_is_refused(rows):
+    output, data, _ = micro_batch(rows)
+    with pytest.raises(ValueError, match="half a pair"):
+        dpo_loss(output, data, settings=DPOSettings(beta=BETA))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_loss_that_is_not_finite_stops_the_run(bad):
+    output, data, _ = micro_batch()
+    data["ref_logps"][0] = bad
+    with pytest.raises(FloatingPointError, match=r"pairs \[0, 1, 2\] is (nan|inf).*-2\.0, -4\.0"):
+        dpo_loss(output, data, settings=DPOSettings(beta=BETA))
+
+
+def test_mean_log_probs_replace_sums():
+    output, data, _ = micro_batch([0, 1], total=1.0)
+    data["ref_logps"] = torch.tensor([-1.5, -1.0])  # means too
+    loss, metrics = dpo_loss(output, data, settings=DPOSettings(beta=BETA, average_log_prob=True))
+    h = (-2 / 2 + 1.5) - (-4 / 3 + 1.0)
+    assert loss.item() == pytest.approx(math.log1p(math.exp(-BETA * h)), rel=1e-6)
+    assert value_of(metrics, "logps/chosen") == pytest.approx(-1.0)
+    assert value_of(metrics, "kl/sequence") == pytest.approx((0.5 * 2 - 1 / 3 * 3) / 2, abs=1e-6)  # of whole responses
+
+
+def test_losses_are_added_up_with_their_weights():
+    output, data, _ = micro_batch()
+    both = DPOSettings(beta=BETA, loss_type=("sigmoid", "sft"), loss_weights=(1.0, 0.5))
+    loss, _ = dpo_loss(output, data, settings=both)
+    sft = sum(-logp / 2.0 for logp in LOGPS[0::2]) / 3  # 2 is the mini-batch's mean chosen length
+    assert loss.item() == pytest.approx(sum(PAIR_LOSSES) / 3 + 0.5 * sft, rel=1e-6)
+
+
+def test_reference_free_leaves_the_reference_out():
+    output, data, _ = micro_batch([0, 1], total=1.0)
+    loss, _ = dpo_loss(output, data, settings=DPOSettings(beta=BETA, reference_free=True))
+    assert loss.item() == pytest.approx(math.log1p(math.exp(-BETA * 2)), rel=1e-6)
+
+
+def test_gap_to_the_rollout_is_measured_before_the_first_step():
+    """Only there are actor and rollout the same model."""
+    for first_step in (True, False):
+        output, data, _ = micro_batch([0, 1], total=1.0, first_step=first_step)
+        data["rollout_log_probs"] = nest([[-1.0, -1.25], [-4 / 3] * 3])
+        _, metrics = dpo_loss(output, data, settings=DPOSettings(beta=BETA))
+        assert ("rollout/logp_gap_max" in metrics) == first_step
+        if first_step:
+            assert metrics["rollout/logp_gap_max"].aggregate() == pytest.approx(0.25, abs=1e-6)
+            assert Metric.aggregate_dp([metrics["rollout/logp_gap_max"]]) == pytest.approx(0.25, abs=1e-6)
+
+
+# ---- Small parts of the worker ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("number", "limit", "expected"), [(12, 5, 4), (12, 12, 12), (12, 100, 12), (7, 6, 1), (1, 1, 1)])
+def test_largest_divisor(number, limit, expected):
+    assert largest_divisor(number, limit) == expected
+
+
+def linear(value: float, features: int = 2, buffer: float | None = None) -> torch.nn.Module:
+    module = torch.nn.Linear(features, 1)
+    torch.nn.init.constant_(module.weight, value)
+    torch.nn.init.constant_(module.bias, 10 * value)
+    if buffer is not None:
+        module.register_buffer("table", torch.tensor([buffer]))
+    return module
+
+
+def test_parameters_are_mixed_and_buffers_copied():
+    target = linear(1.0, buffer=1.0)
+    mix_parameters(source=linear(2.0, buffer=2.0), target=target, alpha=0.3)
+    torch.testing.assert_close(target.weight.detach(), torch.full((1, 2), 1.3))
+    torch.testing.assert_close(target.bias.detach(), torch.tensor([13.0]))
+    assert target.table.item() == 2.0
+
+
+def test_full_refresh_copies_and_stays_a_copy():
+    source, target = linear(2.0), linear(1.0)
+    mix_parameters(source, target)
+    assert torch.equal(source.weight, target.weight) and torch.equal(source.bias, target.bias)
+    with torch.no_grad():
+        source.weight.add_(1)
+    assert target.weight.detach().tolist() == [[2.0, 2.0]]
+
+
+def test_modules_that_differ_are_refused():
+    with pytest.raises(ValueError, match="different tensors.*bias"):
+        mix_parameters(torch.nn.Linear(2, 1, bias=False), torch.nn.Linear(2, 1))
+    with pytest.raises(ValueError, match=r"weight has \(1, 3\) in the actor's.*fsdp_size"):
+        mix_parameters(linear(1.0, features=3), linear(1.0, features=2))

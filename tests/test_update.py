@@ -1,0 +1,273 @@
+"""The proof that the update is right: the real worker against DPO written once more in plain PyTorch.
+
+The plain version knows nothing of the recipe, of verl or of FSDP: one process, one forward pass per sequence, no
+padding, its own losses, gradient clipping and optimizer loop. Both train for five steps on the same pairs; the reference
+is frozen but for a refresh from the policy at step 3. Parameters, losses and gradient norms (before clipping, which
+would hide a wrong scale) must agree.
+"""
+
+import copy
+import math
+from dataclasses import dataclass
+from functools import cache
+
+import pytest
+import torch
+from plain_model import load_model, response_logp
+from worker_jobs import MAX_PROMPT, MAX_RESPONSE, PROMPTS, STEPS, make_batches, train
+
+pytestmark = pytest.mark.slow
+
+REFRESH_AT = 3
+BETA = 0.3
+# AdamW divides by the gradient's own size: at eps=1e-8 it would blow rounding noise in near-zero gradients up to whole
+# steps of lr. With eps near the gradients' size a step is a smooth function of the gradient.
+LEARNING_RATE, EPS, WEIGHT_DECAY = 1e-2, 1e-2, 0.01
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tiny products are slower on two."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# ---- Plain PyTorch ---------------------------------------------------------------------------------------------------
+def plain_losses(h, chosen_logps, chosen_lengths, weights, kind):
+    """Loss of each pair; h (P,) is the difference of the pairs' log-ratios."""
+    sigmoid = torch.log1p(torch.exp(-BETA * h))
+    if kind == "sigmoid":
+        return sigmoid
+    if kind == "ipo":
+        return (h - 1 / (2 * BETA)) ** 2
+    if kind == "hinge":
+        return torch.clamp(1 - BETA * h, min=0)
+    assert kind == "sigmoid+sft"
+    mean_length = (weights * chosen_lengths).sum() / weights.sum()
+    return 1.0 * sigmoid + 0.2 * -chosen_logps / mean_length
+
+
+def plain_aot(chosen, rejected, ref_chosen, ref_rejected):
+    policy, reference = torch.sort(chosen - rejected).values, torch.sort(ref_chosen - ref_rejected).values
+    return torch.log1p(torch.exp(-BETA * (policy - reference)))
+
+
+@cache
+def plain_training(folder: str, n: int, kind: str, temperature: float, clip: float, prompts_per_step: int, epochs: int):
+    policy = load_model(folder)
+    initial = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
+    reference = copy.deepcopy(policy).requires_grad_(False)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=LEARNING_RATE, eps=EPS, weight_decay=WEIGHT_DECAY)
+    steps = []
+    for step, batch in enumerate(make_batches(n), start=1):
+        if step == REFRESH_AT:
+            reference.load_state_dict(policy.state_dict())
+
+        def logps(model, rows, batch=batch):
+            return torch.stack(
+                [
+                    response_logp(model, batch.prompts[row], batch.responses[row], batch.masks[row], temperature)
+                    for row in rows
+                ]
+            )
+
+        with torch.no_grad():
+            ref_logps = logps(reference, range(len(batch.prompts)))
+        mini_batches: dict[int, list[int]] = {}
+        for pair, row in enumerate(batch.chosen):
+            mini_batches.setdefault(row // n // prompts_per_step, []).append(pair)
+        for members in [mini_batches[key] for key in sorted(mini_batches)] * epochs:
+            chosen_rows, rejected_rows = [batch.chosen[i] for i in members], [batch.rejected[i] for i in members]
+            chosen, rejected = logps(policy, chosen_rows), logps(policy, rejected_rows)
+            ref_chosen, ref_rejected = ref_logps[chosen_rows], ref_logps[rejected_rows]
+            lengths = torch.tensor([float(sum(batch.masks[row])) for row in chosen_rows])
+            weights = torch.tensor([batch.weights[i] for i in members])
+            rewards_chosen, rewards_rejected = BETA * (chosen - ref_chosen), BETA * (rejected - ref_rejected)
+            if kind == "aot":
+                losses = plain_aot(chosen, rejected, ref_chosen, ref_rejected)
+            else:
+                h = (chosen - rejected) - (ref_chosen - ref_rejected)
+                losses = plain_losses(h, chosen, lengths, weights, kind)
+            loss = (weights * losses).sum() / weights.sum()
+
+            optimizer.zero_grad()
+            loss.backward()
+            norm = torch.sqrt(sum((p.grad**2).sum() for p in policy.parameters()))
+            if norm > clip:
+                for parameter in policy.parameters():
+                    parameter.grad *= clip / norm
+            optimizer.step()
+
+            def mean(values, weights=weights):
+                return ((weights * values).sum() / weights.sum()).item()
+
+            steps.append(
+                {
+                    "loss": loss.item(),
+                    "grad_norm": norm.item(),
+                    "rewards/margins": mean(rewards_chosen - rewards_rejected),
+                    "rewards/accuracies": mean((rewards_chosen > rewards_rejected).float()),
+                    "logps/chosen": mean(chosen),
+                    "logps/rejected": mean(rejected),
+                    "smallest_margin": (rewards_chosen - rewards_rejected).abs().min().item(),
+                    "kl/sequence": mean((chosen - ref_chosen + rejected - ref_rejected) / 2),
+                    "response_length/chosen": mean(lengths),
+                }
+            )
+    return {"initial": initial, "parameters": policy.state_dict(), "steps": steps}
+
+
+COMPARED = [
+    "loss",
+    "grad_norm",
+    "rewards/margins",
+    "rewards/accuracies",
+    "logps/chosen",
+    "logps/rejected",
+    "kl/sequence",
+    "response_length/chosen",
+]
+
+
+# ---- Configurations --------------------------------------------------------------------------------------------------
+LOSSES = {
+    "sigmoid": [],
+    "ipo": ["algorithm.dpo_loss_type=ipo"],
+    "hinge": ["algorithm.dpo_loss_type=hinge"],
+    "sigmoid+sft": ["algorithm.dpo_loss_type=[sigmoid,sft]", "algorithm.dpo_loss_weights=[1.0,0.2]"],
+    "aot": ["algorithm.dpo_loss_type=aot"],
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    world_size: int = 1
+    model: str = "llama"
+    strategy: str = "fsdp2"
+    micro_batch: int | None = None  # pairs; None cuts by tokens
+    tokens: int = 64  # of a micro-batch, where pairs are not counted; the largest pair has 36
+    remove_padding: bool = True
+    prompts_per_step: int = PROMPTS
+    epochs: int = 1
+    temperature: float = 1.0
+    loss: str = "sigmoid"
+    n: int = 2
+    clip: float = 1.0
+
+    def all_overrides(self, folder: str) -> list[str]:
+        actor = "actor_rollout_ref.actor"
+        return [
+            f"actor_rollout_ref.model.path={folder}",
+            f"actor_rollout_ref.model.use_remove_padding={self.remove_padding}",
+            f"actor_rollout_ref.rollout.temperature={self.temperature}",
+            f"actor_rollout_ref.rollout.n={self.n}",
+            f"actor_rollout_ref.ref.log_prob_max_token_len_per_gpu={self.tokens}",
+            f"{actor}.strategy={self.strategy}",
+            f"{actor}.use_dynamic_bsz={self.micro_batch is None}",
+            f"{actor}.ppo_max_token_len_per_gpu={self.tokens}",
+            f"{actor}.ppo_micro_batch_size_per_gpu={self.micro_batch or 8}",
+            f"{actor}.ppo_mini_batch_size={self.prompts_per_step}",
+            f"{actor}.ppo_epochs={self.epochs}",
+            f"{actor}.optim.lr={LEARNING_RATE}",
+            f"{actor}.optim.weight_decay={WEIGHT_DECAY}",
+            f"{actor}.optim.clip_grad={self.clip}",
+            f"{actor}.optim.override_optimizer_config={{eps:{EPS}}}",
+            f"data.train_batch_size={PROMPTS}",
+            f"data.max_prompt_length={MAX_PROMPT}",
+            f"data.max_response_length={MAX_RESPONSE}",
+            f"algorithm.dpo_beta={BETA}",
+            f"trainer.ref_update_freq={REFRESH_AT}",
+            *LOSSES[self.loss],
+        ]
+
+
+TWO = {"world_size": 2}
+CASES = [
+    Case("llama"),
+    Case("llama-fsdp1", strategy="fsdp"),
+    Case("llama-2-ranks", **TWO),
+    Case("llama-2-ranks-fsdp1", **TWO, strategy="fsdp"),
+    Case("qwen2", model="qwen2"),
+    Case("qwen2-2-ranks", **TWO, model="qwen2"),
+    Case("qwen2-2-ranks-fsdp1", **TWO, model="qwen2", strategy="fsdp"),
+    Case("micro-batches-of-1", micro_batch=1),
+    Case("micro-batches-of-2", micro_batch=2, strategy="fsdp"),
+    Case("micro-batches-of-2-on-2-ranks", **TWO, micro_batch=2),
+    Case("one-micro-batch", micro_batch=PROMPTS),
+    Case("few-tokens", tokens=36),
+    Case("few-tokens-on-2-ranks-fsdp1", **TWO, tokens=36, strategy="fsdp"),
+    Case("many-tokens", tokens=1000),
+    Case("padded", remove_padding=False),
+    Case("padded-2-ranks", **TWO, remove_padding=False, model="qwen2", micro_batch=2),
+    Case("mini-batches", prompts_per_step=3),
+    Case("mini-batches-and-epochs-on-2-ranks", **TWO, prompts_per_step=3, epochs=2),
+    Case("unclipped", clip=1000.0, strategy="fsdp"),
+    Case("temperature", temperature=0.7),
+    Case("temperature-padded-2-ranks-fsdp1", **TWO, temperature=0.7, remove_padding=False, strategy="fsdp"),
+    Case("all-pairs-weighted", n=3, prompts_per_step=3),
+    Case("all-pairs-weighted-2-ranks", **TWO, n=3, prompts_per_step=3, micro_batch=2),
+    Case("ipo", loss="ipo"),
+    Case("hinge-2-ranks", **TWO, loss="hinge"),
+    Case("sigmoid+sft-2-ranks", **TWO, loss="sigmoid+sft"),
+    Case("sigmoid+sft-all-pairs", loss="sigmoid+sft", n=3, prompts_per_step=3),
+    Case("aot", loss="aot", micro_batch=2),
+    Case("aot-2-ranks-mini-batches", **TWO, loss="aot", tokens=36, prompts_per_step=3, epochs=2),
+]
+
+
+def gap(ours, theirs) -> float:
+    """Relative difference of two tensors by their norms."""
+    return ((ours - theirs).norm() / theirs.norm()).item()
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_worker_trains_like_plain_pytorch(case, tiny_models, ranks):
+    folder = tiny_models[case.model]
+    plain = plain_training(
+        folder, case.n, case.loss, case.temperature, case.clip, case.prompts_per_step, case.epochs
+    )
+    for worker in ranks[case.world_size].run(train, case.all_overrides(folder), make_batches(case.n)):
+        # Optimizer steps: one list of values a metric and call of update_actor
+        steps = [
+            dict(zip(update, values, strict=True))
+            for update in ({name: update[name] for name in COMPARED} for update in worker["steps"])
+            for values in zip(*update.values(), strict=True)
+        ]
+        assert len(steps) == len(plain["steps"]) == STEPS * case.epochs * PROMPTS // case.prompts_per_step
+        gaps = {
+            name: max(
+                abs(ours[name] - theirs[name]) / max(abs(theirs[name]), 1)
+                for ours, theirs in zip(steps, plain["steps"], strict=True)
+                # where policy and reference are equal, rounding decides whose reward is larger
+                if name != "rewards/accuracies" or theirs["smallest_margin"] > 1e-4
+            )
+            for name in COMPARED
+        }
+        end, start = plain["parameters"], plain["initial"]
+        ours = {name: torch.from_numpy(array) for name, array in worker["parameters"].items()}
+        assert ours.keys() == end.keys()
+        gaps["parameters"] = max(gap(ours[name], end[name]) for name in ours)
+        gaps["change"] = max(gap(ours[name] - start[name], end[name] - start[name]) for name in ours)
+        print(case.name, {name: f"{value:.1e}" for name, value in gaps.items()})  # shown by pytest -rP
+        assert gaps["parameters"] < 2e-6
+        assert gaps["change"] < 1e-4
+        assert max(gaps[name] for name in COMPARED) < 5e-5
+
+
+def test_plain_version_exercises_what_it_should(tiny_models):
+    """The comparison means something: parameters move, gradients are clipped, margins grow, the refresh resets them."""
+    plain = plain_training(tiny_models["llama"], 2, "sigmoid", 1.0, 1.0, PROMPTS, 1)
+    moved = [gap(plain["parameters"][name], start) for name, start in plain["initial"].items()]
+    assert min(moved) > 1e-3
+    assert all(step["grad_norm"] > 1 for step in plain["steps"])
+    losses = [step["loss"] for step in plain["steps"]]
+    untrained = math.log(2)  # policy = reference, h = 0
+    assert losses[0] == losses[REFRESH_AT - 1] == pytest.approx(untrained)
+    assert max(losses[1], losses[3], losses[4]) < untrained - 0.02
+    aot = plain_training(tiny_models["llama"], 2, "aot", 1.0, 1.0, PROMPTS, 1)["steps"]
+    assert abs(aot[1]["loss"] - losses[1]) > 1e-3  # sorting does make a difference
+    lengths = {len(response) for batch in make_batches() for response in batch.responses}
+    assert {0, MAX_RESPONSE} < lengths

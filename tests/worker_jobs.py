@@ -1,0 +1,175 @@
+"""What the tests run on the ranks of worker_harness.Ranks; a module of its own, so that the processes can import it."""
+
+import random
+from dataclasses import dataclass
+
+from worker_harness import full_parameters, make_trainer, response_batch
+
+STEPS, PROMPTS, MAX_PROMPT, MAX_RESPONSE = 5, 6, 8, 10
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The responses of one training step (n to a prompt, row by row) and the pairs that preferences made of them."""
+
+    prompts: list[list[int]]  # a row each, so n times the same
+    responses: list[list[int]]
+    masks: list[list[int]]
+    chosen: list[int]
+    rejected: list[int]
+    weights: list[float]
+    n: int = 2
+
+
+def make_batches(n: int = 2, seed: int = 0) -> list[Batch]:
+    """Five batches of 6 prompts; in each one prompt gives no pair. Response lengths from 0 to the limit.
+
+    With n=2 a pair a prompt; with n=3 all three pairs of a prompt, each weighing a third.
+    """
+    draw = random.Random(seed)
+    batches = []
+    for step in range(STEPS):
+        prompts, responses, masks, chosen, rejected, weights = [], [], [], [], [], []
+        for prompt in range(PROMPTS):
+            tokens = draw.choices(range(300), k=draw.randint(1, MAX_PROMPT))
+            for _ in range(n):
+                prompts.append(tokens)
+                responses.append(draw.choices(range(300), k=draw.randint(1, MAX_RESPONSE)))
+            if prompt == (step + 4) % PROMPTS:
+                continue  # a tie
+            rows = draw.sample(range(prompt * n, prompt * n + n), n)  # from the best to the worst
+            pairs = [(better, worse) for i, better in enumerate(rows) for worse in rows[i + 1 :]]
+            chosen += [better for better, _ in pairs]
+            rejected += [worse for _, worse in pairs]
+            weights += [1 / len(pairs)] * len(pairs)
+        responses[chosen[0]] = draw.choices(range(300), k=MAX_RESPONSE)
+        responses[rejected[0]] = []  # nothing generated
+        masks = [[1] * len(response) for response in responses]
+        masks[chosen[1]] = [0] * len(masks[chosen[1]])  # tokens, but none of the policy's own
+        if len(masks[rejected[1]]) > 2:
+            masks[rejected[1]][1] = 0
+        batches.append(Batch(prompts, responses, masks, chosen, rejected, weights, n))
+    return batches
+
+
+def lay_out(trainer, batch: Batch):
+    """The pairs of a batch as the trainer arranges them."""
+    import torch
+
+    from recipe.spin.core_algos import PreferencePairs
+
+    pairs = PreferencePairs(
+        torch.tensor(batch.chosen),
+        torch.tensor(batch.rejected),
+        torch.ones(len(batch.chosen)),
+        torch.tensor(batch.weights),
+    )
+    lengths = torch.tensor([sum(mask) for mask in batch.masks])
+    return trainer._lay_out(response_batch(batch.prompts, batch.responses, batch.masks), pairs, lengths, batch.n)
+
+
+def train(rank: int, overrides: list[str], batches: list[Batch]) -> dict:
+    """Trains on one batch a step as SpinTrainer does; returns the metrics of each step and the final parameters."""
+    trainer = make_trainer(*overrides)
+    for step, batch in enumerate(batches, start=1):
+        trainer.global_steps = step
+        pairs = lay_out(trainer, batch)
+        if trainer._reference_is_due():
+            trainer.actor_rollout_wg.refresh_reference(trainer.config.trainer.ref_update_alpha)
+        trainer._compute_ref_logps(pairs)
+        trainer._update_actor(pairs, metrics={})
+    group = trainer.actor_rollout_wg
+    return {"steps": group.updates, "parameters": full_parameters(group.worker.actor.engine)}
+
+
+# ---- Reference -------------------------------------------------------------------------------------------------------
+ROW = ("prompts", "responses", "response_mask")
+
+
+class Players:
+    """A trainer's actor and reference, whose log-probs of one fixed batch of pairs are watched."""
+
+    def __init__(self, overrides: list[str], probe: Batch):
+        self.trainer = make_trainer(*overrides)
+        self.group = self.trainer.actor_rollout_wg
+        self.worker = self.group.worker
+        self.probe = lay_out(self.trainer, probe)
+
+    def _inputs(self):
+        from verl.utils import tensordict_utils as tu
+
+        data = self.probe.copy()
+        tu.pop(data, "mini_batches")
+        tu.assign_non_tensor(data, average_log_prob=False)
+        return data
+
+    def reference(self):
+        """Log-probs of the probe's responses under the reference."""
+        return self.group.compute_ref_logps(self._inputs())["ref_logps"].numpy().copy()
+
+    def actor(self):
+        """The same under the actor: the reference's own method with the actor in its place."""
+        worker = self.worker
+        reference = worker.ref
+        worker.ref = worker.actor
+        try:
+            return self.reference()
+        finally:
+            worker.ref = reference
+
+    def both(self):
+        return {"actor": self.actor(), "reference": self.reference()}
+
+    def train(self, batch: Batch):
+        """One optimizer step; both models have done forward passes before it and hold what FSDP gathered for them."""
+        pairs = lay_out(self.trainer, batch)
+        self.trainer._compute_ref_logps(pairs)
+        self.trainer._update_actor(pairs, metrics={})
+
+    def actor_parameters(self):
+        return full_parameters(self.worker.actor.engine)
+
+
+def play(rank: int, overrides: list[str], batches: list[Batch], folder: str) -> dict:
+    """Trains, refreshes and saves by turns; returns log-probs of the probe, the first batch, at each stage."""
+    import os
+
+    players = Players(overrides, batches[0])
+    worker = players.worker
+    seen = {"loaded": players.both()}
+    players.train(batches[0])
+    seen["trained"] = players.both()
+    worker.save_checkpoint(f"{folder}/unrefreshed/actor", global_step=1)
+    players.train(batches[1])
+    seen["trained twice"] = players.both()
+    worker.refresh_reference()
+    seen["refreshed"] = players.both()
+    parameters = {"refreshed": players.actor_parameters()}
+    players.train(batches[2])
+    seen["trained on"] = players.both()
+    worker.save_checkpoint(f"{folder}/refreshed/actor", global_step=3)
+    resumed = {}
+    for name in ("unrefreshed", "refreshed"):
+        fresh = Players(overrides, batches[0])
+        fresh.worker.load_checkpoint(f"{folder}/{name}/actor")
+        resumed[name] = fresh.both()
+    fresh.worker.save_checkpoint(f"{folder}/again/actor", global_step=3)
+
+    parameters["trained on"] = players.actor_parameters()
+    worker.refresh_reference(0.3)
+    seen["mixed"] = players.both()
+    worker.refresh_reference()
+    seen["refreshed again"] = players.both()
+    folders = {name: sorted(os.listdir(f"{folder}/{name}")) for name in ("unrefreshed", "refreshed", "again")}
+    rows = zip(*[[row.tolist() for row in players.probe[name].unbind()] for name in ROW], strict=True)
+    return {"rows": list(rows), "seen": seen, "resumed": resumed, "parameters": parameters, "folders": folders}
+
+
+def refuse(rank: int, overrides: list[str]) -> str:
+    """The message with which a reference is refused that is sharded unlike the actor."""
+    worker = make_trainer(*overrides).actor_rollout_wg.worker
+    try:
+        worker.refresh_reference()
+    except ValueError as error:
+        return str(error)
+    return ""
