@@ -161,8 +161,8 @@ def check_model(path: str) -> None:
     for what, patterns in (("configuration", CONFIGURATION), ("tokenizer", TOKENIZER), ("weights", WEIGHTS)):
         if not any(any(folder.glob(pattern)) for pattern in patterns):
             raise ConfigError(
-                f"{key}={path!r}: the folder has no {what} ({' or '.join(patterns)}); save model and tokenizer there with "
-                "save_pretrained"
+                f"{key}={path!r}: the folder has no {what} ({' or '.join(patterns)}); save model and tokenizer there "
+                "with save_pretrained"
             )
 
 

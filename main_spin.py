@@ -83,7 +83,7 @@ def run_spin(config: DictConfig) -> None:
 
 
 def _stop(number: int, frame) -> None:
-    """Ends the run by an exception, so that Ray is shut down and the run's files are removed, which no signal may cut."""
+    """Ends the run by an exception, so that Ray is shut down and the run's files are removed; no signal cuts that."""
     for ignored in (signal.SIGINT, signal.SIGTERM):
         signal.signal(ignored, signal.SIG_IGN)
     sys.exit(128 + number)

@@ -92,8 +92,9 @@ class RunMonitor:
         metrics = progress["metrics"]
         shown = {label: f"{metrics[name]:.3g}" for label, name in SHOWN.items() if name in metrics}
         self._bar.set_postfix(shown, refresh=False)
-        self._bar.update(progress["step"] - self._bar.n)
-        if sys.stderr.isatty():  # the clock goes on within a step
+        if progress["step"] > self._bar.n:
+            self._bar.update(progress["step"] - self._bar.n)
+        elif sys.stderr.isatty():  # the clock goes on within a step
             self._bar.refresh()
 
     def _tell(self, doing: str) -> None:

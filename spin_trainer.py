@@ -243,7 +243,7 @@ class SpinTrainer(PPOTrainerSync):
     # ------------------------------------------------------------------ around the step
 
     def _fetch_one_gen_batch(self) -> TensorDict:
-        """Numbers the prompts within a step instead of drawing random ids, so that seeds repeat, also after a resume."""
+        """Numbers the prompts within a step instead of drawing random ids, so that seeds repeat, after a resume too."""
         batch = super()._fetch_one_gen_batch()
         step, fetched = self._fetched
         first = fetched if step == self.global_steps else 0

@@ -100,7 +100,8 @@ def leftovers() -> set[str]:
     temporary = Path(os.environ.get("TMPDIR", "/tmp"))
     files |= {str(path) for pattern in ("spin-*", "rl-colocate*") for path in temporary.glob(pattern)}
     processes = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
-    return files | {line for line in processes.splitlines() if any(name in line for name in ("ray::", "raylet", "VLLM"))}
+    names = ("ray::", "raylet", "VLLM")
+    return files | {line for line in processes.splitlines() if any(name in line for name in names)}
 
 
 @pytest.fixture(scope="session")

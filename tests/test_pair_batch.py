@@ -1,4 +1,4 @@
-"""Layout of pairs over ranks and optimizer steps, and the loss of a micro-batch: pure functions, on tensors made by hand."""
+"""Pairs laid out over ranks and optimizer steps, and the loss of a micro-batch: functions of tensors made by hand."""
 
 import math
 from collections import Counter
@@ -32,7 +32,7 @@ def plan(prompts, dp_size=1, prompts_per_mini_batch=100, tokens=None, weights=No
 
 
 def shares(planned, dp_size) -> list[list[list[tuple[int, bool]]]]:
-    """(pair, real) by rank and mini-batch: a rank's rows are a contiguous share, and its mini-batches follow in order."""
+    """(pair, real) by rank and mini-batch: a rank's share is contiguous, its mini-batches in order."""
     entries = list(zip(planned.pairs, planned.real, strict=True))
     per_rank = sum(mini_batch.pairs_per_rank for mini_batch in planned.mini_batches)
     assert len(entries) == per_rank * dp_size
@@ -140,9 +140,7 @@ def responses() -> TensorDict:
 
 def pairs(chosen, rejected, weight=None) -> PreferencePairs:
     weight = [1.0] * len(chosen) if weight is None else weight
-    return PreferencePairs(
-        torch.tensor(chosen), torch.tensor(rejected), torch.ones(len(chosen)), torch.tensor(weight)
-    )
+    return PreferencePairs(torch.tensor(chosen), torch.tensor(rejected), torch.ones(len(chosen)), torch.tensor(weight))
 
 
 def test_batch_alternates_chosen_and_rejected():
@@ -212,9 +210,7 @@ def micro_batch(rows=range(6), weights=(1.0, 1.0, 1.0), dp_size=1, total=3.0, fi
     data["pair_weight"] = torch.tensor([weights[row // 2] for row in rows])
     tu.assign_non_tensor(data, mini_batch=MiniBatch(3, total, 2.0), dp_size=dp_size, first_step=first_step)
     # The model predicts the next token: a response's log-probs stand one place before its tokens. 99 must not be read.
-    flat = [
-        value for row in rows for value in [99.0, *[LOGPS[row] / LENGTHS[row]] * LENGTHS[row], 99.0]
-    ]
+    flat = [value for row in rows for value in [99.0, *[LOGPS[row] / LENGTHS[row]] * LENGTHS[row], 99.0]]
     leaf = torch.tensor(flat, requires_grad=True)
     offsets = torch.tensor([0, *[2 + LENGTHS[row] for row in rows]]).cumsum(0)
     return {"log_probs": torch.nested.nested_tensor_from_jagged(leaf, offsets)}, data, leaf
@@ -271,8 +267,8 @@ def test_micro_batches_and_ranks_add_up_to_the_mean(parts, dp_size):
         losses += loss.item() / dp_size
         metrics.update({name: value_of(values, name) / dp_size for name in values})
         loss.backward()
-        for row, grad in zip(part, torch.nested.nested_tensor_from_jagged(leaf.grad, output["log_probs"].offsets())):
-            gradient[row] = grad / dp_size
+        by_row = leaf.grad.split([2 + LENGTHS[row] for row in part])
+        gradient |= {row: grad / dp_size for row, grad in zip(part, by_row, strict=True)}
     output, data, leaf = micro_batch()
     whole, whole_metrics = dpo_loss(output, data, settings=DPOSettings(beta=BETA))
     whole.backward()
@@ -350,7 +346,9 @@ def test_gap_to_the_rollout_is_measured_before_the_first_step():
 
 
 # ---- Small parts of the worker ---------------------------------------------------------------------------------------
-@pytest.mark.parametrize(("number", "limit", "expected"), [(12, 5, 4), (12, 12, 12), (12, 100, 12), (7, 6, 1), (1, 1, 1)])
+@pytest.mark.parametrize(
+    ("number", "limit", "expected"), [(12, 5, 4), (12, 12, 12), (12, 100, 12), (7, 6, 1), (1, 1, 1)]
+)
 def test_largest_divisor(number, limit, expected):
     assert largest_divisor(number, limit) == expected
 

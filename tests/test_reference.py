@@ -13,7 +13,15 @@ from worker_jobs import make_batches, play, refuse
 pytestmark = pytest.mark.slow
 
 BATCHES = make_batches()
-LAYOUTS = [(1, "fsdp2"), (2, "fsdp2"), (1, "fsdp"), (2, "fsdp")]
+FSDP = ["actor_rollout_ref.actor.fsdp_config", "actor_rollout_ref.ref.fsdp_config"]
+GATHERED = [f"{config}.reshard_after_forward=False" for config in FSDP]  # FSDP2 then keeps what it gathered
+LAYOUTS = {
+    "fsdp2-1-rank": (1, "fsdp2", []),
+    "fsdp2-2-ranks": (2, "fsdp2", []),
+    "fsdp2-2-ranks-gathered": (2, "fsdp2", GATHERED),
+    "fsdp1-1-rank": (1, "fsdp", []),
+    "fsdp1-2-ranks": (2, "fsdp", []),
+}
 
 
 def overrides(folder: str, strategy: str = "fsdp2") -> list[str]:
@@ -27,12 +35,12 @@ def overrides(folder: str, strategy: str = "fsdp2") -> list[str]:
     ]
 
 
-@pytest.fixture(scope="module", params=LAYOUTS, ids=lambda layout: f"{layout[1]}-{layout[0]}")
+@pytest.fixture(scope="module", params=LAYOUTS.values(), ids=LAYOUTS.keys())
 def played(request, tiny_models, ranks, tmp_path_factory) -> dict:
     """What rank 0 saw of `play`; every rank drives the same trainer and sees the same."""
-    world_size, strategy = request.param
+    world_size, strategy, more = request.param
     folder = str(tmp_path_factory.mktemp("checkpoints"))
-    settings = overrides(tiny_models["llama"], strategy)
+    settings = [*overrides(tiny_models["llama"], strategy), *more]
     first, *others = ranks[world_size].run(play, settings, BATCHES, folder)
     for other in others:
         np.testing.assert_equal(other["seen"], first["seen"])

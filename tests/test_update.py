@@ -1,9 +1,9 @@
 """The proof that the update is right: the real worker against DPO written once more in plain PyTorch.
 
 The plain version knows nothing of the recipe, of verl or of FSDP: one process, one forward pass per sequence, no
-padding, its own losses, gradient clipping and optimizer loop. Both train for five steps on the same pairs; the reference
-is frozen but for a refresh from the policy at step 3. Parameters, losses and gradient norms (before clipping, which
-would hide a wrong scale) must agree.
+padding, its own losses, gradient clipping and optimizer loop. Both train for five steps on the same pairs; the
+reference is frozen but for a refresh from the policy at step 3. Parameters, losses and gradient norms (before clipping,
+which would hide a wrong scale) must agree.
 """
 
 import copy
@@ -226,9 +226,7 @@ def gap(ours, theirs) -> float:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_worker_trains_like_plain_pytorch(case, tiny_models, ranks):
     folder = tiny_models[case.model]
-    plain = plain_training(
-        folder, case.n, case.loss, case.temperature, case.clip, case.prompts_per_step, case.epochs
-    )
+    plain = plain_training(folder, case.n, case.loss, case.temperature, case.clip, case.prompts_per_step, case.epochs)
     for worker in ranks[case.world_size].run(train, case.all_overrides(folder), make_batches(case.n)):
         # Optimizer steps: one list of values a metric and call of update_actor
         steps = [

@@ -1,4 +1,4 @@
-"""Tiny Llama and Qwen2 models with random weights, saved as Hugging Face folders: seconds to train, nothing to download."""
+"""Tiny Llama and Qwen2 models with random weights, saved as Hugging Face folders: quick, and nothing to download."""
 
 from pathlib import Path
 
@@ -23,8 +23,8 @@ _CORPUS = [
 def make_tokenizer(words: int = 320):
     """A byte-level BPE tokenizer: 256 bytes, merges, and the special tokens of a chat.
 
-    It is built by Qwen2's own class from vocabulary and merges alone, because transformers 5 rebuilds the tokenizer of a
-    qwen2 model in that way, whatever tokenizer.json says; so it is the same for every architecture.
+    It is built by Qwen2's own class from vocabulary and merges alone, because transformers 5 rebuilds the tokenizer of
+    a qwen2 model in that way, whatever tokenizer.json says; so it is the same for every architecture.
     """
     import json
 

@@ -3,21 +3,18 @@
 import re
 from typing import Any
 
-# Far below what a right answer is worth, for any response of fewer than 1000 characters
-COST_PER_CHARACTER = 0.001
-
 
 def compute_score(
     data_source: str, solution_str: str, ground_truth: str, extra_info: dict[str, Any] | None = None, **kwargs: Any
 ) -> dict[str, float]:
-    """`acc` is 1 if the last whole number of the response is the sum, else 0; `score` is `acc` - 0.001 a character.
+    """1 if the last whole number of the response is the sum, else 0, as `score` and as `acc`.
 
-    The cost of length decides between two right or two wrong responses, which otherwise would tie and train nothing:
-    the shorter is better, as the question asks for the number only.
+    Two right or two wrong responses tie and give no pair. A cost of length would rank them, but at the beginning, when
+    most are wrong, it teaches to be brief before it teaches to add.
     """
     numbers = re.findall(r"-?[0-9]+", solution_str)
     acc = float(bool(numbers) and _same_number(numbers[-1], ground_truth))
-    return {"score": acc - COST_PER_CHARACTER * len(solution_str), "acc": acc}
+    return {"score": acc, "acc": acc}
 
 
 def compute_negated_score(
