@@ -71,15 +71,31 @@ def run_spin(config: DictConfig) -> None:
 
     validate_config(config, use_reference_policy=True, use_critic=False)
     runner = ray.remote(TaskRunner).options(name=TASK_RUNNER, num_cpus=1, max_concurrency=2)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _stop)
     logs = Path(config.trainer.default_local_dir).absolute() / "logs"
     try:
         with RunMonitor(logs) as monitor:
+            start_ray(config)
             run_ppo(config, task_runner_class=runner)
     except ray.exceptions.RayError as error:
         raise RunFailed(f"{report.first_cause(str(error), logs)}\n\n{error}\n\nlogs: {logs}") from error
     report.write(config, seconds=monitor.seconds, peak_memory_gb=monitor.peak_memory_gb)
+
+
+def start_ray(config: DictConfig) -> None:
+    """Starts or joins the Ray cluster as verl's run_ppo would, and takes the signals back that Ray reserves.
+
+    Ray's own handler of SIGTERM ends the process at once, and with it the chance to clean up.
+    """
+    import ray
+    from verl.trainer.constants_ppo import get_ppo_ray_runtime_env
+
+    settings = OmegaConf.to_container(config.ray_kwargs.ray_init)
+    defaults = get_ppo_ray_runtime_env(config)
+    defaults["env_vars"]["TRANSFER_QUEUE_ENABLE"] = "1"
+    settings["runtime_env"] = OmegaConf.to_container(OmegaConf.merge(defaults, settings["runtime_env"]))
+    ray.init(**settings)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
 
 
 def _stop(number: int, frame) -> None:

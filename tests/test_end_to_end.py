@@ -206,3 +206,17 @@ def test_a_failing_reward_stops_the_run_with_its_cause(task, tiny_llama, tmp_pat
     assert "ZeroDivisionError" in error and "the reward of this test always fails" in error
     time.sleep(3)
     assert leftovers() - before == set()
+
+
+def test_sigterm_ends_a_run_and_leaves_nothing(task, tiny_llama, tmp_path):
+    before = leftovers()
+    process = start(task, tiny_llama, tmp_path / "run", "trainer.val_before_train=False")
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and not any("VLLM" in line for line in leftovers() - before):
+        time.sleep(1)
+    assert process.poll() is None, "the run ended before it could be stopped"
+    process.terminate()
+    finish(process, timeout=90)
+    assert process.returncode == 143
+    time.sleep(3)
+    assert leftovers() - before == set()
