@@ -22,12 +22,7 @@ from verl.utils.metric import reduce_metrics
 from verl.utils.py_functional import rename_dict
 
 from recipe.spin.agent_loop import GREEDY, SAMPLING_SEED
-from recipe.spin.core_algos import (
-    PreferencePairs,
-    beta_at,
-    compute_onlineDPO_pref,
-    penalize_missing_eos,
-)
+from recipe.spin.core_algos import PreferencePairs, beta_at, compute_onlineDPO_pref, penalize_missing_eos
 from recipe.spin.dp_actor import DPOSettings
 from recipe.spin.fsdp_workers import SpinWorker
 from recipe.spin.pair_batch import build_pair_batch, pad_rows, plan_mini_batches
@@ -112,7 +107,7 @@ class SpinTrainer(PPOTrainerSync):
         """Picks the pairs of the batch and lays them out; None when no prompt has a better and a worse response."""
         algorithm = self.config.algorithm
         n = self.config.actor_rollout_ref.rollout.n
-        batch = batch.select_keys(sorted(batch.keys))  # uid, then response: not the order of their completion
+        batch = batch.select_keys(sorted(batch.keys, key=_place))  # not the order in which they were completed
         prompts = [key.rsplit("_", 2)[0] for key in batch.keys]
         self._check_complete(prompts, n)
 
@@ -291,6 +286,12 @@ class SpinTrainer(PPOTrainerSync):
         )
         for folder in folders[: -keep or None] if keep else []:
             shutil.rmtree(folder)
+
+
+def _place(key: str) -> tuple[str, int, int]:
+    """Sorts verl's keys `uid_response_turn` of trajectories by prompt and response."""
+    uid, response, turn = key.rsplit("_", 2)
+    return uid, int(response), int(turn)
 
 
 class _HeldOutRows:

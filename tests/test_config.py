@@ -1,17 +1,20 @@
 """Settings, models, data and rewards that cannot work are refused before Ray starts, by one message with the remedy."""
 
+import copy
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -39,6 +42,19 @@ def write_rows(path: Path, rows: list[dict]) -> str:
     return str(path)
 
 
+@cache
+def composed(device: str) -> DictConfig:
+    return compose(device=device)
+
+
+def override(config: DictConfig, overrides: list[str]) -> DictConfig:
+    """What composing with the overrides gives, by Hydra's own parser; composing takes ten times as long."""
+    config = copy.deepcopy(config)
+    for change in OverridesParser.create().parse_overrides(overrides):
+        OmegaConf.update(config, change.key_or_group, change.value())
+    return config
+
+
 class Run:
     """A run that could start: a model, 8 prompts to train on and 4 held out, a reward."""
 
@@ -58,7 +74,7 @@ class Run:
         return [f"{key}={value}" for key, value in self.settings.items() if key not in replaced] + list(more)
 
     def check(self, *more: str, device: str = "cpu") -> DictConfig:
-        config = compose(*self.overrides(*more), device=device)
+        config = override(composed(device), self.overrides(*more))
         OmegaConf.resolve(config)
         check_config(config)
         return config
@@ -122,8 +138,6 @@ def test_settings_that_work(run, overrides):
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        ("algorithm.dpo_betta=0.1", ["dpo_betta"]),
-        ("trainer.reference_update_freq=3", ["reference_update_freq"]),
         ("actor_rollout_ref.rollout.n=1", ["actor_rollout_ref.rollout.n=1", "at least 2"]),
         ("actor_rollout_ref.rollout.n=two", ["actor_rollout_ref.rollout.n=", "two", "at least 2"]),
         ("actor_rollout_ref.rollout.temperature=0", ["actor_rollout_ref.rollout.temperature=0", "above 0"]),
@@ -153,7 +167,7 @@ def test_settings_that_work(run, overrides):
         ),
         (
             "actor_rollout_ref.model.lora_rank=8",
-            ["trainer.ref_update_freq=1", "lora_rank=8", "trainer.ref_update_freq=0"],
+            ["trainer.ref_update_freq=", "lora_rank=8", "set trainer.ref_update_freq=0"],
         ),
         ("actor_rollout_ref.actor.shuffle=True", ["actor_rollout_ref.actor.shuffle=True", "pairs"]),
         ("actor_rollout_ref.actor.strategy=megatron", ["actor_rollout_ref.actor.strategy=", "fsdp2 or fsdp"]),
@@ -171,6 +185,20 @@ def test_settings_that_work(run, overrides):
 def test_setting_is_refused(run, overrides, words):
     message = run.refusal(*overrides.split())
     assert [word for word in words if word not in message] == [], message
+
+
+@pytest.mark.parametrize("name", ["algorithm.dpo_betta", "trainer.reference_update_freq", "actor_rollout_ref.ref.freq"])
+def test_unknown_key_is_refused(name):
+    with pytest.raises(HydraException) as caught:
+        compose(f"{name}=1")
+    assert name in str(caught.value)
+
+
+def test_overrides_of_these_tests_are_what_hydra_composes(run):
+    overrides = run.overrides(
+        "algorithm.dpo_beta={schedule:cosine,start:0.5,end:0.1}", "algorithm.dpo_loss_type=[ipo,sft]"
+    )
+    assert override(composed("cpu"), overrides) == compose(*overrides)
 
 
 # ---- Model -----------------------------------------------------------------------------------------------------------

@@ -49,9 +49,13 @@ def plain_losses(h, chosen_logps, chosen_lengths, weights, kind):
     return 1.0 * sigmoid + 0.2 * -chosen_logps / mean_length
 
 
-def plain_aot(chosen, rejected, ref_chosen, ref_rejected):
-    policy, reference = torch.sort(chosen - rejected).values, torch.sort(ref_chosen - ref_rejected).values
-    return torch.log1p(torch.exp(-BETA * (policy - reference)))
+def plain_aot(chosen, rejected, ref_chosen, ref_rejected, kind):
+    """Losses between the k-th smallest of two quantities each: of all pairs of the mini-batch at once."""
+    if kind == "aot":
+        upper, lower = chosen - rejected, ref_chosen - ref_rejected
+    else:
+        upper, lower = chosen - ref_chosen, rejected - ref_rejected
+    return torch.log1p(torch.exp(-BETA * (torch.sort(upper).values - torch.sort(lower).values)))
 
 
 @cache
@@ -85,8 +89,8 @@ def plain_training(folder: str, n: int, kind: str, temperature: float, clip: flo
             lengths = torch.tensor([float(sum(batch.masks[row])) for row in chosen_rows])
             weights = torch.tensor([batch.weights[i] for i in members])
             rewards_chosen, rewards_rejected = BETA * (chosen - ref_chosen), BETA * (rejected - ref_rejected)
-            if kind == "aot":
-                losses = plain_aot(chosen, rejected, ref_chosen, ref_rejected)
+            if kind in ("aot", "aot_unpaired"):
+                losses = plain_aot(chosen, rejected, ref_chosen, ref_rejected, kind)
             else:
                 h = (chosen - rejected) - (ref_chosen - ref_rejected)
                 losses = plain_losses(h, chosen, lengths, weights, kind)
@@ -138,6 +142,7 @@ LOSSES = {
     "hinge": ["algorithm.dpo_loss_type=hinge"],
     "sigmoid+sft": ["algorithm.dpo_loss_type=[sigmoid,sft]", "algorithm.dpo_loss_weights=[1.0,0.2]"],
     "aot": ["algorithm.dpo_loss_type=aot"],
+    "aot_unpaired": ["algorithm.dpo_loss_type=aot_unpaired"],
 }
 
 
@@ -213,8 +218,9 @@ CASES = [
     Case("hinge-2-ranks", **TWO, loss="hinge"),
     Case("sigmoid+sft-2-ranks", **TWO, loss="sigmoid+sft"),
     Case("sigmoid+sft-all-pairs", loss="sigmoid+sft", n=3, prompts_per_step=3),
-    Case("aot", loss="aot", micro_batch=2),
+    Case("aot-mini-batches", loss="aot", micro_batch=2, prompts_per_step=3, epochs=2),
     Case("aot-2-ranks-mini-batches", **TWO, loss="aot", tokens=36, prompts_per_step=3, epochs=2),
+    Case("aot-unpaired-2-ranks", **TWO, loss="aot_unpaired", tokens=36),
 ]
 
 
@@ -265,7 +271,14 @@ def test_plain_version_exercises_what_it_should(tiny_models):
     untrained = math.log(2)  # policy = reference, h = 0
     assert losses[0] == losses[REFRESH_AT - 1] == pytest.approx(untrained)
     assert max(losses[1], losses[3], losses[4]) < untrained - 0.02
-    aot = plain_training(tiny_models["llama"], 2, "aot", 1.0, 1.0, PROMPTS, 1)["steps"]
-    assert abs(aot[1]["loss"] - losses[1]) > 1e-3  # sorting does make a difference
     lengths = {len(response) for batch in make_batches() for response in batch.responses}
     assert {0, MAX_RESPONSE} < lengths
+
+
+@pytest.mark.parametrize(("loss", "prompts_per_step", "epochs"), [("aot", 3, 2), ("aot_unpaired", PROMPTS, 1)])
+def test_sorting_makes_a_difference_in_these_batches(tiny_models, loss, prompts_per_step, epochs):
+    sorted_, paired = (
+        plain_training(tiny_models["llama"], 2, kind, 1.0, 1.0, prompts_per_step, epochs)["steps"]
+        for kind in (loss, "sigmoid")
+    )
+    assert max(abs(one["loss"] - other["loss"]) for one, other in zip(sorted_, paired, strict=True)) > 5e-3

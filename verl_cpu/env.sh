@@ -13,4 +13,6 @@ export MALLOC_ARENA_MAX="${MALLOC_ARENA_MAX:-2}"
 export TORCH_COMPILE_DISABLE=1
 # One machine: keep gloo and vLLM's server off the network.
 export GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-lo}"
+# Ray would run its workers at niceness 15, behind everything else on the machine.
+export RAY_worker_niceness="${RAY_worker_niceness:-0}"
 export VLLM_NO_USAGE_STATS=1 RAY_USAGE_STATS_ENABLED=0
