@@ -2,6 +2,7 @@
 
 import ast
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -12,6 +13,27 @@ from recipe.spin.core_algos import LOSSES, PAIRINGS, TIE_POLICIES, beta_at, chec
 CONFIGURATION = ("config.json",)
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json")
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+
+ACTOR, REF, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.ref", "actor_rollout_ref.rollout"
+COUNTS = (
+    "data.train_batch_size",
+    "data.max_prompt_length",
+    "data.max_response_length",
+    f"{ACTOR}.ppo_mini_batch_size",
+    f"{ACTOR}.ppo_micro_batch_size_per_gpu",
+    f"{ACTOR}.ppo_max_token_len_per_gpu",
+    f"{ACTOR}.ppo_epochs",
+    f"{REF}.log_prob_micro_batch_size_per_gpu",
+    f"{REF}.log_prob_max_token_len_per_gpu",
+    f"{ROLLOUT}.val_kwargs.n",
+    "trainer.n_gpus_per_node",
+    "trainer.nnodes",
+)
+NOT_NEGATIVE = ("algorithm.dpo_min_margin", f"{ACTOR}.optim.lr", f"{ROLLOUT}.val_kwargs.temperature")
+WHOLE = ("trainer.ref_update_freq", "trainer.save_freq", "trainer.test_freq")
+FLAGS = ("algorithm.dpo_reference_free", "algorithm.dpo_average_log_prob", f"{ACTOR}.use_dynamic_bsz")
+# verl's ways of training that SPIN has no use for: each would be paid for, or ignored
+UNUSED = ("critic.enable", f"{ACTOR}.use_kl_loss", "algorithm.use_kl_in_reward")
 
 
 class ConfigError(ValueError):
@@ -24,6 +46,7 @@ def check_config(config: DictConfig) -> None:
     Looks at the recipe's keys, at verl's keys that the recipe relies on, and at the files they name; needs neither
     verl nor Ray.
     """
+    _check_kinds(config)
     _check_preferences(config)
     _check_loss(config)
     _check_reference(config)
@@ -53,6 +76,26 @@ def _is_int(value) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _check_kinds(config: DictConfig) -> None:
+    """Refuses values of the wrong kind, whatever they would do later."""
+    for key in COUNTS:
+        value = OmegaConf.select(config, key)
+        _require(_is_int(value) and value >= 1, key, config, "must be a whole number of at least 1")
+    for key in NOT_NEGATIVE:
+        value = OmegaConf.select(config, key)
+        _require(_is_number(value) and 0 <= value < math.inf, key, config, "must be a number of at least 0")
+    for key in WHOLE:
+        _require(_is_int(OmegaConf.select(config, key)), key, config, "must be a whole number")
+    for key in FLAGS:
+        _require(isinstance(OmegaConf.select(config, key), bool), key, config, "must be True or False")
+    for key in UNUSED:
+        _require(OmegaConf.select(config, key) is False, key, config, "SPIN does not use it; set it to False")
+    for key in ("data.train_files", "data.val_files"):
+        _require(bool(OmegaConf.select(config, key)), key, config, "name a file of prompts")
+    model = config.actor_rollout_ref.model.path
+    _require(isinstance(model, str) and bool(model), "actor_rollout_ref.model.path", config, "name a model")
+
+
 def _check_preferences(config: DictConfig) -> None:
     n = config.actor_rollout_ref.rollout.n
     _require(
@@ -60,16 +103,20 @@ def _check_preferences(config: DictConfig) -> None:
     )
     temperature = config.actor_rollout_ref.rollout.temperature
     _require(
-        _is_number(temperature) and temperature > 0,
+        _is_number(temperature) and 0 < temperature < math.inf,
         "actor_rollout_ref.rollout.temperature",
         config,
         "responses must be sampled to differ; use a temperature above 0, for example 1.0",
     )
     for key, known in (("algorithm.dpo_pairing", PAIRINGS), ("algorithm.dpo_tie_policy", TIE_POLICIES)):
         _require(OmegaConf.select(config, key) in known, key, config, f"choose one of {', '.join(known)}")
-    for key in ("algorithm.dpo_min_margin", "algorithm.missing_eos_penalty"):
-        value = OmegaConf.select(config, key) or 0
-        _require(_is_number(value) and value >= 0, key, config, "must be a number of at least 0")
+    penalty = config.algorithm.missing_eos_penalty or 0
+    _require(
+        _is_number(penalty) and penalty >= 0,
+        "algorithm.missing_eos_penalty",
+        config,
+        "must be a number of at least 0, or null for none",
+    )
 
 
 def _check_loss(config: DictConfig) -> None:
@@ -83,7 +130,7 @@ def _check_loss(config: DictConfig) -> None:
             algorithm["dpo_loss_weights"],
             average_log_prob=algorithm["dpo_average_log_prob"],
         )
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise ConfigError(f"algorithm.dpo_*: {error}") from error
     coupled = any(LOSSES[name].batch_coupled for name, _ in losses)
     if coupled and config.actor_rollout_ref.actor.ulysses_sequence_parallel_size > 1:
@@ -96,7 +143,6 @@ def _check_loss(config: DictConfig) -> None:
 
 def _check_reference(config: DictConfig) -> None:
     trainer, model = config.trainer, config.actor_rollout_ref.model
-    _require(_is_int(trainer.ref_update_freq), "trainer.ref_update_freq", config, "must be a whole number of steps")
     alpha = trainer.ref_update_alpha
     _require(
         _is_number(alpha) and 0 < alpha <= 1, "trainer.ref_update_alpha", config, "must be above 0 and at most 1"
@@ -131,8 +177,38 @@ def _check_workers(config: DictConfig) -> None:
         config,
         "SPIN runs on verl's synchronous v1 trainer; set trainer.use_v1=True trainer.v1.trainer_mode=sync",
     )
-    _require(not actor.shuffle, "actor_rollout_ref.actor.shuffle", config, "shuffling rows would tear pairs; leave it")
-    longest = 2 * (config.data.max_prompt_length + config.data.max_response_length)
+    _require(not actor.shuffle, f"{ACTOR}.shuffle", config, "shuffling rows would tear pairs; leave it False")
+    _require(config.actor_rollout_ref.rollout.name == "vllm", f"{ROLLOUT}.name", config, "SPIN generates with vllm")
+    _require(
+        ref.fsdp_config.fsdp_size == actor.fsdp_config.fsdp_size,
+        f"{REF}.fsdp_config.fsdp_size",
+        config,
+        f"the reference is copied shard by shard; give {ACTOR}.fsdp_config and {REF}.fsdp_config the same",
+    )
+    ranks = config.trainer.nnodes * config.trainer.n_gpus_per_node
+    if config.trainer.device == "cpu" and actor.strategy == "fsdp" and ranks > 1:
+        _require(
+            "hf_model" not in actor.checkpoint.save_contents,
+            f"{ACTOR}.checkpoint.save_contents",
+            config,
+            "torch's FSDP1 cannot gather a model over several CPU ranks; leave out hf_model, or use strategy fsdp2",
+        )
+    tokens = config.data.max_prompt_length + config.data.max_response_length
+    model_len = config.actor_rollout_ref.rollout.max_model_len
+    _require(
+        model_len is None or model_len >= tokens,
+        f"{ROLLOUT}.max_model_len",
+        config,
+        f"a prompt and its response have up to {tokens} tokens; raise it or lower their lengths in data",
+    )
+    limit = ref.log_prob_max_token_len_per_gpu * ref.ulysses_sequence_parallel_size
+    _require(
+        not ref.log_prob_use_dynamic_bsz or limit >= tokens,
+        f"{REF}.log_prob_max_token_len_per_gpu",
+        config,
+        f"a prompt and its response have up to {tokens} tokens and must fit into one micro-batch; raise it",
+    )
+    longest = 2 * tokens
     limit = actor.ppo_max_token_len_per_gpu * actor.ulysses_sequence_parallel_size
     _require(
         not actor.use_dynamic_bsz or longest <= limit,
@@ -154,8 +230,8 @@ def check_model(path: str) -> None:
     """Raises ConfigError when a local model folder lacks its config, tokenizer or weights; hub names pass."""
     key = "actor_rollout_ref.model.path"
     folder = Path(path).expanduser()
-    if not folder.exists():
-        if path.startswith((".", "/", "~")) or path.count("/") != 1:
+    if not folder.is_dir():
+        if folder.exists() or path.startswith((".", "/", "~")) or path.count("/") != 1:
             raise ConfigError(f"{key}={path!r}: there is no such folder; give a model folder or a hub name such as a/b")
         return
     for what, patterns in (("configuration", CONFIGURATION), ("tokenizer", TOKENIZER), ("weights", WEIGHTS)):
@@ -175,12 +251,23 @@ def _check_reward(config: DictConfig) -> None:
     if not path.is_file():
         raise ConfigError(f"{key}.path={function.path!r}: there is no such file; name a Python file with the reward")
     try:
-        body = ast.parse(path.read_text()).body
-    except SyntaxError as error:
-        raise ConfigError(f"{key}.path={function.path!r}, line {error.lineno}: {error.msg}; correct it") from error
-    names = [node.name for node in body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+        module = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError) as error:
+        raise ConfigError(f"{key}.path={function.path!r}: {error}; correct the file") from error
+    names = list(_top_level_names(module))
     if function.name not in names:
         raise ConfigError(f"{key}.name={function.name!r}: {path} defines {', '.join(names) or 'no function'}; name one")
+
+
+def _top_level_names(module: ast.Module):
+    """The names that a module defines, imports or assigns."""
+    for node in module.body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            yield from (alias.asname or alias.name for alias in node.names)
+        elif isinstance(node, ast.Assign):
+            yield from (target.id for target in node.targets if isinstance(target, ast.Name))
 
 
 def _files(files) -> list[str]:
@@ -214,19 +301,19 @@ def _read_rows(key: str, path: Path) -> list[dict]:
 
     if path.suffix in (".jsonl", ".json"):
         rows = []
-        for number, line in enumerate(path.read_text().splitlines(), start=1):
+        for number, line in enumerate(path.read_bytes().splitlines(), start=1):
             try:
                 rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
+            except ValueError as error:
                 raise ConfigError(
-                    f"{key}={str(path)!r}, line {number}: not JSON ({error.msg}); write one JSON object a line"
+                    f"{key}={str(path)!r}, line {number}: not JSON in UTF-8 ({error}); write one JSON object a line"
                 ) from error
         return rows
     if path.suffix != ".parquet":
         raise ConfigError(f"{key}={str(path)!r}: verl reads .parquet, .jsonl and .json; convert the file")
     try:
         return pyarrow.parquet.read_table(path).to_pylist()
-    except pyarrow.ArrowInvalid as error:
+    except (pyarrow.ArrowInvalid, OSError) as error:
         raise ConfigError(f"{key}={str(path)!r}: not a readable parquet file ({error}); make it again") from error
 
 
@@ -242,7 +329,8 @@ def _row_fault(row: dict, config: DictConfig) -> str | None:
         if not isinstance(message, dict) or not message.get("role") or message.get("content") is None:
             return f"{prompt_key!r} holds {str(message)[:60]!r}; a message is {{'role': ..., 'content': ...}}"
     if not config.reward.reward_model.enable:
-        if (row.get("reward_model") or {}).get("ground_truth") is None:
+        reward_model = row.get("reward_model")
+        if not isinstance(reward_model, dict) or reward_model.get("ground_truth") is None:
             return "no reward_model.ground_truth, which the reward function is called with; add the column"
         if row.get(config.data.reward_fn_key) is None:
             return f"no {config.data.reward_fn_key!r}, which the reward function is called with; add the column"
