@@ -98,11 +98,15 @@ def start_ray(config: DictConfig) -> None:
         signal.signal(number, _stop)
 
 
+_received: list[int] = []  # Ray's calls turn whatever a handler raises into a bare KeyboardInterrupt
+
+
 def _stop(number: int, frame) -> None:
     """Ends the run by an exception, so that Ray is shut down and the run's files are removed; no signal cuts that."""
     for ignored in (signal.SIGINT, signal.SIGTERM):
         signal.signal(ignored, signal.SIG_IGN)
-    sys.exit(128 + number)
+    _received.append(number)
+    raise KeyboardInterrupt
 
 
 @hydra.main(config_path="config", config_name="spin_trainer", version_base=None)
@@ -117,6 +121,9 @@ def main(config: DictConfig) -> None:
         run_spin(config)
     except RunFailed as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped; the same command goes on from the last checkpoint\n")
+        sys.exit(128 + (_received or [signal.SIGINT])[0])
 
 
 if __name__ == "__main__":

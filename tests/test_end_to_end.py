@@ -11,15 +11,18 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 pytestmark = pytest.mark.slow
 
+MARK = "SPIN_TEST_RUN"  # set in the environment of a run
 ROOT = Path(__file__).resolve().parent.parent
 REWARD = """
 def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
@@ -75,7 +78,13 @@ def start(task: Path, model: Path, run: Path, *overrides: str) -> subprocess.Pop
         *overrides,
     ]
     return subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        command,
+        cwd=ROOT,
+        env=os.environ | {MARK: str(run)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
 
 
@@ -94,27 +103,37 @@ def metrics(run: Path) -> dict[int, dict]:
     return {entry["step"]: entry for entry in map(json.loads, lines)}
 
 
-def leftovers() -> set[str]:
-    """What a run could leave: shared memory, sockets and folders, processes of Ray and vLLM."""
-    files = {str(path) for path in Path("/dev/shm").iterdir()}
-    temporary = Path(os.environ.get("TMPDIR", "/tmp"))
-    files |= {str(path) for pattern in ("spin-*", "rl-colocate*") for path in temporary.glob(pattern)}
-    processes = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
-    names = ("ray::", "raylet", "VLLM")
-    return files | {line for line in processes.splitlines() if any(name in line for name in names)}
+def processes(run: Path) -> list[str]:
+    """The processes that a run started, Ray's and vLLM's among them: they inherit its environment."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(MARK) == str(run):
+                found.append(" ".join(process.cmdline()) or process.name())
+        except psutil.Error:
+            continue
+    return found
+
+
+def files() -> set[str]:
+    """The files that a killed run would leave: shared memory, sockets and folders."""
+    temporary = Path(tempfile.gettempdir())
+    places = [(Path("/dev/shm"), "psm_*"), (Path("/dev/shm"), "verl_weights_*")]
+    places += [(temporary, "spin-*"), (temporary, "rl-colocate*")]
+    return {str(path) for folder, pattern in places for path in folder.glob(pattern)}
 
 
 @pytest.fixture(scope="session")
 def one_rank(task, tiny_llama, tmp_path_factory) -> Path:
     """The folder of a finished run on one rank, and beside it what it printed and left."""
     run = tmp_path_factory.mktemp("one_rank") / "run"
-    before = leftovers()
+    before = files()
     process = start(task, tiny_llama, run)
     output = finish(process)
     (run.parent / "output.txt").write_text(output)
     assert process.returncode == 0, output[-5000:]
     time.sleep(3)
-    (run.parent / "left.json").write_text(json.dumps(sorted(leftovers() - before)))
+    (run.parent / "left.json").write_text(json.dumps(sorted(files() - before) + processes(run)))
     return run
 
 
@@ -192,7 +211,7 @@ def test_two_ranks_do_what_one_does(one_rank, task, tiny_llama, tmp_path):
 
 
 def test_a_failing_reward_stops_the_run_with_its_cause(task, tiny_llama, tmp_path):
-    before = leftovers()
+    before = files()
     process = start(
         task,
         tiny_llama,
@@ -205,18 +224,19 @@ def test_a_failing_reward_stops_the_run_with_its_cause(task, tiny_llama, tmp_pat
     error = output[output.index("error: ") :].splitlines()[0]
     assert "ZeroDivisionError" in error and "the reward of this test always fails" in error
     time.sleep(3)
-    assert leftovers() - before == set()
+    assert files() - before == set() and processes(tmp_path / "run") == []
 
 
 def test_sigterm_ends_a_run_and_leaves_nothing(task, tiny_llama, tmp_path):
-    before = leftovers()
+    before = files()
     process = start(task, tiny_llama, tmp_path / "run", "trainer.val_before_train=False")
     deadline = time.monotonic() + 240
-    while time.monotonic() < deadline and not any("VLLM" in line for line in leftovers() - before):
+    while time.monotonic() < deadline and not any("VLLM" in line for line in processes(tmp_path / "run")):
         time.sleep(1)
     assert process.poll() is None, "the run ended before it could be stopped"
     process.terminate()
-    finish(process, timeout=90)
-    assert process.returncode == 143
+    output = finish(process, timeout=90)
+    assert process.returncode == 143, output[-3000:]
+    assert "the same command goes on from the last checkpoint" in output
     time.sleep(3)
-    assert leftovers() - before == set()
+    assert files() - before == set() and processes(tmp_path / "run") == []
