@@ -461,6 +461,7 @@ def test_stopping_ends_pip_too(install: Installation, number: signal.Signals, co
     deadline = time.monotonic() + 30
     while not (pip_pid.exists() and pip_pid.read_text()) and time.monotonic() < deadline:
         time.sleep(0.05)
+    time.sleep(0.5)  # pip has begun; on a busy machine bash may not have come to wait for it yet
     process.send_signal(number)
     _, stderr = process.communicate(timeout=30)
     assert process.returncode == code and "the same command goes on from here" in stderr
