@@ -32,7 +32,6 @@ class TaskRunner:
         from recipe.spin.spin_trainer import SpinTrainer
 
         configure_verl_logging()
-        config.transfer_queue.enable = True
         tq.init(config.transfer_queue)
         succeeded = False
         try:
@@ -70,32 +69,35 @@ def run_spin(config: DictConfig) -> None:
     from recipe.spin.run_monitor import TASK_RUNNER, RunMonitor
 
     validate_config(config, use_reference_policy=True, use_critic=False)
-    runner = ray.remote(TaskRunner).options(name=TASK_RUNNER, num_cpus=1, max_concurrency=2)
+    runner = TaskRunnerClass(name=TASK_RUNNER, num_cpus=1, max_concurrency=2)
     logs = Path(config.trainer.default_local_dir).absolute() / "logs"
     try:
         with RunMonitor(logs) as monitor:
-            start_ray(config)
             run_ppo(config, task_runner_class=runner)
     except ray.exceptions.RayError as error:
         raise RunFailed(f"{report.first_cause(str(error), logs)}\n\n{error}\n\nlogs: {logs}") from error
     report.write(config, seconds=monitor.seconds, peak_memory_gb=monitor.peak_memory_gb)
 
 
-def start_ray(config: DictConfig) -> None:
-    """Starts or joins the Ray cluster as verl's run_ppo would, and takes the signals back that Ray reserves.
+class TaskRunnerClass:
+    """TaskRunner as verl's run_ppo wants it: a class that it makes remote once it has started or joined Ray.
 
-    Ray's own handler of SIGTERM ends the process at once, and with it the chance to clean up.
+    That moment is used to take the signals back: Ray's own handler of SIGTERM ends the process at once, and with it
+    the chance to clean up.
     """
-    import ray
-    from verl.trainer.constants_ppo import get_ppo_ray_runtime_env
 
-    settings = OmegaConf.to_container(config.ray_kwargs.ray_init)
-    defaults = get_ppo_ray_runtime_env(config)
-    defaults["env_vars"]["TRANSFER_QUEUE_ENABLE"] = "1"
-    settings["runtime_env"] = OmegaConf.to_container(OmegaConf.merge(defaults, settings["runtime_env"]))
-    ray.init(**settings)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _stop)
+    def __init__(self, **options):
+        self._options = options
+
+    def options(self, **options) -> "TaskRunnerClass":
+        return TaskRunnerClass(**self._options, **options)
+
+    def remote(self):
+        import ray
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, _stop)
+        return ray.remote(TaskRunner).options(**self._options).remote()
 
 
 _received: list[int] = []  # Ray's calls turn whatever a handler raises into a bare KeyboardInterrupt
