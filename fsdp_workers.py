@@ -42,6 +42,8 @@ class SpinWorker(ActorRolloutRefWorker):
             rows = largest_divisor(len(data), worker.engine_config.infer_micro_batch_size_per_gpu)
             tu.assign_non_tensor(data, micro_batch_size_per_gpu=rows)
         output = worker.infer_batch(data)
+        if self.ref is not None:
+            _reshard(self.ref.engine.module)  # the whole parameters that FSDP keeps from a forward would lie about
         if output is None:  # a rank that holds a copy of another's output (sequence parallelism)
             return None
         token_logps = no_padding_2_padding(output["log_probs"], data.cpu())

@@ -1,5 +1,6 @@
 """The CPU as a verl platform: gloo instead of NCCL, process memory instead of device memory."""
 
+import ctypes
 import resource
 import types
 from contextlib import contextmanager
@@ -59,10 +60,16 @@ class CPUDevice(types.ModuleType):
     def set_rng_state(state: torch.Tensor, device=None) -> None:
         torch.set_rng_state(state)
 
-    empty_cache = ipc_collect = reset_peak_memory_stats = reset_accumulated_memory_stats = staticmethod(_nothing)
+    @staticmethod
+    def empty_cache() -> None:
+        """What the C library keeps of freed memory goes back to the system."""
+        _C_LIBRARY.malloc_trim(0)
+
+    ipc_collect = reset_peak_memory_stats = reset_accumulated_memory_stats = staticmethod(_nothing)
     set_per_process_memory_fraction = set_device = staticmethod(_nothing)
 
 
+_C_LIBRARY = ctypes.CDLL(None)
 _DEVICE = CPUDevice("verl_cpu.device")
 
 
@@ -118,7 +125,10 @@ class PlatformCPU(PlatformBase):
     def nvtx_range(self, msg: str):
         yield
 
+    def empty_cache(self) -> None:
+        _DEVICE.empty_cache()
+
     def _ignore(self, *args, **kwargs) -> None:
         """Device calls that have no meaning on a CPU."""
 
-    set_device = synchronize = set_allocator_settings = empty_cache = profiler_start = profiler_stop = cudart = _ignore
+    set_device = synchronize = set_allocator_settings = profiler_start = profiler_stop = cudart = _ignore

@@ -1,6 +1,6 @@
 """Makes the data set of the arithmetic example: sums of two small numbers, in verl's format.
 
-    python examples/arithmetic/prepare.py --output DIR [--seed 0] [--test-size 128] [--train-size N] [--max-operand 20]
+    python examples/arithmetic/prepare.py --output DIR [--seed 0] [--test-size 100] [--train-size N] [--max-operand 20]
 
 Writes train.parquet and test.parquet. A question that is held out is not trained on the other way round either:
 if 3 + 5 is in the test set, 5 + 3 is not in the training set. The same arguments give the same rows.
@@ -62,7 +62,7 @@ def write_split(output: Path, split: str, pairs: list[Pair]) -> None:
 
 
 def prepare(
-    output: Path, seed: int = 0, test_size: int = 128, train_size: int | None = None, max_operand: int = 20
+    output: Path, seed: int = 0, test_size: int = 100, train_size: int | None = None, max_operand: int = 20
 ) -> None:
     """Writes train.parquet and test.parquet into the folder."""
     train, test = split_pairs(seed, test_size, train_size, max_operand)
@@ -76,7 +76,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Makes the data set of the arithmetic example.")
     parser.add_argument("--output", type=Path, required=True, help="the folder to write into")
     parser.add_argument("--seed", type=int, default=0, help="decides the split and the order (0)")
-    parser.add_argument("--test-size", type=int, default=128, help="held-out questions (128)")
+    parser.add_argument("--test-size", type=int, default=100, help="held-out questions (100)")
     parser.add_argument("--train-size", type=int, help="training questions (all the others)")
     parser.add_argument("--max-operand", type=int, default=20, help="the largest number to add (20)")
     try:

@@ -1,0 +1,56 @@
+"""The CPU platform's patches of vLLM: sampling by inversion follows the distribution and the seeds."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="module")
+def random_sample():
+    import types
+
+    from verl_cpu.patches import _sample_by_inversion
+
+    module = types.SimpleNamespace(TopKTopPSampler=types.SimpleNamespace(forward_native=None))
+    _sample_by_inversion(module)
+    return module.random_sample
+
+
+def seeded(numbers) -> dict[int, torch.Generator]:
+    return {row: torch.Generator().manual_seed(number) for row, number in enumerate(numbers)}
+
+
+def test_tokens_are_as_frequent_as_they_are_probable(random_sample):
+    probs = torch.tensor([0.0, 0.5, 0.0, 0.3, 0.2, 0.0])
+    draws = 20_000
+    tokens = random_sample(probs.repeat(draws, 1), seeded(range(draws)))
+    frequency = torch.bincount(tokens, minlength=6) / draws
+    assert tokens.shape == (draws,) and tokens.dtype == torch.long
+    assert (frequency[probs == 0] == 0).all()
+    # five standard deviations of a frequency near one half
+    assert (frequency - probs).abs().max() < 5 * 0.5 / draws**0.5
+
+
+@pytest.mark.parametrize("draw", [0.0, 1 - 2**-53])
+def test_the_extreme_draws_fall_on_tokens_that_have_a_probability(random_sample, monkeypatch, draw):
+    monkeypatch.setattr(torch, "rand", lambda *shape, dtype=None, generator=None: torch.full(shape, draw, dtype=dtype))
+    probs = torch.tensor([[0.0, 0.4, 0.6, 0.0]])
+    assert random_sample(probs, {}).item() == (2 if draw == 0.0 else 1)
+
+
+def test_a_seeded_request_does_not_depend_on_its_batch(random_sample):
+    probs = torch.randn(8, 50, generator=torch.Generator().manual_seed(0)).softmax(-1)
+    together = random_sample(probs, seeded(range(8)))
+    assert together.tolist() == random_sample(probs, seeded(range(8))).tolist()
+    for row in range(8):
+        # at another place of a batch in which the others have no seed
+        batch = torch.stack([probs[0], probs[1], probs[row]])
+        alone = random_sample(batch, {2: torch.Generator().manual_seed(row)})
+        assert alone[2] == together[row]
+
+
+def test_successive_tokens_of_a_request_take_successive_draws(random_sample):
+    probs = torch.full((1, 1000), 1e-3)
+    generators = seeded([7])
+    expected = 1 - torch.rand(5, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+    tokens = [random_sample(probs, generators).item() for _ in range(5)]
+    assert tokens == [int(draw * 1000 - 1e-6) for draw in expected.tolist()]
