@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from recipe.spin.core_algos import LOSSES, PAIRINGS, TIE_POLICIES, beta_at, check_loss_settings
+from recipe.spin.core_algos import LOSSES, PAIRINGS, PREFERENCE_SOURCES, TIE_POLICIES, beta_at, check_loss_settings
 
 CONFIGURATION = ("config.json",)
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -97,10 +97,14 @@ def _check_kinds(config: DictConfig) -> None:
 
 
 def _check_preferences(config: DictConfig) -> None:
+    source = config.algorithm.preference_source
+    known = ", ".join(PREFERENCE_SOURCES)
+    _require(source in PREFERENCE_SOURCES, "algorithm.preference_source", config, f"choose one of {known}")
     n = config.actor_rollout_ref.rollout.n
-    _require(
-        _is_int(n) and n >= 2, "actor_rollout_ref.rollout.n", config, "a pair needs at least 2 responses to a prompt"
-    )
+    if source == "self_play":
+        _require(_is_int(n) and n >= 1, f"{ROLLOUT}.n", config, "the opponent must give at least 1 response")
+    else:
+        _require(_is_int(n) and n >= 2, f"{ROLLOUT}.n", config, "a pair needs at least 2 responses to a prompt")
     temperature = config.actor_rollout_ref.rollout.temperature
     _require(
         _is_number(temperature) and 0 < temperature < math.inf,
@@ -144,9 +148,13 @@ def _check_loss(config: DictConfig) -> None:
 def _check_reference(config: DictConfig) -> None:
     trainer, model = config.trainer, config.actor_rollout_ref.model
     alpha = trainer.ref_update_alpha
-    _require(
-        _is_number(alpha) and 0 < alpha <= 1, "trainer.ref_update_alpha", config, "must be above 0 and at most 1"
-    )
+    _require(_is_number(alpha) and 0 < alpha <= 1, "trainer.ref_update_alpha", config, "must be above 0 and at most 1")
+    if config.algorithm.preference_source == "self_play" and (model.lora_rank > 0 or model.lora_adapter_path):
+        raise ConfigError(
+            "algorithm.preference_source=self_play with LoRA (actor_rollout_ref.model.lora_rank="
+            f"{model.lora_rank}): the opponent in vLLM is the reference, and with LoRA there is no such model to send; "
+            "train without LoRA"
+        )
     if trainer.ref_update_freq > 0 and (model.lora_rank > 0 or model.lora_adapter_path):
         raise ConfigError(
             f"trainer.ref_update_freq={trainer.ref_update_freq} with LoRA (actor_rollout_ref.model.lora_rank="
@@ -162,9 +170,7 @@ def _check_reference(config: DictConfig) -> None:
 
 def _check_workers(config: DictConfig) -> None:
     actor, ref = config.actor_rollout_ref.actor, config.actor_rollout_ref.ref
-    _require(
-        actor.strategy in ("fsdp", "fsdp2"), "actor_rollout_ref.actor.strategy", config, "choose fsdp2 or fsdp"
-    )
+    _require(actor.strategy in ("fsdp", "fsdp2"), "actor_rollout_ref.actor.strategy", config, "choose fsdp2 or fsdp")
     _require(
         ref.strategy == actor.strategy,
         "actor_rollout_ref.ref.strategy",
@@ -328,6 +334,10 @@ def _row_fault(row: dict, config: DictConfig) -> str | None:
     for message in messages:
         if not isinstance(message, dict) or not message.get("role") or message.get("content") is None:
             return f"{prompt_key!r} holds {str(message)[:60]!r}; a message is {{'role': ..., 'content': ...}}"
+    if config.algorithm.preference_source == "self_play":
+        if len(messages) < 2 or messages[-1]["role"] != "assistant" or not messages[-1]["content"]:
+            return f"{prompt_key!r} must end with the assistant's response to a prompt, not {str(messages[-1])[:60]!r}"
+        return None
     if not config.reward.reward_model.enable:
         reward_model = row.get("reward_model")
         if not isinstance(reward_model, dict) or reward_model.get("ground_truth") is None:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+PREFERENCE_SOURCES = ("reward", "self_play")
 PAIRINGS = ("best_worst", "random", "all")
 TIE_POLICIES = ("drop", "first")
 _BETA = "beta (algorithm.dpo_beta)"
@@ -78,6 +79,26 @@ def compute_onlineDPO_pref(
         rejected=prompt * n + worse,
         margin=gap.masked_fill(~untied, 0.0)[prompt, better, worse].float(),
         weight=1.0 / keep.sum(dim=(1, 2))[prompt].float(),
+    )
+
+
+def compute_self_play_pref(differs: Tensor, n: int = 1) -> PreferencePairs:
+    """Pair the data's response to each prompt, chosen, with each of the opponent's that differs from it, rejected.
+
+    Shapes: differs (B*n,) bool, false where the opponent gave the data's own response, which makes no pair. Rows i*n to
+    i*n + n-1 are the opponent's responses to prompt i, row B*n + i is the data's. margin counts the data's response 1
+    and the opponent's 0. Errors: ValueError if the rows are not complete prompts.
+    Source: SPIN, arXiv 2401.01335, Algorithm 1."""
+    if n < 1 or differs.dim() != 1 or len(differs) % n:
+        raise ValueError(f"differs has shape {tuple(differs.shape)}, no multiple of n={n} rows: keep prompts complete.")
+    keep = differs.bool().view(-1, n)
+    rejected = keep.flatten().nonzero().squeeze(1)
+    prompt = rejected.div(n, rounding_mode="floor")
+    return PreferencePairs(
+        chosen=len(differs) + prompt,
+        rejected=rejected,
+        margin=torch.ones(len(rejected)),
+        weight=1.0 / keep.sum(dim=1)[prompt].float(),
     )
 
 

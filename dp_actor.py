@@ -170,6 +170,9 @@ def dpo_loss(model_output, data: TensorDict, dp_group=None, *, settings: DPOSett
         )
     with torch.no_grad():
         metrics = pair_metrics(logps, data["ref_logps"], lengths, scale, settings)
+        if "entropy" in model_output:  # actor.calculate_entropy
+            entropy = sequence_logps(no_padding_2_padding(model_output["entropy"], data).float(), mask, average=True)
+            metrics["entropy"] = Metric(AggregationType.SUM, (entropy.view(-1, 2).mean(1) * scale).sum())
         if tu.get(data, "first_step") and "rollout_log_probs" in data:
             gap = (token_logps - pad_rows(data["rollout_log_probs"])).abs() * mask
             metrics["rollout/logp_gap_max"] = Metric(AggregationType.MAX, gap.max())

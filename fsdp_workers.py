@@ -10,7 +10,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.tensor import DTensor
 from verl.single_controller.base.decorator import Dispatch, make_nd_compute_dataproto_dispatch_fn, register
 from verl.utils import tensordict_utils as tu
-from verl.workers.engine_workers import ActorRolloutRefWorker
+from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 from verl.workers.utils.padding import no_padding_2_padding
 
 from recipe.spin import verl_patches
@@ -29,26 +29,40 @@ class SpinWorker(ActorRolloutRefWorker):
 
     actor_worker_cls = DataParallelPPOActor
 
+    rollout_model = "actor"
+
     @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="actor"))
     def compute_ref_logps(self, data: TensorDict) -> TensorDict:
         """Log-probs of the responses under the reference, one value per row: `ref_logps` (rows,).
 
         `data` carries the model's inputs, `temperature` and `average_log_prob` (mean over tokens instead of the sum).
         """
-        average = tu.pop(data, "average_log_prob")
-        worker = self.ref or self.actor
-        tu.assign_non_tensor(data, compute_loss=False, calculate_entropy=False, no_lora_adapter=self.ref is None)
-        if not worker.engine_config.use_dynamic_bsz:
-            rows = largest_divisor(len(data), worker.engine_config.infer_micro_batch_size_per_gpu)
-            tu.assign_non_tensor(data, micro_batch_size_per_gpu=rows)
-        output = worker.infer_batch(data)
+        tu.assign_non_tensor(data, no_lora_adapter=self.ref is None)
+        logps = response_logps(self.ref or self.actor, data)
         if self.ref is not None:
-            _reshard(self.ref.engine.module)  # the whole parameters that FSDP keeps from a forward would lie about
-        if output is None:  # a rank that holds a copy of another's output (sequence parallelism)
-            return None
-        token_logps = no_padding_2_padding(output["log_probs"], data.cpu())
-        logps = sequence_logps(token_logps, pad_rows(data["response_mask"]).cpu(), average=average)
-        return TensorDict({"ref_logps": logps.float()}, batch_size=len(data))
+            _reshard(self.ref.engine.module)  # FSDP would keep what the forward gathered until the next
+        return logps if logps is None else logps.rename_key_("logps", "ref_logps")
+
+    @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="actor"))
+    def compute_actor_logps(self, data: TensorDict) -> TensorDict:
+        """The same under the actor: `logps` (rows,)."""
+        return response_logps(self.actor, data)
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def choose_rollout_model(self, name: str) -> None:
+        """Says whose weights the next pushes send to vLLM: the "actor"'s or the "reference"'s."""
+        self.rollout_model = name
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False)
+    async def update_weights(self, global_steps: int = None, mode: str = "auto"):
+        """Pushes weights to vLLM as verl does, those of the model that `choose_rollout_model` named."""
+        actor = self.actor
+        if self.rollout_model == "reference":
+            self.actor = self.ref
+        try:
+            return await super().update_weights(global_steps=global_steps, mode=mode)
+        finally:
+            self.actor = actor
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def refresh_reference(self, alpha: float = 1.0) -> None:
@@ -77,6 +91,21 @@ class SpinWorker(ActorRolloutRefWorker):
 
 def _reference_path(actor_path: str) -> str:
     return os.path.join(os.path.dirname(actor_path), "reference")
+
+
+def response_logps(worker: TrainingWorker, data: TensorDict) -> TensorDict | None:
+    """`logps` (rows,) of a batch's responses; None on a rank that holds a copy of another's output."""
+    average = tu.pop(data, "average_log_prob")
+    tu.assign_non_tensor(data, compute_loss=False, calculate_entropy=False)
+    if not worker.engine_config.use_dynamic_bsz:
+        rows = largest_divisor(len(data), worker.engine_config.infer_micro_batch_size_per_gpu)
+        tu.assign_non_tensor(data, micro_batch_size_per_gpu=rows)
+    output = worker.infer_batch(data)
+    if output is None:
+        return None
+    token_logps = no_padding_2_padding(output["log_probs"], data.cpu())
+    logps = sequence_logps(token_logps, pad_rows(data["response_mask"]).cpu(), average=average)
+    return TensorDict({"logps": logps.float()}, batch_size=len(data))
 
 
 def largest_divisor(number: int, limit: int) -> int:

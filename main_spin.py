@@ -11,6 +11,9 @@ from recipe.spin.config_check import ConfigError, check_config
 
 FOLDER = Path(__file__).resolve().parent
 OmegaConf.register_new_resolver("spin_folder", lambda name: str(FOLDER / name), replace=True)
+OmegaConf.register_new_resolver(
+    "spin_by_source", lambda source, reward, self_play: self_play if source == "self_play" else reward, replace=True
+)
 
 
 class RunFailed(RuntimeError):
@@ -18,7 +21,7 @@ class RunFailed(RuntimeError):
 
 
 class TaskRunner:
-    """The Ray actor that drives a run: builds SpinTrainer and the agent loop, and trains."""
+    """The Ray actor that drives a run: builds the trainer and the agent loop, and trains."""
 
     def __init__(self):
         self.trainer = None
@@ -29,13 +32,16 @@ class TaskRunner:
         from verl.trainer.ppo.v1 import AgentLoopManagerTQ
         from verl.utils.logging_utils import configure_verl_logging
 
-        from recipe.spin.spin_trainer import SpinTrainer
+        if config.algorithm.preference_source == "self_play":
+            from recipe.spin.self_play import SelfPlayTrainer as Trainer
+        else:
+            from recipe.spin.spin_trainer import SpinTrainer as Trainer
 
         configure_verl_logging()
         tq.init(config.transfer_queue)
         succeeded = False
         try:
-            self.trainer = SpinTrainer(config)
+            self.trainer = Trainer(config)
             self.trainer.init()
             agent_loop = AgentLoopManagerTQ.create(
                 config=config,

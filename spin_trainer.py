@@ -1,6 +1,6 @@
 """SpinTrainer: one step of online DPO with a self-play reference on verl's synchronous v1 trainer.
 
-generate -> score -> prefer -> refresh the reference -> reference log-probs -> update -> weights to vLLM
+refresh the reference -> generate -> score -> prefer -> reference log-probs -> update -> weights to vLLM
 """
 
 import os
@@ -74,6 +74,20 @@ class SpinTrainer(PPOTrainerSync):
 
     # ------------------------------------------------------------------ one step
 
+    def prepare_step(self) -> dict:
+        """Refreshes the reference if it is due, and sends the step's prompts to vLLM."""
+        if self._reference_is_due():
+            with marked_timer("refresh_ref", self.timing_raw, color="blue"):
+                self._refresh_reference()
+        return super().prepare_step()
+
+    def _reference_is_due(self) -> bool:
+        frequency = self.config.trainer.ref_update_freq
+        return frequency > 0 and self.global_steps % frequency == 0
+
+    def _refresh_reference(self) -> None:
+        self.actor_rollout_wg.refresh_reference(self.config.trainer.ref_update_alpha)
+
     def _step_once(self, metrics: dict, timing_raw: dict, sample_batch_size: int) -> KVBatchMeta:
         """One step of online DPO; returns the keys of all responses, which verl clears."""
         with marked_timer("gen", timing_raw, color="red"):
@@ -91,54 +105,59 @@ class SpinTrainer(PPOTrainerSync):
         with marked_timer("prefer", timing_raw, color="brown"):
             pairs = self._prefer(batch, metrics)
 
-        if self._reference_is_due():
-            with marked_timer("refresh_ref", timing_raw, color="blue"):
-                self.actor_rollout_wg.refresh_reference(self.config.trainer.ref_update_alpha)
         metrics["training/reference_refreshed"] = float(self._reference_is_due())
 
         if pairs is not None:
             with marked_timer("ref", timing_raw, color="olive"):
-                self._compute_ref_logps(pairs)
+                self._compute_ref_logps(pairs, metrics)
             with marked_timer("update_actor", timing_raw, color="red"):
                 self._update_actor(pairs, metrics)
         return batch
 
     def _prefer(self, batch: KVBatchMeta, metrics: dict) -> TensorDict | None:
         """Picks the pairs of the batch and lays them out; None when no prompt has a better and a worse response."""
-        algorithm = self.config.algorithm
         n = self.config.actor_rollout_ref.rollout.n
         batch = batch.select_keys(sorted(batch.keys, key=_place))  # not the order in which they were completed
         prompts = [key.rsplit("_", 2)[0] for key in batch.keys]
         self._check_complete(prompts, n)
 
-        fields = [*MODEL_INPUTS, "rm_scores", "extra_fields"]
+        fields = [*MODEL_INPUTS, "rm_scores", "extra_fields", "reward_model"]
         responses = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
         extra = responses.pop("extra_fields").tolist()
         rewards = pad_rows(responses.pop("rm_scores"))
         mask = pad_rows(responses["response_mask"])
-        ended = torch.tensor([response[-1].item() in self._end_tokens for response in responses["responses"].unbind()])
-        scores = (rewards * mask).sum(-1)
-        if algorithm.missing_eos_penalty:
-            rewards[:, 0] = penalize_missing_eos(rewards[:, 0], ended, algorithm.missing_eos_penalty)
+        metrics.update(self._response_metrics(rewards, mask, responses, extra))
 
-        pairs = compute_onlineDPO_pref(
-            rewards,
-            mask,
-            n=n,
-            pairing=algorithm.dpo_pairing,
-            tie_policy=algorithm.dpo_tie_policy,
-            min_margin=algorithm.dpo_min_margin,
-            generator=torch.Generator().manual_seed(self.config.actor_rollout_ref.rollout.seed + self.global_steps),
-        )
-        lengths = mask.sum(-1)
-        metrics.update(self._response_metrics(scores, lengths, ended, mask, responses, extra))
-        paired_prompts = pairs.chosen.div(n, rounding_mode="floor").unique().numel()
+        rows, pairs = self._pairs(responses, rewards, mask)
+        paired_prompts = pairs.rejected.div(n, rounding_mode="floor").unique().numel()
         metrics["pairs/used"] = pairs.chosen.numel()
         metrics["pairs/tie_rate"] = 1 - paired_prompts / (len(prompts) // n)
         if pairs.chosen.numel() == 0:
             return None
         metrics["pairs/score_margin"] = pairs.margin.mean().item()
-        return self._lay_out(responses, pairs, lengths, n)
+        return self._lay_out(rows, pairs, n)
+
+    def _pairs(self, responses: TensorDict, rewards, mask) -> tuple[TensorDict, PreferencePairs]:
+        """The rows to train on, (B*n,) responses, and which of them the scores, rewards (B*n, T) over mask, pair."""
+        algorithm = self.config.algorithm
+        responses.pop("reward_model", None)
+        if algorithm.missing_eos_penalty:
+            ended = self._ended(responses)
+            rewards[:, 0] = penalize_missing_eos(rewards[:, 0], ended, algorithm.missing_eos_penalty)
+        pairs = compute_onlineDPO_pref(
+            rewards,
+            mask,
+            n=self.config.actor_rollout_ref.rollout.n,
+            pairing=algorithm.dpo_pairing,
+            tie_policy=algorithm.dpo_tie_policy,
+            min_margin=algorithm.dpo_min_margin,
+            generator=torch.Generator().manual_seed(self.config.actor_rollout_ref.rollout.seed + self.global_steps),
+        )
+        return responses, pairs
+
+    def _ended(self, responses: TensorDict) -> torch.Tensor:
+        """Which responses (N,) ended by themselves."""
+        return torch.tensor([row[-1].item() in self._end_tokens for row in responses["responses"].unbind()])
 
     def _check_complete(self, prompts: list[str], n: int) -> None:
         uids, counts = np.unique(prompts, return_counts=True)
@@ -158,15 +177,15 @@ class SpinTrainer(PPOTrainerSync):
         tokens = tokens if isinstance(tokens, list) else [tokens]
         return {token for token in [*tokens, self.tokenizer.eos_token_id] if token is not None}
 
-    @staticmethod
-    def _response_metrics(scores, lengths, ended, mask, responses, extra: list[dict]) -> dict[str, float]:
+    def _response_metrics(self, rewards, mask, responses: TensorDict, extra: list[dict]) -> dict[str, float]:
         """What the rollout looks like, over all responses."""
+        scores, lengths = (rewards * mask).sum(-1), mask.sum(-1)
         metrics = {
             "score/mean": scores.mean().item(),
             "score/std": scores.std(correction=0).item(),
             "response_length/mean": lengths.float().mean().item(),
             "response_length/max": lengths.max().item(),
-            "response/end_token_rate": ended.float().mean().item(),
+            "response/end_token_rate": self._ended(responses).float().mean().item(),
         }
         if "rollout_log_probs" in responses:
             # the mean of -log p over sampled tokens estimates the entropy per token without another forward pass
@@ -177,12 +196,13 @@ class SpinTrainer(PPOTrainerSync):
             metrics["score/accuracy"] = float(np.mean([one["acc"] for one in info]))
         return metrics
 
-    def _lay_out(self, responses: TensorDict, pairs: PreferencePairs, lengths: torch.Tensor, n: int) -> TensorDict:
+    def _lay_out(self, responses: TensorDict, pairs: PreferencePairs, n: int) -> TensorDict:
         """Arranges the pairs for ranks and optimizer steps (pair_batch.py)."""
         actor = self.config.actor_rollout_ref.actor
         tokens = responses["input_ids"].offsets().diff()
+        lengths = pad_rows(responses["response_mask"]).sum(-1)
         plan = plan_mini_batches(
-            prompts=pairs.chosen.div(n, rounding_mode="floor").tolist(),
+            prompts=pairs.rejected.div(n, rounding_mode="floor").tolist(),
             tokens=(tokens[pairs.chosen] + tokens[pairs.rejected]).tolist(),
             weights=pairs.weight.tolist(),
             chosen_lengths=lengths[pairs.chosen].tolist(),
@@ -199,11 +219,7 @@ class SpinTrainer(PPOTrainerSync):
     def _dp_size(self) -> int:
         return max(self.actor_rollout_wg._query_dispatch_info("actor")) + 1
 
-    def _reference_is_due(self) -> bool:
-        frequency = self.config.trainer.ref_update_freq
-        return frequency > 0 and self.global_steps % frequency == 0
-
-    def _compute_ref_logps(self, pairs: TensorDict) -> None:
+    def _compute_ref_logps(self, pairs: TensorDict, metrics: dict) -> None:
         """Adds the reference's log-probs of the paired responses."""
         data = pairs.copy()
         tu.pop(data, "mini_batches")
@@ -213,7 +229,8 @@ class SpinTrainer(PPOTrainerSync):
     def _update_actor(self, pairs: TensorDict, metrics: dict) -> None:
         """Runs the step's optimizer steps and records their metrics."""
         settings = self._dpo_settings()
-        tu.assign_non_tensor(pairs, dpo=settings, epochs=self.config.actor_rollout_ref.actor.ppo_epochs)
+        actor = self.config.actor_rollout_ref.actor
+        tu.assign_non_tensor(pairs, dpo=settings, epochs=actor.ppo_epochs, calculate_entropy=actor.calculate_entropy)
         output = self.actor_rollout_wg.update_actor(pairs)
         update = reduce_metrics(tu.get(output, "metrics"))
         metrics.update(rename_dict({k: v for k, v in update.items() if "/" not in k}, "actor/"))

@@ -99,6 +99,57 @@ def test_cpu_profile(run):
     assert config.actor_rollout_ref.actor.ppo_mini_batch_size == 4
 
 
+def conversation(number: int) -> dict:
+    """A row of SPIN's published data."""
+    question = {"role": "user", "content": f"What is {number} + 1?"}
+    return {"real": [question, {"role": "assistant", "content": str(number + 1)}]}
+
+
+def self_play(run: Run, rows: list[dict]) -> list[str]:
+    files = {key: write_rows(run.folder / f"{key}.jsonl", rows) for key in ("train_files", "val_files")}
+    source = ["algorithm.preference_source=self_play", "actor_rollout_ref.rollout.n=1"]
+    return source + [f"data.{key}={file}" for key, file in files.items()]
+
+
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_self_play_brings_its_data_set_with_it(device):
+    config = compose("algorithm.preference_source=self_play", device=device)
+    assert config.data.prompt_key == "real" and config.data.custom_cls.name == "SelfPlayDataset"
+    assert Path(config.data.custom_cls.path).is_file() and config.actor_rollout_ref.rollout.n == 1
+    assert Path(config.reward.custom_reward_function.path).is_file()
+    plain = compose(device=device)
+    assert plain.data.prompt_key == "prompt" and plain.data.custom_cls.path is None
+    assert plain.reward.custom_reward_function.path is None and plain.actor_rollout_ref.rollout.n > 1
+
+
+def test_self_play_takes_conversations(run):
+    assert run.check(*self_play(run, [conversation(number) for number in range(4)])).data.prompt_key == "real"
+
+
+@pytest.mark.parametrize(
+    "messages", [[{"role": "user", "content": "no response"}], conversation(0)["real"][:1] * 2, []]
+)
+def test_self_play_refuses_conversations_without_a_response(run, messages):
+    message = run.refusal(*self_play(run, [conversation(0), {"real": messages}, conversation(2), conversation(3)]))
+    assert "data.train_files" in message and "row 1" in message and "'real'" in message
+
+
+def test_self_play_refuses_data_without_the_column(run):
+    message = run.refusal("algorithm.preference_source=self_play")
+    assert "'real'" in message and "data.prompt_key" in message
+
+
+def test_self_play_refuses_lora(run):
+    overrides = self_play(run, [conversation(number) for number in range(4)])
+    message = run.refusal(*overrides, "trainer.ref_update_freq=0", "actor_rollout_ref.model.lora_rank=8")
+    assert "algorithm.preference_source=self_play" in message and "lora_rank" in message
+
+
+def test_an_unknown_preference_source_is_refused(run):
+    message = run.refusal("algorithm.preference_source=judge")
+    assert "algorithm.preference_source='judge'" in message and "reward, self_play" in message
+
+
 def test_gpu_profile(run, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     assert run.check(device="gpu").trainer.device == "cuda"

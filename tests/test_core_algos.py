@@ -14,6 +14,7 @@ from recipe.spin.core_algos import (
     check_loss_settings,
     compute_online_dpo_loss,
     compute_onlineDPO_pref,
+    compute_self_play_pref,
     implicit_rewards,
     penalize_missing_eos,
     register_loss,
@@ -506,3 +507,23 @@ def test_import_takes_torch_alone():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
+
+
+# ---- Self-play on supervised data ------------------------------------------------------------------------------------
+def test_self_play_pairs_the_data_with_each_response_that_differs_from_it():
+    differs = torch.tensor([True, True, False, True, False, False])  # 3 prompts, 2 responses each
+    pairs = compute_self_play_pref(differs, n=2)
+    assert pairs.chosen.tolist() == [6, 6, 7]  # the data's responses stand behind the six of the opponent
+    assert pairs.rejected.tolist() == [0, 1, 3]
+    assert pairs.weight.tolist() == [0.5, 0.5, 1.0]
+    assert pairs.margin.tolist() == [1.0, 1.0, 1.0]
+
+
+def test_self_play_without_a_difference_gives_no_pair():
+    assert compute_self_play_pref(torch.zeros(3, dtype=torch.bool)).chosen.tolist() == []
+
+
+@pytest.mark.parametrize(("differs", "n"), [(torch.ones(5), 2), (torch.ones(4, 1), 2), (torch.ones(4), 0)])
+def test_self_play_refuses_incomplete_prompts(differs, n):
+    with pytest.raises(ValueError, match="keep prompts complete"):
+        compute_self_play_pref(differs, n)

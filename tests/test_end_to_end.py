@@ -210,6 +210,76 @@ def test_two_ranks_do_what_one_does(one_rank, task, tiny_llama, tmp_path):
             assert two[step][name] == pytest.approx(one[step][name], rel=2e-3, abs=1e-4), (step, name)
 
 
+@pytest.fixture(scope="session")
+def conversations(tmp_path_factory) -> Path:
+    """The same questions in SPIN's published format: `real` and `generated` conversations and nothing else."""
+    folder = tmp_path_factory.mktemp("conversations")
+    for name, size in (("train", 8), ("test", 4)):
+        rows = []
+        for i in range(size):
+            question = {"role": "user", "content": f"{name} {i}"}
+            answers = {"real": "aeiou", "generated": "never read"}
+            rows.append({k: [question, {"role": "assistant", "content": v}] for k, v in answers.items()})
+        pq.write_table(pa.Table.from_pylist(rows), folder / f"{name}.parquet")
+    return folder
+
+
+def test_self_play_on_supervised_data(conversations, task, tiny_llama, tmp_path):
+    """SPIN as published. Refreshes at steps 2 and 4: step 3 is the second of an iteration, in which the actor has moved
+    and the opponent in vLLM has not."""
+    run = tmp_path / "run"
+    process = start(
+        task,
+        tiny_llama,
+        run,
+        "algorithm.preference_source=self_play",
+        f"data.train_files={conversations}/train.parquet",
+        f"data.val_files={conversations}/test.parquet",
+        f"reward.custom_reward_function.path={ROOT}/self_play_data.py",
+        "trainer.test_freq=4",
+        "actor_rollout_ref.actor.optim.lr=1e-3",
+        "actor_rollout_ref.actor.calculate_entropy=True",
+    )
+    output = finish(process)
+    assert process.returncode == 0, output[-5000:]
+    history = metrics(run)
+    for step in (1, 2, 3, 4):
+        assert history[step]["pairs/used"] == 4 and history[step]["pairs/tie_rate"] == 0
+        assert history[step]["response_length/chosen"] == 6  # the data's five letters and the end token
+        assert history[step]["rollout/opponent_gap_max"] < 1e-3
+        assert history[step]["actor/entropy"] > 0
+    for step in (1, 2, 4):
+        assert history[step]["actor/loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert history[3]["rewards/margins"] > 0.01 and history[3]["actor/loss"] < math.log(2) - 1e-3
+    before, after = history[0]["val-likelihood/response"], history[4]["val-likelihood/response"]
+    assert after > before + 0.1
+    assert history[4]["val-likelihood/token"] == pytest.approx(after / 6)
+
+
+def test_lora_against_the_base_model(task, tiny_llama, tmp_path):
+    """The reference is the actor with its adapter off; vLLM generates with the adapter as trained so far."""
+    run = tmp_path / "run"
+    process = start(
+        task,
+        tiny_llama,
+        run,
+        "actor_rollout_ref.model.lora_rank=4",
+        "actor_rollout_ref.model.lora_alpha=16",
+        "actor_rollout_ref.model.target_modules=all-linear",
+        "trainer.ref_update_freq=0",
+        "trainer.total_training_steps=3",
+        "trainer.val_before_train=False",
+    )
+    output = finish(process)
+    assert process.returncode == 0, output[-5000:]
+    history = metrics(run)
+    assert history[1]["actor/loss"] == pytest.approx(math.log(2), abs=1e-6)  # an adapter starts as nothing
+    for step in (2, 3):
+        assert abs(history[step]["kl/sequence"]) > 0.01
+        assert history[step]["actor/loss"] != pytest.approx(math.log(2), abs=1e-4)
+        assert history[step]["rollout/logp_gap_max"] < 1e-3
+
+
 def test_a_failing_reward_stops_the_run_with_its_cause(task, tiny_llama, tmp_path):
     before = files()
     process = start(

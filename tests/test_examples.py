@@ -18,6 +18,7 @@ from recipe.spin.examples.gsm8k import reward as gsm8k_reward
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 COLUMNS = ["data_source", "prompt", "ability", "reward_model", "extra_info"]
+ARITHMETIC_COLUMNS = ["data_source", "prompt", "real", "ability", "reward_model", "extra_info"]
 
 
 # ---- arithmetic ------------------------------------------------------------------------------------------------------
@@ -55,13 +56,14 @@ def test_arithmetic_files_are_in_verls_format_and_reproducible(tmp_path: Path) -
         file = tmp_path / "one" / f"{split}.parquet"
         assert file.read_bytes() == (tmp_path / "two" / f"{split}.parquet").read_bytes()
         table = pq.read_table(file)
-        assert table.column_names == COLUMNS
+        assert table.column_names == ARITHMETIC_COLUMNS
         rows = table.to_pylist()
         assert [row["extra_info"]["index"] for row in rows] == list(range(count))
         for row in rows:
             a, b = row["extra_info"]["a"], row["extra_info"]["b"]
             question = f"What is {a} + {b}? Answer with the number only."
             assert row["prompt"] == [{"role": "user", "content": question}]
+            assert row["real"] == [*row["prompt"], {"role": "assistant", "content": str(a + b)}]
             assert row["reward_model"] == {"style": "rule", "ground_truth": str(a + b)}
             assert row["extra_info"]["split"] == split
     assert sorted(path.name for path in (tmp_path / "one").iterdir()) == ["test.parquet", "train.parquet"]

@@ -64,8 +64,7 @@ def lay_out(trainer, batch: Batch):
         torch.ones(len(batch.chosen)),
         torch.tensor(batch.weights),
     )
-    lengths = torch.tensor([sum(mask) for mask in batch.masks])
-    return trainer._lay_out(response_batch(batch.prompts, batch.responses, batch.masks), pairs, lengths, batch.n)
+    return trainer._lay_out(response_batch(batch.prompts, batch.responses, batch.masks), pairs, batch.n)
 
 
 def train(rank: int, overrides: list[str], batches: list[Batch]) -> dict:
@@ -76,10 +75,49 @@ def train(rank: int, overrides: list[str], batches: list[Batch]) -> dict:
         pairs = lay_out(trainer, batch)
         if trainer._reference_is_due():
             trainer.actor_rollout_wg.refresh_reference(trainer.config.trainer.ref_update_alpha)
-        trainer._compute_ref_logps(pairs)
+        trainer._compute_ref_logps(pairs, metrics={})
         trainer._update_actor(pairs, metrics={})
     group = trainer.actor_rollout_wg
     return {"steps": group.updates, "parameters": full_parameters(group.worker.actor.engine)}
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The two responses to each prompt of a training step, and their scores, row by row."""
+
+    prompts: list[list[int]]
+    responses: list[list[int]]
+    scores: list[float]
+
+
+def make_scored(steps: int = 4, prompts: int = 5, seed: int = 1) -> list[Scored]:
+    """Steps of random prompts with two random responses each, 1 to MAX_RESPONSE tokens; no scores tie."""
+    draw = random.Random(seed)
+    made = []
+    for _ in range(steps):
+        questions = [draw.choices(range(300), k=draw.randint(1, MAX_PROMPT)) for _ in range(prompts)]
+        answers = [draw.choices(range(300), k=draw.randint(1, MAX_RESPONSE)) for _ in range(2 * prompts)]
+        scores = draw.sample(range(100), 2 * prompts)
+        made.append(Scored([question for question in questions for _ in range(2)], answers, [s / 10 for s in scores]))
+    return made
+
+
+def train_on_scores(rank: int, overrides: list[str], steps: list[Scored]) -> list[dict]:
+    """From scores to the update, as SpinTrainer goes; returns the metrics of each step."""
+    import torch
+
+    trainer = make_trainer(*overrides)
+    for step, scored in enumerate(steps, start=1):
+        trainer.global_steps = step
+        masks = [[1] * len(response) for response in scored.responses]
+        mask = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in masks], batch_first=True)
+        rewards = torch.zeros(mask.shape)
+        rewards[range(len(masks)), mask.sum(-1) - 1] = torch.tensor(scored.scores)
+        rows, pairs = trainer._pairs(response_batch(scored.prompts, scored.responses, masks), rewards, mask)
+        pairs = trainer._lay_out(rows, pairs, n=2)
+        trainer._compute_ref_logps(pairs, metrics={})
+        trainer._update_actor(pairs, metrics={})
+    return trainer.actor_rollout_wg.updates
 
 
 # ---- Reference -------------------------------------------------------------------------------------------------------
@@ -123,7 +161,7 @@ class Players:
     def train(self, batch: Batch):
         """One optimizer step; both models have done forward passes before it and hold what FSDP gathered for them."""
         pairs = lay_out(self.trainer, batch)
-        self.trainer._compute_ref_logps(pairs)
+        self.trainer._compute_ref_logps(pairs, metrics={})
         self.trainer._update_actor(pairs, metrics={})
 
     def actor_parameters(self):

@@ -11,11 +11,13 @@ export VLLM_ENABLE_V1_MULTIPROCESSING=0
 export MALLOC_ARENA_MAX="${MALLOC_ARENA_MAX:-2}"
 # Weights go back to the system when they are freed, activations are kept and used again: glibc's own threshold grows to
 # 32 MB and keeps both, in pieces.
-export MALLOC_MMAP_THRESHOLD_="${MALLOC_MMAP_THRESHOLD_:-1000000}" MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-1000000}"
+export MALLOC_MMAP_THRESHOLD_="${MALLOC_MMAP_THRESHOLD_:-600000}" MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-600000}"
 # Compiling costs minutes here and gains nothing at this size.
 export TORCH_COMPILE_DISABLE=1
 # One machine: keep gloo and vLLM's server off the network.
 export GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-lo}"
 # Ray would run its workers at niceness 15, behind everything else on the machine.
 export RAY_worker_niceness="${RAY_worker_niceness:-0}"
+# Ray would start idle workers ahead of need, which nothing here ever uses.
+export RAY_prestart_worker_first_driver=0
 export VLLM_NO_USAGE_STATS=1 RAY_USAGE_STATS_ENABLED=0

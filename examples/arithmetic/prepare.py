@@ -43,10 +43,12 @@ def split_pairs(seed: int, test_size: int, train_size: int | None, max_operand: 
 
 
 def row(index: int, split: str, a: int, b: int) -> dict[str, Any]:
-    """One question in verl's format."""
+    """One question in verl's format, and in SPIN's: `real` ends with the response to learn by self-play."""
+    question = {"role": "user", "content": f"What is {a} + {b}? Answer with the number only."}
     return {
         "data_source": "arithmetic",
-        "prompt": [{"role": "user", "content": f"What is {a} + {b}? Answer with the number only."}],
+        "prompt": [question],
+        "real": [question, {"role": "assistant", "content": str(a + b)}],
         "ability": "math",
         "reward_model": {"style": "rule", "ground_truth": str(a + b)},
         "extra_info": {"index": index, "split": split, "a": a, "b": b},

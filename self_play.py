@@ -1,0 +1,120 @@
+"""SPIN as published (arXiv 2401.01335): the data set's response is chosen, the opponent's own generation rejected.
+
+The opponent is the reference: an iteration is `trainer.ref_update_freq` steps against the model that ended the one
+before. vLLM plays the opponent, so its weights change when the reference is refreshed, not after every step.
+"""
+
+import torch
+from tensordict import TensorDict
+from verl.utils import tensordict_utils as tu
+
+from recipe.spin.core_algos import PreferencePairs, compute_self_play_pref, sequence_logps
+from recipe.spin.pair_batch import pad_rows
+from recipe.spin.spin_trainer import SpinTrainer
+
+CONVERSATION = ("prompts", "responses", "input_ids", "position_ids", "response_mask", "loss_mask")
+
+
+class SelfPlayTrainer(SpinTrainer):
+    """SpinTrainer whose pairs are the data's response against the opponent's, with vLLM as the opponent."""
+
+    # ------------------------------------------------------------------ the opponent in vLLM
+
+    def on_init_end(self):
+        self.actor_rollout_wg.choose_rollout_model("reference")
+        super().on_init_end()
+
+    def _refresh_reference(self):
+        super()._refresh_reference()
+        self._push_weights()
+
+    def on_step_end(self):
+        """The opponent stays until the next refresh; only where vLLM gave its memory back it must be sent again."""
+        if self.config.actor_rollout_ref.rollout.free_cache_engine:
+            super().on_step_end()
+
+    def _push_weights(self) -> None:
+        self.checkpoint_manager.sleep_replicas()
+        self.checkpoint_manager.update_weights(self.global_steps)
+
+    def _validate(self) -> dict[str, float]:
+        """The actor, not its opponent, answers the held-out prompts; adds how likely it finds the data's answers."""
+        self.actor_rollout_wg.choose_rollout_model("actor")
+        self._push_weights()
+        try:
+            metrics = super()._validate()
+        finally:
+            self.actor_rollout_wg.choose_rollout_model("reference")
+            self._push_weights()
+        return metrics | self._held_out_likelihood()
+
+    # ------------------------------------------------------------------ pairs
+
+    def _pairs(self, responses: TensorDict, rewards, mask) -> tuple[TensorDict, PreferencePairs]:
+        """Puts the data's response to each prompt behind the opponent's rows, and pairs them."""
+        n = self.config.actor_rollout_ref.rollout.n
+        texts = [row["ground_truth"] for row in responses.pop("reward_model").tolist()[::n]]
+        opponent_logps = self._opponent_logps(responses.pop("rollout_log_probs"), mask)
+        prompts = responses["prompts"].unbind()[::n]
+        real = conversation_rows(prompts, [self._response_tokens(text) for text in texts])
+        answers = real["responses"].unbind()
+        generated = responses["responses"].unbind()
+        differs = [not torch.equal(row, answers[i // n]) for i, row in enumerate(generated)]
+        both = {name: nest([*responses[name].unbind(), *real[name].unbind()]) for name in CONVERSATION}
+        rows = TensorDict(both, batch_size=len(responses) + len(real))
+        rows["opponent_logps"] = torch.cat([opponent_logps, torch.full((len(real),), torch.nan)])
+        return rows, compute_self_play_pref(torch.tensor(differs), n)
+
+    def _opponent_logps(self, token_logps: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """vLLM's log-probs of the responses that it gave as the opponent (B*n,)."""
+        return sequence_logps(pad_rows(token_logps), mask, average=self.config.algorithm.dpo_average_log_prob)
+
+    def _compute_ref_logps(self, pairs: TensorDict, metrics: dict) -> None:
+        """Also measures that the opponent in vLLM is the reference: both give its responses the same log-probs."""
+        opponent_logps = pairs.pop("opponent_logps")
+        super()._compute_ref_logps(pairs, metrics)
+        gap = (pairs["ref_logps"] - opponent_logps)[1::2].abs()
+        metrics["rollout/opponent_gap_max"] = gap.max().item()
+
+    def _response_tokens(self, text: str) -> torch.Tensor:
+        """The tokens with which the model would have given this response, its end included, up to the limit."""
+        tokens = self.tokenizer.encode(text, add_special_tokens=False) + [self.tokenizer.eos_token_id]
+        return torch.tensor(tokens[: self.config.data.max_response_length])
+
+    def _held_out_likelihood(self) -> dict[str, float]:
+        """Mean log-prob of the held-out data's responses under the actor, per response and per token."""
+        prompts, answers = [], []
+        for batch in self.val_dataloader:
+            for messages, row in zip(batch["raw_prompt"], batch["reward_model"], strict=True):
+                prompts.append(self._prompt_tokens(list(messages)))
+                answers.append(self._response_tokens(row["ground_truth"]))
+        held_out = len(prompts)
+        padding = -held_out % self._dp_size
+        rows = conversation_rows(prompts + prompts[:1] * padding, answers + answers[:1] * padding)
+        tu.assign_non_tensor_data(rows, "temperature", 1.0)
+        tu.assign_non_tensor(rows, average_log_prob=False)
+        logps = self.actor_rollout_wg.compute_actor_logps(rows)["logps"][:held_out]
+        tokens = sum(map(len, answers))
+        return {
+            "val-likelihood/response": logps.mean().item(),
+            "val-likelihood/token": logps.sum().item() / tokens,
+        }
+
+    def _prompt_tokens(self, messages: list[dict]) -> torch.Tensor:
+        options = self.config.data.get("apply_chat_template_kwargs") or {}
+        text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **options)
+        return torch.tensor(self.tokenizer.encode(text, add_special_tokens=False))
+
+
+def conversation_rows(prompts: list[torch.Tensor], responses: list[torch.Tensor]) -> TensorDict:
+    """The model's inputs for N prompts and their responses, rows of tokens, with the fields of verl's agent loop."""
+    sequences = [torch.cat(pair) for pair in zip(prompts, responses, strict=True)]
+    ones = [torch.ones_like(row) for row in responses]
+    positions = [torch.arange(len(row)) for row in sequences]
+    fields = zip(CONVERSATION, (prompts, responses, sequences, positions, ones, ones), strict=True)
+    return TensorDict({name: nest(rows) for name, rows in fields}, batch_size=len(prompts))
+
+
+def nest(rows: list[torch.Tensor]) -> torch.Tensor:
+    """Rows of unequal length as a jagged tensor."""
+    return torch.nested.as_nested_tensor(list(rows), layout=torch.jagged)
