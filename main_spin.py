@@ -26,22 +26,28 @@ class TaskRunner:
     def __init__(self):
         self.trainer = None
 
+    @staticmethod
+    def trainer_class(config: DictConfig) -> type:
+        """The trainer that the config asks for; a recipe of yours may give its own."""
+        if config.algorithm.preference_source == "self_play":
+            from recipe.spin.self_play import SelfPlayTrainer
+
+            return SelfPlayTrainer
+        from recipe.spin.spin_trainer import SpinTrainer
+
+        return SpinTrainer
+
     def run(self, config: DictConfig) -> None:
         """Trains as the config says; returns when the run is complete."""
         import transfer_queue as tq
         from verl.trainer.ppo.v1 import AgentLoopManagerTQ
         from verl.utils.logging_utils import configure_verl_logging
 
-        if config.algorithm.preference_source == "self_play":
-            from recipe.spin.self_play import SelfPlayTrainer as Trainer
-        else:
-            from recipe.spin.spin_trainer import SpinTrainer as Trainer
-
         configure_verl_logging()
         tq.init(config.transfer_queue)
         succeeded = False
         try:
-            self.trainer = Trainer(config)
+            self.trainer = self.trainer_class(config)(config)
             self.trainer.init()
             agent_loop = AgentLoopManagerTQ.create(
                 config=config,

@@ -131,6 +131,7 @@ class SpinTrainer(PPOTrainerSync):
         rows, pairs = self._pairs(responses, rewards, mask)
         paired_prompts = pairs.rejected.div(n, rounding_mode="floor").unique().numel()
         metrics["pairs/used"] = pairs.chosen.numel()
+        metrics["pairs/prompts_answered"] = self._fetched[1]
         metrics["pairs/tie_rate"] = 1 - paired_prompts / (len(prompts) // n)
         if pairs.chosen.numel() == 0:
             return None
@@ -157,7 +158,8 @@ class SpinTrainer(PPOTrainerSync):
 
     def _ended(self, responses: TensorDict) -> torch.Tensor:
         """Which responses (N,) ended by themselves."""
-        return torch.tensor([row[-1].item() in self._end_tokens for row in responses["responses"].unbind()])
+        rows = responses["responses"].unbind()
+        return torch.tensor([len(row) > 0 and row[-1].item() in self._end_tokens for row in rows])
 
     def _check_complete(self, prompts: list[str], n: int) -> None:
         uids, counts = np.unique(prompts, return_counts=True)
@@ -256,13 +258,25 @@ class SpinTrainer(PPOTrainerSync):
 
     def _fetch_one_gen_batch(self) -> TensorDict:
         """Numbers the prompts within a step instead of drawing random ids, so that seeds repeat, after a resume too."""
-        batch = super()._fetch_one_gen_batch()
         step, fetched = self._fetched
         first = fetched if step == self.global_steps else 0
+        self._check_filtering(first)
+        batch = super()._fetch_one_gen_batch()
         self._fetched = (self.global_steps, first + len(batch))
         uids = [f"{self.global_steps:08d}-{first + i:08d}" for i in range(len(batch))]
         uids = np.array(uids, dtype=object)
         return tu.get_tensordict({**batch, "uid": uids, SAMPLING_SEED: uids})
+
+    def _check_filtering(self, fetched: int) -> None:
+        """Stops what verl would go on with for ever: drawing prompts in place of those whose responses all tie."""
+        limit = self.config.algorithm.filter_groups.max_num_gen_batches
+        batch_size = self.config.data.train_batch_size
+        if self.config.algorithm.filter_groups.enable and 0 < limit * batch_size <= fetched:
+            raise RuntimeError(
+                f"step {self.global_steps}: {fetched} prompts were answered to find {batch_size} whose responses score "
+                f"differently, as many as algorithm.filter_groups.max_num_gen_batches={limit} allows. Raise it, give "
+                "the reward more grades, or take prompts that are neither too hard nor too easy"
+            )
 
     def _validate(self) -> dict[str, float]:
         """Answers the held-out prompts as `val_kwargs` say and, if those are samples, once more greedily."""

@@ -8,10 +8,21 @@ def load_model(folder: str):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
 
 
-def response_logp(model, prompt, response, mask, temperature):
-    """Log-prob of a response's unmasked tokens, lists of token ids and 0/1, with its gradient."""
+def _predictions(model, prompt, response, temperature):
+    """Log-probs (T, V) of what may stand at each place of the response."""
     ids = torch.tensor([prompt + response])
     logits = model(input_ids=ids, use_cache=False).logits[0] / temperature
-    predictions = logits[len(prompt) - 1 : -1].log_softmax(-1)  # position t predicts token t+1
-    token_logps = predictions[range(len(response)), response]
+    return logits[len(prompt) - 1 : -1].log_softmax(-1)  # position t predicts token t+1
+
+
+def response_logp(model, prompt, response, mask, temperature):
+    """Log-prob of a response's unmasked tokens, lists of token ids and 0/1, with its gradient."""
+    token_logps = _predictions(model, prompt, response, temperature)[range(len(response)), response]
     return token_logps[torch.tensor(mask, dtype=torch.bool)].sum()
+
+
+@torch.no_grad()
+def response_entropy(model, prompt, response, mask, temperature):
+    """Mean entropy of the distributions that a response's unmasked tokens were drawn from; 0 without tokens."""
+    logps = _predictions(model, prompt, response, temperature)[torch.tensor(mask, dtype=torch.bool)]
+    return -(logps.exp() * logps).sum(-1).mean() if len(logps) else torch.zeros(())

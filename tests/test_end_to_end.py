@@ -29,6 +29,13 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kw
     vowels = sum(letter in "aeiou" for letter in solution_str)
     return {"score": vowels - 0.01 * len(solution_str), "acc": float(vowels > 3)}
 
+def compute_every_other(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
+    even = extra_info["index"] % 2 == 0
+    return 0.0 if even else sum(map(ord, solution_str)) % 1009 + len(solution_str) / 100
+
+def compute_the_same(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
+    return 1.0
+
 def compute_nothing(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
     raise ZeroDivisionError("the reward of this test always fails")
 """
@@ -58,9 +65,9 @@ def task(tmp_path_factory) -> Path:
     return folder
 
 
-def start(task: Path, model: Path, run: Path, *overrides: str) -> subprocess.Popen:
+def start(task: Path, model: Path, run: Path, *overrides: str, program=("-m", "recipe.spin.main_spin")):
     """Starts a run as a user would."""
-    command = [sys.executable, "-m", "recipe.spin.main_spin", "device=cpu", f"actor_rollout_ref.model.path={model}"]
+    command = [sys.executable, *program, "device=cpu", f"actor_rollout_ref.model.path={model}"]
     command += [
         f"data.train_files={task}/train.parquet",
         f"data.val_files={task}/test.parquet",
@@ -80,7 +87,7 @@ def start(task: Path, model: Path, run: Path, *overrides: str) -> subprocess.Pop
     return subprocess.Popen(
         command,
         cwd=ROOT,
-        env=os.environ | {MARK: str(run)},
+        env=os.environ | {MARK: str(run), "VERL_FILE_LOGGER_PATH": str(run.parent / "verl.jsonl")},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -256,6 +263,46 @@ def test_self_play_on_supervised_data(conversations, task, tiny_llama, tmp_path)
     assert history[4]["val-likelihood/token"] == pytest.approx(after / 6)
 
 
+def test_dynamic_sampling_fills_a_batch_with_prompts_that_give_a_pair(task, tiny_llama, tmp_path):
+    """Every other prompt always ties, so that a batch of four takes about eight prompts."""
+    run = tmp_path / "run"
+    process = start(
+        task,
+        tiny_llama,
+        run,
+        "algorithm.filter_groups.enable=True",
+        "reward.custom_reward_function.name=compute_every_other",
+        "trainer.total_training_steps=2",
+        "trainer.total_epochs=50",
+        "trainer.val_before_train=False",
+    )
+    output = finish(process)
+    assert process.returncode == 0, output[-5000:]
+    history = metrics(run)
+    for step in (1, 2):
+        assert history[step]["pairs/used"] == 4 and history[step]["pairs/tie_rate"] == 0
+        replaced = history[step]["training/filter_groups/evicted_samples"]
+        surplus = history[step].get("training/filter_groups/discarded_surplus_samples", 0)
+        assert replaced >= 1 and history[step]["pairs/prompts_answered"] == 4 + replaced + surplus
+
+
+def test_dynamic_sampling_gives_up_on_a_reward_that_always_ties(task, tiny_llama, tmp_path):
+    process = start(
+        task,
+        tiny_llama,
+        tmp_path / "run",
+        "algorithm.filter_groups.enable=True",
+        "algorithm.filter_groups.max_num_gen_batches=2",
+        "reward.custom_reward_function.name=compute_the_same",
+        "trainer.total_epochs=50",
+        "trainer.val_before_train=False",
+    )
+    output = finish(process)
+    assert process.returncode not in (0, None)
+    error = output[output.index("error: ") :].splitlines()[0]
+    assert "algorithm.filter_groups.max_num_gen_batches=2" in error and "8 prompts" in error
+
+
 def test_lora_against_the_base_model(task, tiny_llama, tmp_path):
     """The reference is the actor with its adapter off; vLLM generates with the adapter as trained so far."""
     run = tmp_path / "run"
@@ -278,6 +325,29 @@ def test_lora_against_the_base_model(task, tiny_llama, tmp_path):
         assert abs(history[step]["kl/sequence"]) > 0.01
         assert history[step]["actor/loss"] != pytest.approx(math.log(2), abs=1e-4)
         assert history[step]["rollout/logp_gap_max"] < 1e-3
+
+
+def test_the_example_of_another_trainer_trains(task, tiny_llama, tmp_path):
+    """verl's PPO trainer with DPO's gradient as advantage, against a reference that stays as loaded."""
+    actor = "actor_rollout_ref.actor"
+    process = start(
+        task,
+        tiny_llama,
+        tmp_path / "run",
+        "actor_rollout_ref.rollout.agent.default_agent_loop=single_turn_agent",
+        f"{actor}.loss_agg_mode=seq-mean-token-sum",
+        f"{actor}.use_kl_loss=True",
+        f"{actor}.kl_loss_coef=0",
+        "trainer.total_training_steps=3",
+        "trainer.val_before_train=False",
+        "trainer.save_freq=-1",
+        program=["examples/preference_advantage.py"],
+    )
+    output = finish(process)
+    assert process.returncode == 0, output[-5000:]
+    losses = [json.loads(line)["data"]["preference/dpo_loss"] for line in (tmp_path / "verl.jsonl").open()]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-5)
+    assert all(loss != pytest.approx(math.log(2), abs=1e-3) for loss in losses[1:])
 
 
 def test_a_failing_reward_stops_the_run_with_its_cause(task, tiny_llama, tmp_path):

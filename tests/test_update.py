@@ -13,7 +13,7 @@ from functools import cache
 
 import pytest
 import torch
-from plain_model import load_model, response_logp
+from plain_model import load_model, response_entropy, response_logp
 from worker_jobs import MAX_PROMPT, MAX_RESPONSE, PROMPTS, STEPS, make_batches, train
 
 pytestmark = pytest.mark.slow
@@ -96,6 +96,12 @@ def plain_training(folder: str, n: int, kind: str, temperature: float, clip: flo
                 losses = plain_losses(h, chosen, lengths, weights, kind)
             loss = (weights * losses).sum() / weights.sum()
 
+            entropies = [
+                response_entropy(policy, batch.prompts[row], batch.responses[row], batch.masks[row], temperature)
+                for row in chosen_rows + rejected_rows
+            ]
+            chosen_entropy, rejected_entropy = torch.stack(entropies).view(2, -1)
+
             optimizer.zero_grad()
             loss.backward()
             norm = torch.sqrt(sum((p.grad**2).sum() for p in policy.parameters()))
@@ -118,6 +124,7 @@ def plain_training(folder: str, n: int, kind: str, temperature: float, clip: flo
                     "smallest_margin": (rewards_chosen - rewards_rejected).abs().min().item(),
                     "kl/sequence": mean((chosen - ref_chosen + rejected - ref_rejected) / 2),
                     "response_length/chosen": mean(lengths),
+                    "entropy": mean((chosen_entropy + rejected_entropy) / 2),
                 }
             )
     return {"initial": initial, "parameters": policy.state_dict(), "steps": steps}
@@ -132,6 +139,7 @@ COMPARED = [
     "logps/rejected",
     "kl/sequence",
     "response_length/chosen",
+    "entropy",
 ]
 
 
@@ -176,6 +184,7 @@ class Case:
             f"{actor}.ppo_micro_batch_size_per_gpu={self.micro_batch or 8}",
             f"{actor}.ppo_mini_batch_size={self.prompts_per_step}",
             f"{actor}.ppo_epochs={self.epochs}",
+            f"{actor}.calculate_entropy=True",
             f"{actor}.optim.lr={LEARNING_RATE}",
             f"{actor}.optim.weight_decay={WEIGHT_DECAY}",
             f"{actor}.optim.clip_grad={self.clip}",
