@@ -70,8 +70,8 @@ def plan_mini_batches(
         for rank, part in zip(ranks, parts, strict=True):
             rank.extend(padded[i] for i in sorted(part))
         weight = sum(weights[pair] for pair in pairs)
-        tokens_chosen = sum(weights[pair] * chosen_lengths[pair] for pair in pairs)
-        length = max(tokens_chosen, 1.0) / weight  # as core_algos counts where no chosen response has a token
+        length = sum(weights[pair] * chosen_lengths[pair] for pair in pairs) / weight
+        length = length or 1 / len(pairs)  # no chosen response has a token: count one, as core_algos does
         mini_batches.append(MiniBatch(per_rank, weight, length, per_micro))
     order = [entry for rank in ranks for entry in rank]
     return Plan(mini_batches, [pair for pair, _ in order], [real for _, real in order])

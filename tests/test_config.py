@@ -155,6 +155,13 @@ def test_gpu_profile(run, monkeypatch):
     assert run.check(device="gpu").trainer.device == "cuda"
 
 
+@pytest.mark.parametrize(("installed", "expected"), [(None, "sdpa"), ("a spec", "flash_attention_2")])
+def test_gpu_profile_uses_flash_attention_where_it_is_installed(monkeypatch, installed, expected):
+    monkeypatch.setattr("recipe.spin.main_spin.find_spec", lambda name: installed)
+    config = compose(device="gpu")
+    assert config.actor_rollout_ref.model.override_config.attn_implementation == expected
+
+
 def test_gpu_profile_on_a_machine_with_fewer_gpus(run, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     message = run.refusal("trainer.n_gpus_per_node=2", device="gpu")

@@ -53,6 +53,12 @@ def test_one_rank_gets_the_pairs_in_order():
     assert planned.mini_batches == [MiniBatch(3, weight=3.0, mean_chosen_length=4.0)]
 
 
+def test_a_mini_batch_without_a_chosen_token_counts_one():
+    """The sft loss divides by the mean length; core_algos counts at least one token in a batch."""
+    planned = plan([0, 1], lengths=[0, 0])
+    assert planned.mini_batches == [MiniBatch(2, weight=2.0, mean_chosen_length=0.5)]
+
+
 def test_mini_batches_are_cut_by_prompts():
     """Prompts 0-1, 2-3 (no pairs: left out) and 4-5; the numbers of pairs differ."""
     planned = plan([0, 0, 1, 4], prompts_per_mini_batch=2, weights=[0.5, 0.5, 1.0, 1.0], lengths=[2, 4, 9, 7])
@@ -117,7 +123,7 @@ def test_a_step_holds_the_same_pairs_for_any_number_of_ranks(prompts, prompts_pe
         assert {pair for pair, _ in entries} == members
         assert mini_batch.weight == pytest.approx(sum(weights[pair] for pair in members))
         mean_length = sum(weights[pair] * lengths[pair] for pair in members) / mini_batch.weight
-        assert mini_batch.mean_chosen_length == pytest.approx(mean_length)
+        assert mini_batch.mean_chosen_length == pytest.approx(mean_length or 1 / len(members))
         if most is None:
             assert mini_batch.pairs_per_micro_batch is None
             assert mini_batch.pairs_per_rank == math.ceil(len(members) / dp_size)
