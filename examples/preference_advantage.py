@@ -11,16 +11,21 @@ signs turned, are advantages: PPO's loss at ratio 1 then has the gradient of DPO
 """
 
 import hydra
+import ray
 import torch
 import transfer_queue as tq
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from transfer_queue import KVBatchMeta
+from verl.trainer.ppo.utils import Role
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+from verl.workers.engine_workers import ActorRolloutRefWorker
 
+from recipe.spin import verl_patches
 from recipe.spin.core_algos import compute_online_dpo_loss, compute_onlineDPO_pref, sequence_logps
 from recipe.spin.main_spin import FOLDER, TaskRunner
 
+verl_patches.ignore_trl()
 LOG_PROBS = ("old_log_probs", "ref_log_prob")
 
 
@@ -43,8 +48,17 @@ def preference_advantages(
     return -len(logps) * gradient[:, None] * response_mask, loss.detach()
 
 
+class Worker(ActorRolloutRefWorker):
+    """verl's own worker, in a process that has imported this file and therefore bears TRL beside it."""
+
+
 class PreferenceAdvantageTrainer(PPOTrainerSync):
     """verl's PPO trainer with preferences in place of its advantage estimators."""
+
+    def _init_resource_pool_mgr(self):
+        super()._init_resource_pool_mgr()
+        for role in {Role.ActorRollout, Role.ActorRolloutRef} & self.role_worker_mapping.keys():
+            self.role_worker_mapping[role] = ray.remote(Worker)
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         ordered = batch.select_keys(sorted(batch.keys))  # the responses of a prompt side by side
@@ -73,7 +87,6 @@ class ExampleRunner(TaskRunner):
 
 @hydra.main(config_path=str(FOLDER / "config"), config_name="spin_trainer", version_base=None)
 def main(config: DictConfig) -> None:
-    import ray
     from verl.trainer.main_ppo import run_ppo
 
     OmegaConf.resolve(config)
