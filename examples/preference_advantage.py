@@ -48,7 +48,7 @@ def preference_advantages(
     return -len(logps) * gradient[:, None] * response_mask, loss.detach()
 
 
-class Worker(ActorRolloutRefWorker):
+class PPOWorker(ActorRolloutRefWorker):
     """verl's own worker, in a process that has imported this file and therefore bears TRL beside it."""
 
 
@@ -58,7 +58,7 @@ class PreferenceAdvantageTrainer(PPOTrainerSync):
     def _init_resource_pool_mgr(self):
         super()._init_resource_pool_mgr()
         for role in {Role.ActorRollout, Role.ActorRolloutRef} & self.role_worker_mapping.keys():
-            self.role_worker_mapping[role] = ray.remote(Worker)
+            self.role_worker_mapping[role] = ray.remote(PPOWorker)
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         ordered = batch.select_keys(sorted(batch.keys))  # the responses of a prompt side by side
