@@ -71,8 +71,8 @@ class PreferenceAdvantageTrainer(PPOTrainerSync):
         lengths = mask.sum(-1).tolist()
         rows = [row[:length] for row, length in zip(advantages, lengths, strict=True)]
         data["advantages"] = data["returns"] = torch.nested.as_nested_tensor(rows, layout=torch.jagged)
-        tq.kv_batch_put(keys=ordered.keys, partition_id=batch.partition_id, fields=data.select("advantages", "returns"))
-        return batch
+        fields = data.select("advantages", "returns")
+        return tq.kv_batch_put(keys=ordered.keys, partition_id=batch.partition_id, fields=fields)
 
 
 def pad(rows: Tensor) -> Tensor:
