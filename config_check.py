@@ -149,13 +149,14 @@ def _check_reference(config: DictConfig) -> None:
     trainer, model = config.trainer, config.actor_rollout_ref.model
     alpha = trainer.ref_update_alpha
     _require(_is_number(alpha) and 0 < alpha <= 1, "trainer.ref_update_alpha", config, "must be above 0 and at most 1")
-    if config.algorithm.preference_source == "self_play" and (model.lora_rank > 0 or model.lora_adapter_path):
+    lora = model.lora_rank > 0 or model.lora_adapter_path
+    if config.algorithm.preference_source == "self_play" and lora:
         raise ConfigError(
             "algorithm.preference_source=self_play with LoRA (actor_rollout_ref.model.lora_rank="
             f"{model.lora_rank}): the opponent in vLLM is the reference, and with LoRA there is no such model to send; "
             "train without LoRA"
         )
-    if trainer.ref_update_freq > 0 and (model.lora_rank > 0 or model.lora_adapter_path):
+    if trainer.ref_update_freq > 0 and lora:
         raise ConfigError(
             f"trainer.ref_update_freq={trainer.ref_update_freq} with LoRA (actor_rollout_ref.model.lora_rank="
             f"{model.lora_rank}): the reference is the base model with the adapter off and cannot be refreshed; set "

@@ -33,7 +33,7 @@ class SpinWorker(ActorRolloutRefWorker):
 
     @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="actor"))
     def compute_ref_logps(self, data: TensorDict) -> TensorDict:
-        """Log-probs of the responses under the reference, one value per row: `ref_logps` (rows,).
+        """Log-probs of the responses under the reference, one value per row: `logps` (rows,).
 
         `data` carries the model's inputs, `temperature` and `average_log_prob` (mean over tokens instead of the sum).
         """
@@ -41,11 +41,11 @@ class SpinWorker(ActorRolloutRefWorker):
         logps = response_logps(self.ref or self.actor, data)
         if self.ref is not None:
             _reshard(self.ref.engine.module)  # FSDP would keep what the forward gathered until the next
-        return logps if logps is None else logps.rename_key_("logps", "ref_logps")
+        return logps
 
     @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="actor"))
     def compute_actor_logps(self, data: TensorDict) -> TensorDict:
-        """The same under the actor: `logps` (rows,)."""
+        """The same under the actor."""
         return response_logps(self.actor, data)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)

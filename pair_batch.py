@@ -86,6 +86,29 @@ def _even_split(pairs: int, most: int | None) -> tuple[int, int | None]:
     return micro_batches * per_micro, per_micro
 
 
+CONVERSATION = ("prompts", "responses", "input_ids", "position_ids", "response_mask", "loss_mask")
+
+
+def conversation_rows(prompts: list[torch.Tensor], responses: list[torch.Tensor]) -> TensorDict:
+    """The model's inputs for N prompts and their responses, rows of tokens, with the fields of verl's agent loop."""
+    sequences = [torch.cat(pair) for pair in zip(prompts, responses, strict=True)]
+    ones = [torch.ones_like(row) for row in responses]
+    positions = [torch.arange(len(row)) for row in sequences]
+    fields = zip(CONVERSATION, (prompts, responses, sequences, positions, ones, ones), strict=True)
+    return TensorDict({name: nest(rows) for name, rows in fields}, batch_size=len(prompts))
+
+
+def nest(rows: list[torch.Tensor]) -> torch.Tensor:
+    """Rows of unequal length as a jagged tensor."""
+    return torch.nested.as_nested_tensor(list(rows), layout=torch.jagged)
+
+
+def trajectory_place(key: str) -> tuple[str, int, int]:
+    """Sorts verl's keys `uid_response_turn` of trajectories by prompt and response."""
+    uid, response, turn = key.rsplit("_", 2)
+    return uid, int(response), int(turn)
+
+
 def pad_rows(nested: torch.Tensor) -> torch.Tensor:
     """A jagged tensor of B rows as (B, T), zeros behind the rows' ends.
 

@@ -9,14 +9,14 @@ from tensordict import TensorDict
 from verl.utils import tensordict_utils as tu
 
 from recipe.spin.core_algos import PreferencePairs, compute_self_play_pref, sequence_logps
-from recipe.spin.pair_batch import pad_rows
+from recipe.spin.pair_batch import CONVERSATION, conversation_rows, nest, pad_rows
 from recipe.spin.spin_trainer import SpinTrainer
-
-CONVERSATION = ("prompts", "responses", "input_ids", "position_ids", "response_mask", "loss_mask")
 
 
 class SelfPlayTrainer(SpinTrainer):
     """SpinTrainer whose pairs are the data's response against the opponent's, with vLLM as the opponent."""
+
+    preference_fields = ("reward_model",)  # holds the data's response
 
     # ------------------------------------------------------------------ the opponent in vLLM
 
@@ -33,19 +33,16 @@ class SelfPlayTrainer(SpinTrainer):
         if self.config.actor_rollout_ref.rollout.free_cache_engine:
             super().on_step_end()
 
-    def _push_weights(self) -> None:
+    def _push_weights(self, model: str = "reference") -> None:
+        self.actor_rollout_wg.choose_rollout_model(model)
         self.checkpoint_manager.sleep_replicas()
         self.checkpoint_manager.update_weights(self.global_steps)
 
     def _validate(self) -> dict[str, float]:
         """The actor, not its opponent, answers the held-out prompts; adds how likely it finds the data's answers."""
-        self.actor_rollout_wg.choose_rollout_model("actor")
+        self._push_weights("actor")
+        metrics = super()._validate()
         self._push_weights()
-        try:
-            metrics = super()._validate()
-        finally:
-            self.actor_rollout_wg.choose_rollout_model("reference")
-            self._push_weights()
         return metrics | self._held_out_likelihood()
 
     # ------------------------------------------------------------------ pairs
@@ -54,7 +51,8 @@ class SelfPlayTrainer(SpinTrainer):
         """Puts the data's response to each prompt behind the opponent's rows, and pairs them."""
         n = self.config.actor_rollout_ref.rollout.n
         texts = [row["ground_truth"] for row in responses.pop("reward_model").tolist()[::n]]
-        opponent_logps = self._opponent_logps(responses.pop("rollout_log_probs"), mask)
+        token_logps = pad_rows(responses.pop("rollout_log_probs"))
+        opponent_logps = sequence_logps(token_logps, mask, average=self.config.algorithm.dpo_average_log_prob)
         prompts = responses["prompts"].unbind()[::n]
         real = conversation_rows(prompts, [self._response_tokens(text) for text in texts])
         answers = real["responses"].unbind()
@@ -64,10 +62,6 @@ class SelfPlayTrainer(SpinTrainer):
         rows = TensorDict(both, batch_size=len(responses) + len(real))
         rows["opponent_logps"] = torch.cat([opponent_logps, torch.full((len(real),), torch.nan)])
         return rows, compute_self_play_pref(torch.tensor(differs), n)
-
-    def _opponent_logps(self, token_logps: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """vLLM's log-probs of the responses that it gave as the opponent (B*n,)."""
-        return sequence_logps(pad_rows(token_logps), mask, average=self.config.algorithm.dpo_average_log_prob)
 
     def _compute_ref_logps(self, pairs: TensorDict, metrics: dict) -> None:
         """Also measures that the opponent in vLLM is the reference: both give its responses the same log-probs."""
@@ -104,17 +98,3 @@ class SelfPlayTrainer(SpinTrainer):
         options = self.config.data.get("apply_chat_template_kwargs") or {}
         text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **options)
         return torch.tensor(self.tokenizer.encode(text, add_special_tokens=False))
-
-
-def conversation_rows(prompts: list[torch.Tensor], responses: list[torch.Tensor]) -> TensorDict:
-    """The model's inputs for N prompts and their responses, rows of tokens, with the fields of verl's agent loop."""
-    sequences = [torch.cat(pair) for pair in zip(prompts, responses, strict=True)]
-    ones = [torch.ones_like(row) for row in responses]
-    positions = [torch.arange(len(row)) for row in sequences]
-    fields = zip(CONVERSATION, (prompts, responses, sequences, positions, ones, ones), strict=True)
-    return TensorDict({name: nest(rows) for name, rows in fields}, batch_size=len(prompts))
-
-
-def nest(rows: list[torch.Tensor]) -> torch.Tensor:
-    """Rows of unequal length as a jagged tensor."""
-    return torch.nested.as_nested_tensor(list(rows), layout=torch.jagged)

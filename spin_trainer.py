@@ -25,13 +25,15 @@ from recipe.spin.agent_loop import GREEDY, SAMPLING_SEED
 from recipe.spin.core_algos import PreferencePairs, beta_at, compute_onlineDPO_pref, penalize_missing_eos
 from recipe.spin.dp_actor import DPOSettings
 from recipe.spin.fsdp_workers import SpinWorker
-from recipe.spin.pair_batch import build_pair_batch, pad_rows, plan_mini_batches
+from recipe.spin.pair_batch import build_pair_batch, pad_rows, plan_mini_batches, trajectory_place
 
 MODEL_INPUTS = ["prompts", "responses", "input_ids", "position_ids", "response_mask", "loss_mask", "rollout_log_probs"]
 
 
 class SpinTrainer(PPOTrainerSync):
     """verl's synchronous trainer with preferences and the DPO update in place of advantages and PPO's."""
+
+    preference_fields: tuple[str, ...] = ()  # columns of the responses that `_pairs` needs besides MODEL_INPUTS
 
     def __init__(self, config):
         super().__init__(config)
@@ -117,16 +119,20 @@ class SpinTrainer(PPOTrainerSync):
     def _prefer(self, batch: KVBatchMeta, metrics: dict) -> TensorDict | None:
         """Picks the pairs of the batch and lays them out; None when no prompt has a better and a worse response."""
         n = self.config.actor_rollout_ref.rollout.n
-        batch = batch.select_keys(sorted(batch.keys, key=_place))  # not the order in which they were completed
+        batch = batch.select_keys(sorted(batch.keys, key=trajectory_place))  # not the order of their completion
         prompts = [key.rsplit("_", 2)[0] for key in batch.keys]
         self._check_complete(prompts, n)
 
-        fields = [*MODEL_INPUTS, "rm_scores", "extra_fields", "reward_model"]
+        fields = [*MODEL_INPUTS, "rm_scores", "extra_fields", *self.preference_fields]
         responses = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
         extra = responses.pop("extra_fields").tolist()
         rewards = pad_rows(responses.pop("rm_scores"))
         mask = pad_rows(responses["response_mask"])
-        metrics.update(self._response_metrics(rewards, mask, responses, extra))
+        ended = self._ended(responses)
+        metrics.update(self._response_metrics(rewards, mask, ended, responses, extra))
+        penalty = self.config.algorithm.missing_eos_penalty
+        if penalty:
+            rewards[:, 0] = penalize_missing_eos(rewards[:, 0], ended, penalty)
 
         rows, pairs = self._pairs(responses, rewards, mask)
         paired_prompts = pairs.rejected.div(n, rounding_mode="floor").unique().numel()
@@ -141,10 +147,6 @@ class SpinTrainer(PPOTrainerSync):
     def _pairs(self, responses: TensorDict, rewards, mask) -> tuple[TensorDict, PreferencePairs]:
         """The rows to train on, (B*n,) responses, and which of them the scores, rewards (B*n, T) over mask, pair."""
         algorithm = self.config.algorithm
-        responses.pop("reward_model", None)
-        if algorithm.missing_eos_penalty:
-            ended = self._ended(responses)
-            rewards[:, 0] = penalize_missing_eos(rewards[:, 0], ended, algorithm.missing_eos_penalty)
         pairs = compute_onlineDPO_pref(
             rewards,
             mask,
@@ -179,7 +181,8 @@ class SpinTrainer(PPOTrainerSync):
         tokens = tokens if isinstance(tokens, list) else [tokens]
         return {token for token in [*tokens, self.tokenizer.eos_token_id] if token is not None}
 
-    def _response_metrics(self, rewards, mask, responses: TensorDict, extra: list[dict]) -> dict[str, float]:
+    @staticmethod
+    def _response_metrics(rewards, mask, ended, responses: TensorDict, extra: list[dict]) -> dict[str, float]:
         """What the rollout looks like, over all responses."""
         scores, lengths = (rewards * mask).sum(-1), mask.sum(-1)
         metrics = {
@@ -187,7 +190,7 @@ class SpinTrainer(PPOTrainerSync):
             "score/std": scores.std(correction=0).item(),
             "response_length/mean": lengths.float().mean().item(),
             "response_length/max": lengths.max().item(),
-            "response/end_token_rate": self._ended(responses).float().mean().item(),
+            "response/end_token_rate": ended.float().mean().item(),
         }
         if "rollout_log_probs" in responses:
             # the mean of -log p over sampled tokens estimates the entropy per token without another forward pass
@@ -226,7 +229,7 @@ class SpinTrainer(PPOTrainerSync):
         data = pairs.copy()
         tu.pop(data, "mini_batches")
         tu.assign_non_tensor(data, average_log_prob=self.config.algorithm.dpo_average_log_prob)
-        pairs["ref_logps"] = self.actor_rollout_wg.compute_ref_logps(data)["ref_logps"]
+        pairs["ref_logps"] = self.actor_rollout_wg.compute_ref_logps(data)["logps"]
 
     def _update_actor(self, pairs: TensorDict, metrics: dict) -> None:
         """Runs the step's optimizer steps and records their metrics."""
@@ -317,12 +320,6 @@ class SpinTrainer(PPOTrainerSync):
         )
         for folder in folders[: -keep or None] if keep else []:
             shutil.rmtree(folder)
-
-
-def _place(key: str) -> tuple[str, int, int]:
-    """Sorts verl's keys `uid_response_turn` of trajectories by prompt and response."""
-    uid, response, turn = key.rsplit("_", 2)
-    return uid, int(response), int(turn)
 
 
 class _HeldOutRows:

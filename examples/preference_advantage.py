@@ -24,6 +24,7 @@ from verl.workers.engine_workers import ActorRolloutRefWorker
 from recipe.spin import verl_patches
 from recipe.spin.core_algos import compute_online_dpo_loss, compute_onlineDPO_pref, sequence_logps
 from recipe.spin.main_spin import FOLDER, TaskRunner
+from recipe.spin.pair_batch import nest, pad_rows, trajectory_place
 
 verl_patches.ignore_trl()
 LOG_PROBS = ("old_log_probs", "ref_log_prob")
@@ -61,22 +62,18 @@ class PreferenceAdvantageTrainer(PPOTrainerSync):
             self.role_worker_mapping[role] = ray.remote(PPOWorker)
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
-        ordered = batch.select_keys(sorted(batch.keys))  # the responses of a prompt side by side
+        ordered = batch.select_keys(sorted(batch.keys, key=trajectory_place))  # the responses of a prompt side by side
         names = ["response_mask", "rm_scores", *LOG_PROBS]
         data = tq.kv_batch_get(keys=ordered.keys, partition_id=batch.partition_id, select_fields=names)
-        mask, rewards, policy, reference = (pad(data[name]) for name in names)
+        mask, rewards, policy, reference = (pad_rows(data[name]) for name in names)
         n = self.config.actor_rollout_ref.rollout.n
         advantages, loss = preference_advantages(rewards, mask, policy, reference, n, self.config.algorithm.dpo_beta)
         metrics["preference/dpo_loss"] = loss.item()
         lengths = mask.sum(-1).tolist()
         rows = [row[:length] for row, length in zip(advantages, lengths, strict=True)]
-        data["advantages"] = data["returns"] = torch.nested.as_nested_tensor(rows, layout=torch.jagged)
+        data["advantages"] = data["returns"] = nest(rows)
         fields = data.select("advantages", "returns")
         return tq.kv_batch_put(keys=ordered.keys, partition_id=batch.partition_id, fields=fields)
-
-
-def pad(rows: Tensor) -> Tensor:
-    return torch.nn.utils.rnn.pad_sequence(list(rows.unbind()), batch_first=True)
 
 
 class ExampleRunner(TaskRunner):

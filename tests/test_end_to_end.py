@@ -105,6 +105,22 @@ def finish(process: subprocess.Popen, timeout: float = 420) -> str:
     return output
 
 
+def succeed(task: Path, model: Path, run: Path, *overrides: str, **options) -> str:
+    """Runs to the end, which must be a good one, and returns what was printed."""
+    process = start(task, model, run, *overrides, **options)
+    output = finish(process)
+    assert process.returncode == 0, output[-5000:]
+    return output
+
+
+def fail(task: Path, model: Path, run: Path, *overrides: str) -> str:
+    """Runs to the end, which must be a bad one, and returns the line with the error."""
+    process = start(task, model, run, *overrides)
+    output = finish(process)
+    assert process.returncode not in (0, None)
+    return output[output.index("error: ") :].splitlines()[0]
+
+
 def metrics(run: Path) -> dict[int, dict]:
     lines = (run / "metrics.jsonl").read_text().splitlines()
     return {entry["step"]: entry for entry in map(json.loads, lines)}
@@ -196,9 +212,7 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(one_rank, task, tiny_lla
     shutil.copytree(one_rank / "global_step_2", run / "global_step_2")
     (run / "latest_checkpointed_iteration.txt").write_text("2")
     (run / "global_step_3" / "actor").mkdir(parents=True)
-    process = start(task, tiny_llama, run)
-    output = finish(process)
-    assert process.returncode == 0, output[-5000:]
+    succeed(task, tiny_llama, run)
     through, resumed = metrics(one_rank), metrics(run)
     assert sorted(resumed) == [3, 4]
     for step in (3, 4):
@@ -207,9 +221,7 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(one_rank, task, tiny_lla
 
 
 def test_two_ranks_do_what_one_does(one_rank, task, tiny_llama, tmp_path):
-    process = start(task, tiny_llama, tmp_path / "run", "trainer.n_gpus_per_node=2", "trainer.val_before_train=False")
-    output = finish(process)
-    assert process.returncode == 0, output[-5000:]
+    succeed(task, tiny_llama, tmp_path / "run", "trainer.n_gpus_per_node=2", "trainer.val_before_train=False")
     one, two = metrics(one_rank), metrics(tmp_path / "run")
     for step in (1, 2, 3, 4):
         assert two[step]["rollout/logp_gap_max"] < 1e-3
@@ -235,7 +247,7 @@ def test_self_play_on_supervised_data(conversations, task, tiny_llama, tmp_path)
     """SPIN as published. Refreshes at steps 2 and 4: step 3 is the second of an iteration, in which the actor has moved
     and the opponent in vLLM has not."""
     run = tmp_path / "run"
-    process = start(
+    succeed(
         task,
         tiny_llama,
         run,
@@ -247,8 +259,6 @@ def test_self_play_on_supervised_data(conversations, task, tiny_llama, tmp_path)
         "actor_rollout_ref.actor.optim.lr=1e-3",
         "actor_rollout_ref.actor.calculate_entropy=True",
     )
-    output = finish(process)
-    assert process.returncode == 0, output[-5000:]
     history = metrics(run)
     for step in (1, 2, 3, 4):
         assert history[step]["pairs/used"] == 4 and history[step]["pairs/tie_rate"] == 0
@@ -266,7 +276,7 @@ def test_self_play_on_supervised_data(conversations, task, tiny_llama, tmp_path)
 def test_dynamic_sampling_fills_a_batch_with_prompts_that_give_a_pair(task, tiny_llama, tmp_path):
     """Every other prompt always ties, so that a batch of four takes about eight prompts."""
     run = tmp_path / "run"
-    process = start(
+    succeed(
         task,
         tiny_llama,
         run,
@@ -276,8 +286,6 @@ def test_dynamic_sampling_fills_a_batch_with_prompts_that_give_a_pair(task, tiny
         "trainer.total_epochs=50",
         "trainer.val_before_train=False",
     )
-    output = finish(process)
-    assert process.returncode == 0, output[-5000:]
     history = metrics(run)
     for step in (1, 2):
         assert history[step]["pairs/used"] == 4 and history[step]["pairs/tie_rate"] == 0
@@ -287,7 +295,7 @@ def test_dynamic_sampling_fills_a_batch_with_prompts_that_give_a_pair(task, tiny
 
 
 def test_dynamic_sampling_gives_up_on_a_reward_that_always_ties(task, tiny_llama, tmp_path):
-    process = start(
+    error = fail(
         task,
         tiny_llama,
         tmp_path / "run",
@@ -297,16 +305,13 @@ def test_dynamic_sampling_gives_up_on_a_reward_that_always_ties(task, tiny_llama
         "trainer.total_epochs=50",
         "trainer.val_before_train=False",
     )
-    output = finish(process)
-    assert process.returncode not in (0, None)
-    error = output[output.index("error: ") :].splitlines()[0]
     assert "algorithm.filter_groups.max_num_gen_batches=2" in error and "8 prompts" in error
 
 
 def test_lora_against_the_base_model(task, tiny_llama, tmp_path):
     """The reference is the actor with its adapter off; vLLM generates with the adapter as trained so far."""
     run = tmp_path / "run"
-    process = start(
+    succeed(
         task,
         tiny_llama,
         run,
@@ -317,8 +322,6 @@ def test_lora_against_the_base_model(task, tiny_llama, tmp_path):
         "trainer.total_training_steps=3",
         "trainer.val_before_train=False",
     )
-    output = finish(process)
-    assert process.returncode == 0, output[-5000:]
     history = metrics(run)
     assert history[1]["actor/loss"] == pytest.approx(math.log(2), abs=1e-6)  # an adapter starts as nothing
     for step in (2, 3):
@@ -330,7 +333,7 @@ def test_lora_against_the_base_model(task, tiny_llama, tmp_path):
 def test_the_example_of_another_trainer_trains(task, tiny_llama, tmp_path):
     """verl's PPO trainer with DPO's gradient as advantage, against a reference that stays as loaded."""
     actor = "actor_rollout_ref.actor"
-    process = start(
+    succeed(
         task,
         tiny_llama,
         tmp_path / "run",
@@ -343,8 +346,6 @@ def test_the_example_of_another_trainer_trains(task, tiny_llama, tmp_path):
         "trainer.save_freq=-1",
         program=["examples/preference_advantage.py"],
     )
-    output = finish(process)
-    assert process.returncode == 0, output[-5000:]
     losses = [json.loads(line)["data"]["preference/dpo_loss"] for line in (tmp_path / "verl.jsonl").open()]
     assert losses[0] == pytest.approx(math.log(2), abs=1e-5)
     assert all(loss != pytest.approx(math.log(2), abs=1e-3) for loss in losses[1:])
@@ -352,16 +353,13 @@ def test_the_example_of_another_trainer_trains(task, tiny_llama, tmp_path):
 
 def test_a_failing_reward_stops_the_run_with_its_cause(task, tiny_llama, tmp_path):
     before = files()
-    process = start(
+    error = fail(
         task,
         tiny_llama,
         tmp_path / "run",
         "reward.custom_reward_function.name=compute_nothing",
         "trainer.val_before_train=False",
     )
-    output = finish(process)
-    assert process.returncode not in (0, None)
-    error = output[output.index("error: ") :].splitlines()[0]
     assert "ZeroDivisionError" in error and "the reward of this test always fails" in error
     time.sleep(3)
     assert files() - before == set() and processes(tmp_path / "run") == []

@@ -190,24 +190,19 @@ def make_trainer(*overrides: str):
 
 def nest(rows: list[list] | list[torch.Tensor]) -> torch.Tensor:
     """Rows of unequal length as the jagged tensor that TransferQueue hands out."""
-    return torch.nested.as_nested_tensor([torch.as_tensor(row) for row in rows], layout=torch.jagged)
+    from recipe.spin.pair_batch import nest
+
+    return nest([torch.as_tensor(row) for row in rows])
 
 
 def response_batch(prompts: list[list[int]], responses: list[list[int]], masks: list[list[int]]) -> TensorDict:
     """The model's inputs for one response a row, as spin_trainer reads them."""
-    sequences = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
-    long = {"dtype": torch.long}
-    return TensorDict(
-        {
-            "prompts": nest([torch.tensor(row, **long) for row in prompts]),
-            "responses": nest([torch.tensor(row, **long) for row in responses]),
-            "input_ids": nest([torch.tensor(row, **long) for row in sequences]),
-            "position_ids": nest([torch.arange(len(row)) for row in sequences]),
-            "response_mask": nest([torch.tensor(row, **long) for row in masks]),
-            "loss_mask": nest([torch.tensor(row, **long) for row in masks]),
-        },
-        batch_size=len(sequences),
-    )
+    from recipe.spin.pair_batch import conversation_rows
+
+    rows = [[torch.tensor(row, dtype=torch.long) for row in part] for part in (prompts, responses, masks)]
+    batch = conversation_rows(*rows[:2])
+    batch["response_mask"], batch["loss_mask"] = nest(rows[2]), nest(rows[2])
+    return batch
 
 
 def full_parameters(module_engine) -> dict:

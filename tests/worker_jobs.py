@@ -143,7 +143,7 @@ class Players:
 
     def reference(self):
         """Log-probs of the probe's responses under the reference."""
-        return self.group.compute_ref_logps(self._inputs())["ref_logps"].numpy().copy()
+        return self.group.compute_ref_logps(self._inputs())["logps"].numpy().copy()
 
     def actor(self):
         """The same under the actor: the reference's own method with the actor in its place."""
