@@ -23,6 +23,7 @@ COUNTS = (
     f"{ACTOR}.ppo_micro_batch_size_per_gpu",
     f"{ACTOR}.ppo_max_token_len_per_gpu",
     f"{ACTOR}.ppo_epochs",
+    f"{ACTOR}.fsdp_config.ulysses_sequence_parallel_size",
     f"{REF}.log_prob_micro_batch_size_per_gpu",
     f"{REF}.log_prob_max_token_len_per_gpu",
     f"{ROLLOUT}.val_kwargs.n",
@@ -51,6 +52,7 @@ def check_config(config: DictConfig) -> None:
     _check_loss(config)
     _check_reference(config)
     _check_workers(config)
+    _check_sequence_parallelism(config)
     check_model(config.actor_rollout_ref.model.path)
     _check_reward(config)
     train_rows = sum(check_data_file("data.train_files", file, config) for file in _files(config.data.train_files))
@@ -137,7 +139,7 @@ def _check_loss(config: DictConfig) -> None:
     except (TypeError, ValueError) as error:
         raise ConfigError(f"algorithm.dpo_*: {error}") from error
     coupled = any(LOSSES[name].batch_coupled for name, _ in losses)
-    if coupled and config.actor_rollout_ref.actor.ulysses_sequence_parallel_size > 1:
+    if coupled and config.actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size > 1:
         raise ConfigError("algorithm.dpo_loss_type: aot and aot_unpaired need ulysses_sequence_parallel_size=1")
     if coupled and algorithm["dpo_pairing"] == "all":
         raise ConfigError(
@@ -208,7 +210,7 @@ def _check_workers(config: DictConfig) -> None:
         config,
         f"a prompt and its response have up to {tokens} tokens; raise it or lower their lengths in data",
     )
-    limit = ref.log_prob_max_token_len_per_gpu * ref.ulysses_sequence_parallel_size
+    limit = ref.log_prob_max_token_len_per_gpu * ref.fsdp_config.ulysses_sequence_parallel_size
     _require(
         not ref.log_prob_use_dynamic_bsz or limit >= tokens,
         f"{REF}.log_prob_max_token_len_per_gpu",
@@ -216,7 +218,7 @@ def _check_workers(config: DictConfig) -> None:
         f"a prompt and its response have up to {tokens} tokens and must fit into one micro-batch; raise it",
     )
     longest = 2 * tokens
-    limit = actor.ppo_max_token_len_per_gpu * actor.ulysses_sequence_parallel_size
+    limit = actor.ppo_max_token_len_per_gpu * actor.fsdp_config.ulysses_sequence_parallel_size
     _require(
         not actor.use_dynamic_bsz or longest <= limit,
         "actor_rollout_ref.actor.ppo_max_token_len_per_gpu",
@@ -230,6 +232,32 @@ def _check_workers(config: DictConfig) -> None:
         "trainer.n_gpus_per_node",
         config,
         f"this machine shows {gpus} GPUs; lower it, or use device=cpu on a machine without GPUs",
+    )
+
+
+def _check_sequence_parallelism(config: DictConfig) -> None:
+    """Ulysses cuts sequences over ranks, and only flash attention on packed rows puts them together again."""
+    actor, ref, model = (config.actor_rollout_ref[name] for name in ("actor", "ref", "model"))
+    size = actor.fsdp_config.ulysses_sequence_parallel_size
+    key = f"{ACTOR}.fsdp_config.ulysses_sequence_parallel_size"
+    ranks = config.trainer.nnodes * config.trainer.n_gpus_per_node
+    _require(ranks % size == 0, key, config, f"the {ranks} ranks must fall into groups of that size")
+    _require(
+        ref.fsdp_config.ulysses_sequence_parallel_size == size,
+        f"{REF}.fsdp_config.ulysses_sequence_parallel_size",
+        config,
+        f"the reference gets the actor's rows; give it the actor's, {size}",
+    )
+    attention = model.override_config.get("attn_implementation", "flash_attention_2")  # verl's default
+    _require(
+        size == 1 or attention.startswith("flash_attention"),
+        key,
+        config,
+        f"{attention} would attend within each rank's part of a sequence alone; install flash-attn and set "
+        "actor_rollout_ref.model.override_config.attn_implementation=flash_attention_2",
+    )
+    _require(
+        size == 1 or model.use_remove_padding, key, config, "needs actor_rollout_ref.model.use_remove_padding=True"
     )
 
 

@@ -168,6 +168,17 @@ def test_gpu_profile_on_a_machine_with_fewer_gpus(run, monkeypatch):
     assert "trainer.n_gpus_per_node=2" in message and "1 GPU" in message and "device=cpu" in message
 
 
+ULYSSES = "actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size"
+FLASH = "actor_rollout_ref.model.override_config.attn_implementation=flash_attention_2"
+
+
+@pytest.mark.parametrize("key", ["ulysses_sequence_parallel_size", "fsdp_config.ulysses_sequence_parallel_size"])
+def test_the_reference_shares_sequences_as_the_actor_does(run, key):
+    config = run.check(f"actor_rollout_ref.actor.{key}=2", "trainer.n_gpus_per_node=2", FLASH)
+    for part in (config.actor_rollout_ref.actor, config.actor_rollout_ref.ref):
+        assert part.fsdp_config.ulysses_sequence_parallel_size == 2
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -237,6 +248,21 @@ def test_settings_that_work(run, overrides):
         ("critic.enable=True", ["critic.enable=True", "set it to False"]),
         ("actor_rollout_ref.rollout.name=sglang", ["actor_rollout_ref.rollout.name='sglang'", "vllm"]),
         ("actor_rollout_ref.rollout.max_model_len=10", ["actor_rollout_ref.rollout.max_model_len=10", "raise it"]),
+        (f"{ULYSSES}=2 trainer.n_gpus_per_node=2", [f"{ULYSSES}=2", "sdpa would attend", "flash_attention_2"]),
+        (f"{ULYSSES}=2 {FLASH}", [f"{ULYSSES}=2", "the 1 ranks"]),
+        (f"{ULYSSES}=0", [f"{ULYSSES}=0", "at least 1"]),
+        (
+            f"{ULYSSES}=2 trainer.n_gpus_per_node=2 {FLASH} actor_rollout_ref.model.use_remove_padding=False",
+            [f"{ULYSSES}=2", "use_remove_padding=True"],
+        ),
+        (
+            f"{ULYSSES}=2 trainer.n_gpus_per_node=2 {FLASH} algorithm.dpo_loss_type=aot",
+            ["dpo_loss_type", "ulysses_sequence_parallel_size=1"],
+        ),
+        (
+            "actor_rollout_ref.ref.fsdp_config.ulysses_sequence_parallel_size=2",
+            ["actor_rollout_ref.ref.fsdp_config.ulysses_sequence_parallel_size=2", "the actor's, 1"],
+        ),
         ("actor_rollout_ref.ref.fsdp_config.fsdp_size=2", ["ref.fsdp_config.fsdp_size=2", "the same"]),
         ("actor_rollout_ref.ref.log_prob_max_token_len_per_gpu=9", ["log_prob_max_token_len_per_gpu=9", "raise it"]),
         ("actor_rollout_ref.actor.strategy=megatron", ["actor_rollout_ref.actor.strategy=", "fsdp2 or fsdp"]),

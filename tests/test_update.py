@@ -14,7 +14,7 @@ from functools import cache
 import pytest
 import torch
 from plain_model import load_model, response_entropy, response_logp
-from worker_jobs import MAX_PROMPT, MAX_RESPONSE, PROMPTS, STEPS, make_batches, train
+from worker_jobs import MAX_PROMPT, MAX_RESPONSE, PROMPTS, STEPS, make_batches, train, train_with_ulysses
 
 pytestmark = pytest.mark.slow
 
@@ -169,6 +169,7 @@ class Case:
     loss: str = "sigmoid"
     n: int = 2
     clip: float = 1.0
+    ranks_per_sequence: int = 1  # Ulysses
 
     def all_overrides(self, folder: str) -> list[str]:
         actor = "actor_rollout_ref.actor"
@@ -184,6 +185,7 @@ class Case:
             f"{actor}.ppo_micro_batch_size_per_gpu={self.micro_batch or 8}",
             f"{actor}.ppo_mini_batch_size={self.prompts_per_step}",
             f"{actor}.ppo_epochs={self.epochs}",
+            f"{actor}.ulysses_sequence_parallel_size={self.ranks_per_sequence}",
             f"{actor}.calculate_entropy=True",
             f"{actor}.optim.lr={LEARNING_RATE}",
             f"{actor}.optim.weight_decay={WEIGHT_DECAY}",
@@ -230,6 +232,9 @@ CASES = [
     Case("aot-mini-batches", loss="aot", micro_batch=2, prompts_per_step=3, epochs=2),
     Case("aot-2-ranks-mini-batches", **TWO, loss="aot", tokens=36, prompts_per_step=3, epochs=2),
     Case("aot-unpaired-2-ranks", **TWO, loss="aot_unpaired", tokens=36),
+    Case("ulysses", **TWO, ranks_per_sequence=2),
+    Case("ulysses-fsdp1", **TWO, ranks_per_sequence=2, strategy="fsdp", model="qwen2", micro_batch=2),
+    Case("ulysses-mini-batches", **TWO, ranks_per_sequence=2, tokens=18, prompts_per_step=3, epochs=2),
 ]
 
 
@@ -242,7 +247,8 @@ def gap(ours, theirs) -> float:
 def test_worker_trains_like_plain_pytorch(case, tiny_models, ranks):
     folder = tiny_models[case.model]
     plain = plain_training(folder, case.n, case.loss, case.temperature, case.clip, case.prompts_per_step, case.epochs)
-    for worker in ranks[case.world_size].run(train, case.all_overrides(folder), make_batches(case.n)):
+    job = train_with_ulysses if case.ranks_per_sequence > 1 else train
+    for worker in ranks[case.world_size].run(job, case.all_overrides(folder), make_batches(case.n)):
         # Optimizer steps: one list of values a metric and call of update_actor
         steps = [
             dict(zip(update, values, strict=True))

@@ -143,24 +143,25 @@ def make_worker(*overrides: str):
 class LocalWorkerGroup:
     """Stands for the trainer's worker group where every rank runs the same trainer: each works on its own share.
 
-    Shares are cut, sent and put together again as by verl's dispatch functions.
+    Shares are cut, sent and put together again as by verl's dispatch functions: ranks that share a sequence get the
+    same rows, and one of them answers.
     """
 
     def __init__(self, worker):
         self.worker = worker
-        self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
         self.updates: list[dict] = []  # metrics of every call of update_actor
 
     def _query_dispatch_info(self, mesh_name: str) -> list[int]:
-        return list(range(self.world_size))
+        return _of_all_ranks(self.worker._query_dispatch_info(mesh_name))
 
     def _dispatch(self, method, data: TensorDict) -> TensorDict:
         from verl.protocol import BatchData
 
-        share = BatchData(data).chunk(chunks=self.world_size)[self.rank]
-        outputs = [None] * self.world_size
-        torch.distributed.all_gather_object(outputs, method(pickle.loads(pickle.dumps(share))))
-        return BatchData(outputs).concat()
+        places = self._query_dispatch_info("actor")
+        answers = _of_all_ranks(self.worker._query_collect_info("actor"))
+        share = BatchData(data).chunk(chunks=max(places) + 1)[places[torch.distributed.get_rank()]]
+        outputs = _of_all_ranks(method(pickle.loads(pickle.dumps(share))))
+        return BatchData([output for output, answer in zip(outputs, answers, strict=True) if answer]).concat()
 
     def refresh_reference(self, *args) -> None:
         self.worker.refresh_reference(*args)
@@ -174,6 +175,12 @@ class LocalWorkerGroup:
         output = self._dispatch(self.worker.update_actor, data)
         self.updates.append(dict(tu.get(output, "metrics")))
         return output
+
+
+def _of_all_ranks(value) -> list:
+    values = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
 
 
 def make_trainer(*overrides: str):

@@ -3,6 +3,7 @@
 import random
 from dataclasses import dataclass
 
+from ulysses_on_gloo import ulysses_on_gloo
 from worker_harness import full_parameters, make_trainer, response_batch
 
 STEPS, PROMPTS, MAX_PROMPT, MAX_RESPONSE = 5, 6, 8, 10
@@ -79,6 +80,12 @@ def train(rank: int, overrides: list[str], batches: list[Batch]) -> dict:
         trainer._update_actor(pairs, metrics={})
     group = trainer.actor_rollout_wg
     return {"steps": group.updates, "parameters": full_parameters(group.worker.actor.engine)}
+
+
+def train_with_ulysses(rank: int, overrides: list[str], batches: list[Batch]) -> dict:
+    """`train` where the ranks share sequences."""
+    with ulysses_on_gloo():
+        return train(rank, overrides, batches)
 
 
 @dataclass(frozen=True)
