@@ -3,8 +3,8 @@
     .venv/bin/python -m benchmarks.learning_curves [--seeds 1 2 3] [--output outputs/learning_curves]
 
 Runs what is missing under the output folder, one run after the other, then draws docs/learning_curves.png and prints
-the table of docs/learning_curves.md. Needs the tests' packages (bash tests/run.sh installs them); nine runs take about
-two hours on two cores. A run that exists is taken as it is; delete its folder to repeat it.
+the table of docs/learning_curves.md. Needs the tests' packages (bash tests/run.sh installs them); twelve runs take
+about two and a half hours on two cores. A run that exists is taken as it is; delete its folder to repeat it.
 """
 
 import argparse
@@ -49,11 +49,22 @@ def run_ours(*overrides: str) -> Callable[[Path, int], None]:
     return run
 
 
-# TRL last: the recipe's runs make the model and the data, where these are not there yet
-ARMS = {
-    "SPIN for verl, its defaults": run_ours(),
-    "SPIN for verl, TRL's settings": run_ours("actor_rollout_ref.rollout.n=2", "trainer.ref_update_freq=0"),
-    "TRL OnlineDPOTrainer": run_trl,
+TRL_SETTINGS = ("actor_rollout_ref.rollout.n=2", "trainer.ref_update_freq=0")
+# As TRL's process: no recomputation of activations, and micro-batches that memory beyond the profile's 10 GB allows
+TRL_MEMORY = (
+    "actor_rollout_ref.model.enable_gradient_checkpointing=False",
+    "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=1024",
+    "actor_rollout_ref.ref.log_prob_max_token_len_per_gpu=1024",
+)
+# Folder, and how it is called and run. TRL last: the recipe's runs make the model and the data where they are missing
+ARMS: dict[str, tuple[str, Callable[[Path, int], None]]] = {
+    "defaults": ("SPIN for verl, its defaults", run_ours()),
+    "trl_settings": ("SPIN for verl, TRL's settings", run_ours(*TRL_SETTINGS)),
+    "trl_ties": (
+        "SPIN for verl, TRL's settings and ties",
+        run_ours(*TRL_SETTINGS, *TRL_MEMORY, "algorithm.dpo_tie_policy=first"),
+    ),
+    "trl": ("TRL OnlineDPOTrainer", run_trl),
 }
 
 
@@ -83,15 +94,21 @@ def steps_with(curves: list[Curve], name: str) -> list[int]:
 
 def table(arms: dict[str, list[Curve]]) -> str:
     """Markdown: sampled accuracy over steps, greedy accuracy at the end, the median step's seconds."""
-    measured = steps_with(next(iter(arms.values())), "sampled")
+    measured = sorted({step for curves in arms.values() for step in steps_with(curves, "sampled")})
     head = ["", *(f"step {step}" for step in measured), f"greedy, step {measured[-1]}", "seconds a step, median"]
     lines = [head, ["---"] * len(head)]
-    for name, curves in arms.items():
-        cells = [mean_and_spread(curves, step, "sampled") for step in measured]
-        cells.append(mean_and_spread(curves, measured[-1], "greedy"))
+    for label, curves in arms.items():
+        cells = [cell(curves, step, "sampled") for step in measured]
         seconds = statistics.median(p["seconds"] for curve in curves for p in curve.values() if "seconds" in p)
-        lines.append([name, *(f"{mean:.3f} ({spread:.3f})" for mean, spread in cells), f"{seconds:.0f}"])
+        lines.append([label, *cells, cell(curves, measured[-1], "greedy"), f"{seconds:.0f}"])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def cell(curves: list[Curve], step: int, name: str) -> str:
+    if step not in steps_with(curves, name):
+        return ""
+    mean, spread = mean_and_spread(curves, step, name)
+    return f"{mean:.3f} ({spread:.3f})" if len(curves) > 1 else f"{mean:.3f}"
 
 
 def draw(arms: dict[str, list[Curve]], path: Path) -> None:
@@ -130,14 +147,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "outputs" / "learning_curves")
     options = parser.parse_args()
 
-    arms: dict[str, list[Curve]] = {name: [] for name in ARMS}
+    arms: dict[str, list[Curve]] = {label: [] for label, _ in ARMS.values()}
     for seed in options.seeds:  # the arms in turn, so that a noisy hour falls on all of them
-        for number, (name, run) in enumerate(ARMS.items(), start=1):
-            folder = options.output / f"arm{number}-seed{seed}"
+        for name, (label, run) in ARMS.items():
+            folder = options.output / f"{name}-seed{seed}"
             if not (folder / "metrics.jsonl").exists():
                 folder.mkdir(parents=True, exist_ok=True)
                 run(folder.resolve(), seed)
-            arms[name].append(read(folder))
+            arms[label].append(read(folder))
     draw(arms, PICTURE)
     print(table(arms))
 
