@@ -1,4 +1,5 @@
 import pytest
+from checkable_run import Run
 from tiny_models import save_tiny_model
 from worker_harness import Ranks
 
@@ -8,6 +9,12 @@ def tiny_models(tmp_path_factory) -> dict[str, str]:
     """Folders of the tiny models by architecture."""
     folder = tmp_path_factory.mktemp("tiny_models")
     return {name: str(save_tiny_model(folder / name, name)) for name in ("llama", "qwen2")}
+
+
+@pytest.fixture
+def run(tmp_path, tiny_models) -> Run:
+    """A run that could start."""
+    return Run(tmp_path, tiny_models["llama"])
 
 
 @pytest.fixture(scope="session")

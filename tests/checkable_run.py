@@ -1,0 +1,79 @@
+"""A run that config_check accepts, for the tests that spoil one thing of it."""
+
+import copy
+import json
+from functools import cache
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from worker_harness import compose
+
+from recipe.spin.config_check import ConfigError, check_config
+
+REFUSED = (ConfigError, HydraException, OmegaConfBaseException)
+SUM = "def compute_score(data_source, solution_str, ground_truth, extra_info=None):\n    return 1.0\n"
+
+
+def row(number: int) -> dict:
+    return {
+        "data_source": "sums",
+        "prompt": [{"role": "user", "content": f"What is {number} + 1?"}],
+        "reward_model": {"style": "rule", "ground_truth": str(number + 1)},
+    }
+
+
+def write_rows(path: Path, rows: list[dict]) -> str:
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@cache
+def composed(device: str) -> DictConfig:
+    return compose(device=device)
+
+
+def override(config: DictConfig, overrides: list[str]) -> DictConfig:
+    """What composing with the overrides gives, by Hydra's own parser; composing takes ten times as long."""
+    config = copy.deepcopy(config)
+    for change in OverridesParser.create().parse_overrides(overrides):
+        OmegaConf.update(config, change.key_or_group, change.value())
+    return config
+
+
+class Run:
+    """A run that could start: a model, 8 prompts to train on and 4 held out, a reward."""
+
+    def __init__(self, folder: Path, model: str):
+        self.folder = folder
+        (folder / "reward.py").write_text(SUM)
+        self.settings = {
+            "actor_rollout_ref.model.path": model,
+            "data.train_files": write_rows(folder / "train.parquet", [row(number) for number in range(8)]),
+            "data.val_files": write_rows(folder / "test.parquet", [row(number) for number in range(4)]),
+            "data.train_batch_size": 4,
+            "reward.custom_reward_function.path": str(folder / "reward.py"),
+        }
+
+    def overrides(self, *more: str) -> list[str]:
+        replaced = {override.split("=")[0] for override in more}
+        return [f"{key}={value}" for key, value in self.settings.items() if key not in replaced] + list(more)
+
+    def check(self, *more: str, device: str = "cpu") -> DictConfig:
+        config = override(composed(device), self.overrides(*more))
+        OmegaConf.resolve(config)
+        check_config(config)
+        return config
+
+    def refusal(self, *more: str, device: str = "cpu") -> str:
+        with pytest.raises(REFUSED) as caught:
+            self.check(*more, device=device)
+        return str(caught.value)
