@@ -22,7 +22,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PICTURE = ROOT / "docs" / "learning_curves.png"
 STEPS, EVERY = 12, 4
 
-Curve = dict[int, dict[str, float]]  # step -> greedy, sampled, score, seconds
+POINT = ("greedy", "sampled", "score", "seconds")
+Curve = dict[int, dict[str, float]]  # step -> what POINT names, where it was measured
 
 
 def run_trl(folder: Path, seed: int) -> None:
@@ -78,8 +79,8 @@ def read(folder: Path) -> Curve:
     curve: Curve = {}
     for entry in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()):
         ours = {"score": entry.get("score/mean"), "seconds": entry.get("timing_s/step")} | held_out_accuracy(entry)
-        point = {name: entry.get(name, ours.get(name)) for name in ("greedy", "sampled", "score", "seconds")}
-        curve[entry["step"]] = {name: value for name, value in point.items() if value is not None}
+        point = ours | entry  # TRL's lines have the curve's names already
+        curve[entry["step"]] = {name: point[name] for name in POINT if point.get(name) is not None}
     return curve
 
 
