@@ -1,11 +1,7 @@
-"""The DPO update of the actor: batches of preference pairs in place of PPO's batches of responses.
-
-A batch has 2P rows `[chosen0, rejected0, chosen1, rejected1, ...]`; `pair_batch.py` lays it out so that a pair never
-leaves its rank, mini-batch or micro-batch.
-"""
+"""The DPO update of the actor: optimizer steps over rows of prompts with their responses (engine/rows.py)."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -14,10 +10,11 @@ from verl.single_controller.base.decorator import make_nd_compute_dataproto_disp
 from verl.utils import tensordict_utils as tu
 from verl.utils.metric.utils import AggregationType, Metric
 from verl.workers.engine_workers import TrainingWorker
-from verl.workers.utils.padding import no_padding_2_padding
 
-from recipe.spin.core_algos import LOSSES, compute_online_dpo_loss, implicit_rewards, sequence_logps
-from recipe.spin.pair_batch import MiniBatch, pad_rows
+from recipe.spin.core_algos import LOSSES, compute_online_dpo_loss, implicit_rewards
+from recipe.spin.engine import row_engine
+from recipe.spin.engine.plan import MiniBatch
+from recipe.spin.engine.rows import row_lists
 
 
 @dataclass(frozen=True)
@@ -31,16 +28,44 @@ class DPOSettings:
     reference_free: bool = False
     average_log_prob: bool = False
 
+    @property
+    def batch_coupled(self) -> bool:
+        """Whether a pair's loss depends on all pairs of its mini-batch."""
+        return any(LOSSES[name].batch_coupled for name in self.loss_type)
 
-class DataParallelPPOActor(TrainingWorker):
-    """verl's training worker with the DPO update as its policy update."""
+
+class RowWorker(TrainingWorker):
+    """verl's training worker on rows."""
+
+    def __init__(self, config):
+        super().__init__(replace(config, model_type=row_engine.MODEL_TYPE))
+
+    def response_logps(self, data: TensorDict) -> TensorDict | None:
+        """`logps` of the rows' responses, an entry a response; None on a rank that holds a copy of another's output."""
+        tu.assign_non_tensor(data, compute_loss=False)
+        if not self.engine_config.use_dynamic_bsz:
+            rows = largest_divisor(len(data), self.engine_config.infer_micro_batch_size_per_gpu)
+            tu.assign_non_tensor(data, micro_batch_size_per_gpu=rows)
+        output = self.infer_batch(data)
+        if output is None:
+            return None
+        return TensorDict({"logps": tu.get(output, "logps")}, batch_size=len(data))
+
+
+def largest_divisor(number: int, limit: int) -> int:
+    """The largest divisor of `number` that is at most `limit`: equal micro-batches without padding."""
+    return next(size for size in range(min(number, limit), 0, -1) if number % size == 0)
+
+
+class DataParallelPPOActor(RowWorker):
+    """RowWorker with the DPO update as its policy update."""
 
     @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="train"), blocking=False)
     def train_mini_batch(self, data: TensorDict) -> TensorDict:
-        """Runs one optimizer step per mini-batch and epoch over this rank's pairs.
+        """Runs one optimizer step per mini-batch and epoch over this rank's rows.
 
-        Besides the model's inputs `data` carries, per row, `ref_logps`, `pair_id` and `pair_weight`, and for the whole
-        batch `dpo` (DPOSettings), `mini_batches` (list of MiniBatch, this rank's share in order) and `epochs`.
+        Besides rows `data` carries `ref_logps` (an entry a response; none where the reference is the policy), and for
+        the whole batch `dpo` (DPOSettings), `mini_batches` (list of MiniBatch, this rank's share in order) and `epochs`.
         Returns the metrics, each a list with one value per optimizer step.
         """
         settings: DPOSettings = tu.pop(data, "dpo")
@@ -56,15 +81,15 @@ class DataParallelPPOActor(TrainingWorker):
                 tu.assign_non_tensor(
                     rows,
                     mini_batch=mini_batch,
-                    force_group_size=2,  # verl's engine then keeps a pair within a micro-batch
+                    average_log_prob=settings.average_log_prob,
                     first_step=index == 0,
                     update_lr_scheduler=index == len(steps) - 1,
                     disable_auto_offload=True,
                 )
                 tu.assign_non_tensor_data(rows, "global_token_num", self._token_counts(rows))
-                if mini_batch.pairs_per_micro_batch:
-                    tu.assign_non_tensor(rows, micro_batch_size_per_gpu=mini_batch.pairs_per_micro_batch)
-                if any(LOSSES[name].batch_coupled for name in settings.loss_type):
+                if mini_batch.rows_per_micro_batch:
+                    tu.assign_non_tensor(rows, micro_batch_size_per_gpu=mini_batch.rows_per_micro_batch)
+                if settings.batch_coupled:
                     self._attach_coupled_gradients(rows, settings)
                 self._collect(metrics, self.train_batch(rows))
         return tu.get_tensordict(tensor_dict={}, non_tensor_dict={"metrics": metrics}).cpu() if metrics else None
@@ -72,35 +97,29 @@ class DataParallelPPOActor(TrainingWorker):
     def _attach_coupled_gradients(self, rows: TensorDict, settings: DPOSettings) -> None:
         """For a loss that couples all pairs of a mini-batch: its gradient by each log-prob, from a pass of its own.
 
-        The mini-batch's log-probs are gathered over the ranks, the loss is differentiated by them, and each
+        The mini-batch's pairs are gathered over the ranks, the loss is differentiated by their log-probs, and each
         micro-batch then only has to propagate its part of that gradient.
         """
         data = rows.copy()
-        tu.assign_non_tensor(data, compute_loss=False, calculate_entropy=False)
-        token_logps = no_padding_2_padding(tu.get(self.infer_batch(data), "log_probs"), data.cpu())
-        mask = pad_rows(rows["response_mask"]).cpu()
-        local = torch.stack(
-            [
-                sequence_logps(token_logps.float(), mask, average=settings.average_log_prob),
-                rows["ref_logps"].cpu(),
-                mask.sum(-1).float(),
-                rows["pair_weight"].cpu(),
-            ]
-        )  # (4, 2P)
-        group = self.engine.get_data_parallel_group()
-        gathered = [None] * torch.distributed.get_world_size(group)
-        torch.distributed.all_gather_object(gathered, local, group)
-        gradient, losses = coupled_gradient(torch.cat(gathered, dim=1), settings)
+        tu.assign_non_tensor(data, calculate_entropy=False)
+        pairs = pairs_of(data.cpu(), self.response_logps(data)["logps"].values())
+        table = torch.stack([*pairs.logps, *pairs.ref_logps, *pairs.lengths, pairs.weight])  # (7, P)
+        gathered = gather_columns(table, self.engine.get_data_parallel_group())
+        gradient, losses = coupled_gradient(torch.cat(gathered, dim=1), settings)  # (2, all P), (all P,)
         start = sum(part.shape[1] for part in gathered[: self.engine.get_data_parallel_rank()])
-        rows["logp_gradient"] = gradient[start : start + len(rows)]
-        rows["coupled_loss"] = losses[start : start + len(rows)]
+        mine = slice(start, start + len(pairs.weight))
+        bounds = rows["pair_weight"].offsets().cpu()
+        for name, values in (
+            ("chosen_gradient", gradient[0, mine]),
+            ("rejected_gradient", gradient[1, mine]),
+            ("coupled_loss", losses[mine]),
+        ):
+            rows[name] = torch.nested.nested_tensor_from_jagged(values, bounds)
 
     def _token_counts(self, rows: TensorDict) -> list[int]:
-        """Lengths of all sequences of the mini-batch over all ranks; verl's FLOPS counter wants them."""
-        group = self.engine.get_data_parallel_group()
-        gathered = [None] * torch.distributed.get_world_size(group)
-        torch.distributed.all_gather_object(gathered, rows["input_ids"].offsets().diff().tolist(), group)
-        return [length for rank in gathered for length in rank]
+        """Tokens of all rows of the mini-batch over all ranks; verl's FLOPS counter wants them."""
+        lengths = rows["input_ids"].offsets().diff()[None].to(self.device_name)
+        return torch.cat(gather_columns(lengths, self.engine.get_data_parallel_group()), dim=1)[0].tolist()
 
     def _collect(self, metrics: dict[str, list], output: TensorDict | None) -> None:
         if output is None:  # a rank that holds a copy of another's output (sequence parallelism)
@@ -113,125 +132,161 @@ class DataParallelPPOActor(TrainingWorker):
             metrics.setdefault(name, []).append(value)
 
 
+def gather_columns(table: torch.Tensor, group) -> list[torch.Tensor]:
+    """The tables (K, P_rank) of a group's ranks, in their order; P may differ."""
+    ranks = torch.distributed.get_world_size(group)
+    if ranks == 1:
+        return [table]
+    counts = [torch.zeros(1, dtype=torch.long, device=table.device) for _ in range(ranks)]
+    torch.distributed.all_gather(counts, torch.tensor([table.shape[1]], device=table.device), group)
+    counts = [int(count) for count in counts]
+    padded = torch.nn.functional.pad(table, (0, max(counts) - table.shape[1])).contiguous()
+    tables = [torch.empty_like(padded) for _ in range(ranks)]
+    torch.distributed.all_gather(tables, padded, group)
+    return [one[:, :count] for one, count in zip(tables, counts, strict=True)]
+
+
 def split_mini_batches(data: TensorDict, mini_batches: list[MiniBatch]) -> Iterator[tuple[TensorDict, MiniBatch]]:
     """Cuts a rank's rows into its mini-batches, in order.
 
     Raises:
         ValueError: when the rows are not exactly those that the mini-batches name.
     """
-    expected = 2 * sum(mini_batch.pairs_per_rank for mini_batch in mini_batches)
+    expected = sum(mini_batch.rows_per_rank for mini_batch in mini_batches)
     if len(data) != expected:
         raise ValueError(f"this rank holds {len(data)} rows, but its mini-batches name {expected}")
     start = 0
     for mini_batch in mini_batches:
-        stop = start + 2 * mini_batch.pairs_per_rank
+        stop = start + mini_batch.rows_per_rank
         yield tu.index_select_tensor_dict(data, list(range(start, stop))), mini_batch
         start = stop
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The P pairs of some rows; what is (2, P) holds the chosen responses' values and the rejected ones'."""
+
+    logps: torch.Tensor  # (2, P)
+    ref_logps: torch.Tensor  # (2, P)
+    lengths: torch.Tensor  # (2, P) tokens that count
+    weight: torch.Tensor  # (P,)
+    index: torch.Tensor  # (2, P) numbers of the responses among those of the rows
+
+
+def pairs_of(data: TensorDict, logps: torch.Tensor) -> Pairs:
+    """The pairs of rows whose N responses have these log-probs (N,), which serve as the reference's where it is them."""
+    responses = [lengths for _, *lengths in row_lists(data["segments"])]
+    first = torch.tensor([0, *map(len, responses[:-1])], device=logps.device).cumsum(0)
+    index = torch.stack([data[name].values() for name in ("chosen", "rejected")])
+    index = index + first.repeat_interleave(data["chosen"].offsets().diff())
+    counted = data["loss_mask"].values().split([length for row in responses for length in row])
+    lengths = torch.stack([mask.sum() for mask in counted])
+    policy = tu.get(data, "mini_batch").reference_is_policy
+    ref_logps = logps.detach() if policy else data["ref_logps"].values()
+    return Pairs(logps[index], ref_logps[index], lengths[index], data["pair_weight"].values(), index)
 
 
 def dpo_loss(model_output, data: TensorDict, dp_group=None, *, settings: DPOSettings) -> tuple[torch.Tensor, dict]:
     """DPO loss of one micro-batch, scaled so that the sum over micro-batches and ranks is the mini-batch's mean.
 
     Args:
-        model_output: `log_probs`, nested, one row per sequence of the micro-batch.
-        data: the micro-batch, 2P rows `[chosen0, rejected0, ...]`.
+        model_output: what RowEngine makes of the micro-batch.
+        data: the micro-batch's rows.
         settings: see DPOSettings.
 
     Returns:
-        The loss and metrics over pairs; both weigh a pair by its `pair_weight` (0 for padding).
+        The loss and metrics over pairs; both weigh a pair by its `pair_weight` (0 for copies).
 
     Raises:
-        ValueError: when the rows are not whole pairs.
         FloatingPointError: when the loss is not finite.
     """
-    pair_id = data["pair_id"].view(-1, 2)
-    if not torch.equal(pair_id[:, 0], pair_id[:, 1]):
-        raise ValueError("a micro-batch holds half a pair: the rows of a batch of pairs must not be reordered")
-
     mini_batch: MiniBatch = tu.get(data, "mini_batch")
-    mask = pad_rows(data["response_mask"])  # (2P, T)
-    token_logps = no_padding_2_padding(model_output["log_probs"], data).float()  # (2P, T)
-    logps = sequence_logps(token_logps, mask, average=settings.average_log_prob)
-    lengths = mask.sum(-1)
-    weight = data["pair_weight"].view(-1, 2)[:, 0]
-
+    pairs = pairs_of(data, model_output["logps"].values().float())
     # FSDP averages gradients over the ranks, and verl's engine adds up those of the micro-batches.
-    scale = weight * (tu.get(data, "dp_size") / mini_batch.weight)  # (P,)
-    if "logp_gradient" in data:  # a loss that couples the pairs of a mini-batch
-        loss = (logps * data["logp_gradient"]).sum() * tu.get(data, "dp_size")
-        loss = loss + (data["coupled_loss"].view(-1, 2)[:, 0] * scale).sum() - loss.detach()
+    ranks = tu.get(data, "dp_size")
+    scale = pairs.weight * (ranks / mini_batch.weight)  # (P,)
+    if settings.batch_coupled:
+        gradient = torch.stack([data["chosen_gradient"].values(), data["rejected_gradient"].values()])
+        loss = (pairs.logps * gradient).sum() * ranks
+        loss = loss + (data["coupled_loss"].values() * scale).sum() - loss.detach()
     else:
-        losses = _pair_losses(logps, data["ref_logps"], lengths, mini_batch.mean_chosen_length, settings)
-        loss = (losses * scale).sum()
+        loss = (_pair_losses(pairs, mini_batch.mean_chosen_length, settings) * scale).sum()
     if not torch.isfinite(loss):
         raise FloatingPointError(
-            f"the DPO loss of pairs {pair_id[:, 0].tolist()} is {loss.item()}; log-probs of their chosen and rejected "
-            f"responses: {logps.tolist()}. Lower actor_rollout_ref.actor.optim.lr or check the model's weights."
+            f"the DPO loss of the pairs of prompts {data['prompt'].tolist()} is {loss.item()}; log-probs of their chosen "
+            f"and rejected responses: {pairs.logps.tolist()}. Lower actor_rollout_ref.actor.optim.lr or check the "
+            "model's weights."
         )
     with torch.no_grad():
-        metrics = pair_metrics(logps, data["ref_logps"], lengths, scale, settings)
+        metrics = pair_metrics(pairs, scale, settings)
         if "entropy" in model_output:  # actor.calculate_entropy
-            entropy = sequence_logps(no_padding_2_padding(model_output["entropy"], data).float(), mask, average=True)
-            metrics["entropy"] = Metric(AggregationType.SUM, (entropy.view(-1, 2).mean(1) * scale).sum())
-        if tu.get(data, "first_step") and "rollout_log_probs" in data:
-            gap = (token_logps - pad_rows(data["rollout_log_probs"])).abs() * mask
-            metrics["rollout/logp_gap_max"] = Metric(AggregationType.MAX, gap.max())
+            entropy = model_output["entropy"].values()[pairs.index].mean(0)
+            metrics["entropy"] = Metric(AggregationType.SUM, (entropy * scale).sum())
+        metrics |= _rollout_gaps(model_output, data, pairs)
     return loss, metrics
 
 
+def _rollout_gaps(model_output, data: TensorDict, pairs: Pairs) -> dict[str, Metric]:
+    """How far vLLM's log-probs are from the policy's, before the first step alone, and from the reference's."""
+    gaps = {}
+    if tu.get(data, "first_step") and "rollout_log_probs" in data:
+        gap = (model_output["token_logps"].values() - data["rollout_log_probs"].values()).abs()
+        gaps["rollout/logp_gap_max"] = (gap * data["loss_mask"].values()).max()
+    if "opponent_logps" in data:  # self-play: vLLM plays the reference and gives the rejected responses
+        gap = pairs.ref_logps[1] - data["opponent_logps"].values()[pairs.index[1]]
+        gaps["rollout/opponent_gap_max"] = gap.abs().max()
+    return {name: Metric(AggregationType.MAX, value) for name, value in gaps.items()}
+
+
 def coupled_gradient(table: torch.Tensor, settings: DPOSettings) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradient of a batch-coupled loss by the policy's log-probs, and the losses, both per row and 0 for padding.
+    """Gradient (2, P) of a batch-coupled loss by the policy's log-probs, and the losses (P,); 0 for copies.
 
-    table: (4, 2P) with the rows' log-probs, reference log-probs, lengths and pair weights.
+    table: (7, P), the log-probs, reference log-probs and lengths of Pairs and their weights.
     """
-    real = table[3] > 0
-    logps, ref_logps, lengths, _ = table[:, real].double()
-    logps.requires_grad_()
-    losses = _pair_losses(logps, ref_logps, lengths, lengths[0::2].mean().item(), settings)
-    (gradient,) = torch.autograd.grad(losses.mean(), logps)
-    output = torch.zeros(2, table.shape[1])
-    output[0, real] = gradient.float()
-    output[1, real] = losses.detach().float().repeat_interleave(2)
-    return output[0], output[1]
+    real = table[6] > 0
+    columns = table[:, real].double()
+    logps = columns[:2].clone().requires_grad_()
+    pairs = Pairs(logps, columns[2:4], columns[4:6], columns[6], index=torch.empty(0))
+    losses = _pair_losses(pairs, pairs.lengths[0].mean().item(), settings)
+    (slope,) = torch.autograd.grad(losses.mean(), logps)
+    gradient, all_losses = torch.zeros_like(table[:2]), torch.zeros_like(table[0])
+    gradient[:, real] = slope.to(table.dtype)
+    all_losses[real] = losses.detach().to(table.dtype)
+    return gradient, all_losses
 
 
-def _pair_losses(logps, ref_logps, lengths, mean_chosen_length: float, settings: DPOSettings) -> torch.Tensor:
-    """Losses (P,) of pairs whose rows alternate chosen and rejected (2P,)."""
+def _pair_losses(pairs: Pairs, mean_chosen_length: float, settings: DPOSettings) -> torch.Tensor:
+    """Losses (P,) of pairs."""
     return compute_online_dpo_loss(
-        logps[0::2],
-        logps[1::2],
-        ref_logps[0::2],
-        ref_logps[1::2],
+        *pairs.logps,
+        *pairs.ref_logps,
         beta=settings.beta,
         label_smoothing=settings.label_smoothing,
         loss_type=list(settings.loss_type),
         loss_weights=settings.loss_weights and list(settings.loss_weights),
         reference_free=settings.reference_free,
-        chosen_lengths=lengths[0::2],
-        rejected_lengths=lengths[1::2],
+        chosen_lengths=pairs.lengths[0],
+        rejected_lengths=pairs.lengths[1],
         mean_chosen_length=mean_chosen_length,
         reduction="none",
     )
 
 
-def pair_metrics(logps, ref_logps, lengths, scale, settings: DPOSettings) -> dict[str, Metric]:
-    """Metrics of a micro-batch as shares of the mini-batch's mean over pairs; names as in TRL.
-
-    Shapes: logps, ref_logps, lengths (2P,), alternating chosen and rejected; scale (P,).
-    """
-    rewards_chosen, rewards_rejected = implicit_rewards(logps, ref_logps, settings.beta).view(-1, 2).unbind(1)
-    divergence = logps - ref_logps
+def pair_metrics(pairs: Pairs, scale: torch.Tensor, settings: DPOSettings) -> dict[str, Metric]:
+    """Metrics of a micro-batch as shares, by scale (P,), of the mini-batch's mean over pairs; names as in TRL."""
+    rewards_chosen, rewards_rejected = implicit_rewards(pairs.logps, pairs.ref_logps, settings.beta)
+    divergence = pairs.logps - pairs.ref_logps
     if settings.average_log_prob:
-        divergence = divergence * lengths
+        divergence = divergence * pairs.lengths
     values = {
         "rewards/chosen": rewards_chosen,
         "rewards/rejected": rewards_rejected,
         "rewards/margins": rewards_chosen - rewards_rejected,
         "rewards/accuracies": (rewards_chosen > rewards_rejected).float(),
-        "logps/chosen": logps[0::2],
-        "logps/rejected": logps[1::2],
-        "kl/sequence": divergence.view(-1, 2).mean(1),
-        "response_length/chosen": lengths[0::2].float(),
-        "response_length/rejected": lengths[1::2].float(),
+        "logps/chosen": pairs.logps[0],
+        "logps/rejected": pairs.logps[1],
+        "kl/sequence": divergence.mean(0),
+        "response_length/chosen": pairs.lengths[0].float(),
+        "response_length/rejected": pairs.lengths[1].float(),
     }
     return {name: Metric(AggregationType.SUM, (value * scale).sum()) for name, value in values.items()}

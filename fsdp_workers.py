@@ -10,13 +10,10 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.tensor import DTensor
 from verl.single_controller.base.decorator import Dispatch, make_nd_compute_dataproto_dispatch_fn, register
 from verl.utils import tensordict_utils as tu
-from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
-from verl.workers.utils.padding import no_padding_2_padding
+from verl.workers.engine_workers import ActorRolloutRefWorker
 
 from recipe.spin import verl_patches
-from recipe.spin.core_algos import sequence_logps
-from recipe.spin.dp_actor import DataParallelPPOActor
-from recipe.spin.pair_batch import pad_rows
+from recipe.spin.dp_actor import DataParallelPPOActor, RowWorker
 
 verl_patches.ignore_trl()
 
@@ -28,17 +25,18 @@ class SpinWorker(ActorRolloutRefWorker):
     """
 
     actor_worker_cls = DataParallelPPOActor
+    ref_worker_cls = RowWorker
 
     rollout_model = "actor"
 
     @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="actor"))
     def compute_ref_logps(self, data: TensorDict) -> TensorDict:
-        """Log-probs of the responses under the reference, one value per row: `logps` (rows,).
+        """Log-probs of the responses under the reference: `logps`, jagged, an entry a response of each row.
 
-        `data` carries the model's inputs, `temperature` and `average_log_prob` (mean over tokens instead of the sum).
+        `data` are rows (engine/rows.py) with `temperature` and `average_log_prob` (means over tokens instead of sums).
         """
         tu.assign_non_tensor(data, no_lora_adapter=self.ref is None)
-        logps = response_logps(self.ref or self.actor, data)
+        logps = (self.ref or self.actor).response_logps(data)
         if self.ref is not None:
             _reshard(self.ref.engine.module)  # FSDP would keep what the forward gathered until the next
         return logps
@@ -46,7 +44,7 @@ class SpinWorker(ActorRolloutRefWorker):
     @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="actor"))
     def compute_actor_logps(self, data: TensorDict) -> TensorDict:
         """The same under the actor."""
-        return response_logps(self.actor, data)
+        return self.actor.response_logps(data)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def choose_rollout_model(self, name: str) -> None:
@@ -91,26 +89,6 @@ class SpinWorker(ActorRolloutRefWorker):
 
 def _reference_path(actor_path: str) -> str:
     return os.path.join(os.path.dirname(actor_path), "reference")
-
-
-def response_logps(worker: TrainingWorker, data: TensorDict) -> TensorDict | None:
-    """`logps` (rows,) of a batch's responses; None on a rank that holds a copy of another's output."""
-    average = tu.pop(data, "average_log_prob")
-    tu.assign_non_tensor(data, compute_loss=False, calculate_entropy=False)
-    if not worker.engine_config.use_dynamic_bsz:
-        rows = largest_divisor(len(data), worker.engine_config.infer_micro_batch_size_per_gpu)
-        tu.assign_non_tensor(data, micro_batch_size_per_gpu=rows)
-    output = worker.infer_batch(data)
-    if output is None:
-        return None
-    token_logps = no_padding_2_padding(output["log_probs"], data.cpu())
-    logps = sequence_logps(token_logps, pad_rows(data["response_mask"]).cpu(), average=average)
-    return TensorDict({"logps": logps.float()}, batch_size=len(data))
-
-
-def largest_divisor(number: int, limit: int) -> int:
-    """The largest divisor of `number` that is at most `limit`: equal micro-batches without padding."""
-    return next(size for size in range(min(number, limit), 0, -1) if number % size == 0)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from tensordict import TensorDict
 from verl.utils import tensordict_utils as tu
 
 from recipe.spin.core_algos import PreferencePairs, compute_self_play_pref, sequence_logps
-from recipe.spin.pair_batch import CONVERSATION, conversation_rows, nest, pad_rows
+from recipe.spin.engine.rows import make_rows, nest, pad_rows
 from recipe.spin.spin_trainer import SpinTrainer
 
 
@@ -47,28 +47,26 @@ class SelfPlayTrainer(SpinTrainer):
 
     # ------------------------------------------------------------------ pairs
 
-    def _pairs(self, responses: TensorDict, rewards, mask) -> tuple[TensorDict, PreferencePairs]:
-        """Puts the data's response to each prompt behind the opponent's rows, and pairs them."""
+    def _pairs(self, responses: TensorDict, rewards, mask) -> tuple[TensorDict, PreferencePairs, torch.Tensor]:
+        """Puts the data's response to each prompt behind the opponent's, and pairs them."""
         n = self.config.actor_rollout_ref.rollout.n
         texts = [row["ground_truth"] for row in responses.pop("reward_model").tolist()[::n]]
         token_logps = pad_rows(responses.pop("rollout_log_probs"))
         opponent_logps = sequence_logps(token_logps, mask, average=self.config.algorithm.dpo_average_log_prob)
-        prompts = responses["prompts"].unbind()[::n]
-        real = conversation_rows(prompts, [self._response_tokens(text) for text in texts])
-        answers = real["responses"].unbind()
+        answers = [self._response_tokens(text) for text in texts]
         generated = responses["responses"].unbind()
         differs = [not torch.equal(row, answers[i // n]) for i, row in enumerate(generated)]
-        both = {name: nest([*responses[name].unbind(), *real[name].unbind()]) for name in CONVERSATION}
-        rows = TensorDict(both, batch_size=len(responses) + len(real))
-        rows["opponent_logps"] = torch.cat([opponent_logps, torch.full((len(real),), torch.nan)])
-        return rows, compute_self_play_pref(torch.tensor(differs), n)
-
-    def _compute_ref_logps(self, pairs: TensorDict, metrics: dict) -> None:
-        """Also measures that the opponent in vLLM is the reference: both give its responses the same log-probs."""
-        opponent_logps = pairs.pop("opponent_logps")
-        super()._compute_ref_logps(pairs, metrics)
-        gap = (pairs["ref_logps"] - opponent_logps)[1::2].abs()
-        metrics["rollout/opponent_gap_max"] = gap.max().item()
+        real = {
+            "prompts": responses["prompts"].unbind()[::n],
+            "responses": answers,
+            "response_mask": [torch.ones_like(answer) for answer in answers],
+        }
+        both = {name: nest([*responses[name].unbind(), *rows]) for name, rows in real.items()}
+        both["opponent_logps"] = torch.cat([opponent_logps, torch.full((len(answers),), torch.nan)])
+        count = len(generated)
+        prompt_of = torch.cat([torch.arange(count) // n, torch.arange(len(answers))])
+        pairs = compute_self_play_pref(torch.tensor(differs), n)
+        return TensorDict(both, batch_size=count + len(answers)), pairs, prompt_of
 
     def _response_tokens(self, text: str) -> torch.Tensor:
         """The tokens with which the model would have given this response, its end included, up to the limit."""
@@ -84,10 +82,11 @@ class SelfPlayTrainer(SpinTrainer):
                 answers.append(self._response_tokens(row["ground_truth"]))
         held_out = len(prompts)
         padding = -held_out % self._dp_size
-        rows = conversation_rows(prompts + prompts[:1] * padding, answers + answers[:1] * padding)
+        answers_to = [[answer] for answer in answers + answers[:1] * padding]
+        rows = make_rows(prompts + prompts[:1] * padding, answers_to)
         tu.assign_non_tensor_data(rows, "temperature", 1.0)
         tu.assign_non_tensor(rows, average_log_prob=False)
-        logps = self.actor_rollout_wg.compute_actor_logps(rows)["logps"][:held_out]
+        logps = self.actor_rollout_wg.compute_actor_logps(rows)["logps"].values()[:held_out]
         tokens = sum(map(len, answers))
         return {
             "val-likelihood/response": logps.mean().item(),

@@ -5,6 +5,7 @@ refresh the reference -> generate -> score -> prefer -> reference log-probs -> u
 
 import os
 import shutil
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -24,16 +25,17 @@ from verl.utils.py_functional import rename_dict
 from recipe.spin.agent_loop import GREEDY, SAMPLING_SEED
 from recipe.spin.core_algos import PreferencePairs, beta_at, compute_onlineDPO_pref, penalize_missing_eos
 from recipe.spin.dp_actor import DPOSettings
+from recipe.spin.engine.plan import plan_mini_batches
+from recipe.spin.engine.rows import arrange, build_rows, nest, pad_rows, pair_totals, trajectory_place
 from recipe.spin.fsdp_workers import SpinWorker
-from recipe.spin.pair_batch import build_pair_batch, pad_rows, plan_mini_batches, trajectory_place
 
-MODEL_INPUTS = ["prompts", "responses", "input_ids", "position_ids", "response_mask", "loss_mask", "rollout_log_probs"]
+RESPONSE_FIELDS = ["prompts", "responses", "response_mask", "rollout_log_probs"]
 
 
 class SpinTrainer(PPOTrainerSync):
     """verl's synchronous trainer with preferences and the DPO update in place of advantages and PPO's."""
 
-    preference_fields: tuple[str, ...] = ()  # columns of the responses that `_pairs` needs besides MODEL_INPUTS
+    preference_fields: tuple[str, ...] = ()  # columns of the responses that `_pairs` needs besides RESPONSE_FIELDS
 
     def __init__(self, config):
         super().__init__(config)
@@ -41,6 +43,7 @@ class SpinTrainer(PPOTrainerSync):
         self.replay_buffer.poll_interval = 0.05  # verl's 2 s would be a floor under every small step
         self.progress = {"doing": "loading the model into FSDP and vLLM", "step": 0, "total": 0, "metrics": {}}
         self._fetched = (0, 0)  # step, and the prompts fetched in it so far
+        self._reference_equals_actor = False  # to the bit: as loaded, or just refreshed
 
     # ------------------------------------------------------------------ setup
 
@@ -64,6 +67,7 @@ class SpinTrainer(PPOTrainerSync):
         os.environ["VERL_FILE_LOGGER_PATH"] = str(folder / f"from_step_{self.global_steps:08d}.jsonl")
         if self.global_steps > 0:
             self.config.trainer.val_before_train = False
+        self._reference_equals_actor = self.global_steps == 0 and not self.config.actor_rollout_ref.model.lora_adapter_path
 
     def on_validate_begin(self):
         self.progress["doing"] = "answering the held-out prompts"
@@ -88,7 +92,9 @@ class SpinTrainer(PPOTrainerSync):
         return frequency > 0 and self.global_steps % frequency == 0
 
     def _refresh_reference(self) -> None:
-        self.actor_rollout_wg.refresh_reference(self.config.trainer.ref_update_alpha)
+        alpha = self.config.trainer.ref_update_alpha
+        self.actor_rollout_wg.refresh_reference(alpha)
+        self._reference_equals_actor = self._reference_equals_actor or alpha == 1
 
     def _step_once(self, metrics: dict, timing_raw: dict, sample_batch_size: int) -> KVBatchMeta:
         """One step of online DPO; returns the keys of all responses, which verl clears."""
@@ -105,15 +111,15 @@ class SpinTrainer(PPOTrainerSync):
                 batch = self._compute_reward_colocate(batch, metrics=metrics)
 
         with marked_timer("prefer", timing_raw, color="brown"):
-            pairs = self._prefer(batch, metrics)
+            rows = self._prefer(batch, metrics)
 
         metrics["training/reference_refreshed"] = float(self._reference_is_due())
 
-        if pairs is not None:
+        if rows is not None:
             with marked_timer("ref", timing_raw, color="olive"):
-                self._compute_ref_logps(pairs, metrics)
+                self._compute_ref_logps(rows)
             with marked_timer("update_actor", timing_raw, color="red"):
-                self._update_actor(pairs, metrics)
+                self._update_actor(rows, metrics)
         return batch
 
     def _prefer(self, batch: KVBatchMeta, metrics: dict) -> TensorDict | None:
@@ -123,7 +129,7 @@ class SpinTrainer(PPOTrainerSync):
         prompts = [key.rsplit("_", 2)[0] for key in batch.keys]
         self._check_complete(prompts, n)
 
-        fields = [*MODEL_INPUTS, "rm_scores", "extra_fields", *self.preference_fields]
+        fields = [*RESPONSE_FIELDS, "rm_scores", "extra_fields", *self.preference_fields]
         responses = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
         extra = responses.pop("extra_fields").tolist()
         rewards = pad_rows(responses.pop("rm_scores"))
@@ -134,7 +140,7 @@ class SpinTrainer(PPOTrainerSync):
         if penalty:
             rewards[:, 0] = penalize_missing_eos(rewards[:, 0], ended, penalty)
 
-        rows, pairs = self._pairs(responses, rewards, mask)
+        responses, pairs, prompt_of = self._pairs(responses, rewards, mask)
         paired_prompts = pairs.rejected.div(n, rounding_mode="floor").unique().numel()
         metrics["pairs/used"] = pairs.chosen.numel()
         metrics["pairs/prompts_answered"] = self._fetched[1]
@@ -142,10 +148,10 @@ class SpinTrainer(PPOTrainerSync):
         if pairs.chosen.numel() == 0:
             return None
         metrics["pairs/score_margin"] = pairs.margin.mean().item()
-        return self._lay_out(rows, pairs, n)
+        return self._lay_out(responses, pairs, prompt_of)
 
-    def _pairs(self, responses: TensorDict, rewards, mask) -> tuple[TensorDict, PreferencePairs]:
-        """The rows to train on, (B*n,) responses, and which of them the scores, rewards (B*n, T) over mask, pair."""
+    def _pairs(self, responses: TensorDict, rewards, mask) -> tuple[TensorDict, PreferencePairs, torch.Tensor]:
+        """N responses to train on, which of them the scores, rewards (N, T) over mask, pair, and their prompts (N,)."""
         algorithm = self.config.algorithm
         pairs = compute_onlineDPO_pref(
             rewards,
@@ -156,7 +162,7 @@ class SpinTrainer(PPOTrainerSync):
             min_margin=algorithm.dpo_min_margin,
             generator=torch.Generator().manual_seed(self.config.actor_rollout_ref.rollout.seed + self.global_steps),
         )
-        return responses, pairs
+        return responses, pairs, torch.arange(len(responses)) // self.config.actor_rollout_ref.rollout.n
 
     def _ended(self, responses: TensorDict) -> torch.Tensor:
         """Which responses (N,) ended by themselves."""
@@ -201,42 +207,65 @@ class SpinTrainer(PPOTrainerSync):
             metrics["score/accuracy"] = float(np.mean([one["acc"] for one in info]))
         return metrics
 
-    def _lay_out(self, responses: TensorDict, pairs: PreferencePairs, n: int) -> TensorDict:
-        """Arranges the pairs for ranks and optimizer steps (pair_batch.py)."""
+    def _lay_out(self, responses: TensorDict, pairs: PreferencePairs, prompt_of: torch.Tensor) -> TensorDict:
+        """The rows of the pairs (engine/rows.py), arranged for ranks and optimizer steps (engine/plan.py)."""
         actor = self.config.actor_rollout_ref.actor
-        tokens = responses["input_ids"].offsets().diff()
-        lengths = pad_rows(responses["response_mask"]).sum(-1)
+        rows = build_rows(responses, pairs, prompt_of)
+        weights, chosen_lengths = pair_totals(rows)
         plan = plan_mini_batches(
-            prompts=pairs.rejected.div(n, rounding_mode="floor").tolist(),
-            tokens=(tokens[pairs.chosen] + tokens[pairs.rejected]).tolist(),
-            weights=pairs.weight.tolist(),
-            chosen_lengths=lengths[pairs.chosen].tolist(),
+            prompts=rows["prompt"].tolist(),
+            tokens=rows["input_ids"].offsets().diff().tolist(),
+            weights=weights,
+            chosen_lengths=chosen_lengths,
             prompts_per_mini_batch=actor.ppo_mini_batch_size,
             dp_size=self._dp_size,
-            micro_batch_pairs=None if actor.use_dynamic_bsz else actor.ppo_micro_batch_size_per_gpu,
+            micro_batch_rows=None if actor.use_dynamic_bsz else actor.ppo_micro_batch_size_per_gpu,
         )
-        batch = build_pair_batch(responses, pairs, plan)
-        tu.assign_non_tensor_data(batch, "mini_batches", plan.mini_batches)
-        tu.assign_non_tensor_data(batch, "temperature", self.config.actor_rollout_ref.rollout.temperature)
-        return batch
+        rows = arrange(rows, plan)
+        tu.assign_non_tensor_data(rows, "mini_batches", plan.mini_batches)
+        tu.assign_non_tensor_data(rows, "temperature", self.config.actor_rollout_ref.rollout.temperature)
+        return rows
 
     @cached_property
     def _dp_size(self) -> int:
         return max(self.actor_rollout_wg._query_dispatch_info("actor")) + 1
 
-    def _compute_ref_logps(self, pairs: TensorDict, metrics: dict) -> None:
-        """Adds the reference's log-probs of the paired responses."""
-        data = pairs.copy()
-        tu.pop(data, "mini_batches")
-        tu.assign_non_tensor(data, average_log_prob=self.config.algorithm.dpo_average_log_prob)
-        pairs["ref_logps"] = self.actor_rollout_wg.compute_ref_logps(data)["logps"]
+    def _compute_ref_logps(self, rows: TensorDict) -> None:
+        """Adds the reference's log-probs of the rows' responses, except where they are the policy's own.
 
-    def _update_actor(self, pairs: TensorDict, metrics: dict) -> None:
+        While the reference equals the actor to the bit, the first optimizer step's own log-probs serve as its.
+        """
+        mini_batches = tu.pop(rows, "mini_batches")
+        per_rank = sum(mini_batch.rows_per_rank for mini_batch in mini_batches)
+        own = 0  # of each rank's rows, those of the first optimizer step
+        if self._reference_equals_actor and self._first_step_is_untrained():
+            own = mini_batches[0].rows_per_rank
+            mini_batches = [replace(mini_batches[0], reference_is_policy=True), *mini_batches[1:]]
+        others = [number for number in range(len(rows)) if number % per_rank >= own]
+        logps = [torch.zeros(0)] * len(rows)
+        if others:
+            data = tu.index_select_tensor_dict(rows, others)
+            tu.assign_non_tensor(data, average_log_prob=self.config.algorithm.dpo_average_log_prob)
+            found = self.actor_rollout_wg.compute_ref_logps(data)["logps"].unbind()
+            for number, values in zip(others, found, strict=True):
+                logps[number] = values
+        rows["ref_logps"] = nest(logps)
+        tu.assign_non_tensor_data(rows, "mini_batches", mini_batches)
+
+    def _first_step_is_untrained(self) -> bool:
+        """Whether the rows of the first optimizer step meet no policy but the one before it.
+
+        A second epoch sees them again after steps, and a batch-coupled loss takes log-probs from a pass of its own.
+        """
+        return self.config.actor_rollout_ref.actor.ppo_epochs == 1 and not self._dpo_settings().batch_coupled
+
+    def _update_actor(self, rows: TensorDict, metrics: dict) -> None:
         """Runs the step's optimizer steps and records their metrics."""
         settings = self._dpo_settings()
         actor = self.config.actor_rollout_ref.actor
-        tu.assign_non_tensor(pairs, dpo=settings, epochs=actor.ppo_epochs, calculate_entropy=actor.calculate_entropy)
-        output = self.actor_rollout_wg.update_actor(pairs)
+        tu.assign_non_tensor(rows, dpo=settings, epochs=actor.ppo_epochs, calculate_entropy=actor.calculate_entropy)
+        output = self.actor_rollout_wg.update_actor(rows)
+        self._reference_equals_actor = False
         update = reduce_metrics(tu.get(output, "metrics"))
         metrics.update(rename_dict({k: v for k, v in update.items() if "/" not in k}, "actor/"))
         metrics.update({k: v for k, v in update.items() if "/" in k})

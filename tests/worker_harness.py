@@ -192,24 +192,22 @@ def make_trainer(*overrides: str):
     OmegaConf.resolve(trainer.config)
     trainer.actor_rollout_wg = LocalWorkerGroup(make_worker(*overrides))
     trainer.global_steps, trainer.total_training_steps, trainer.steps_per_epoch = 1, 100, 100
+    trainer._reference_equals_actor = True
     return trainer
 
 
 def nest(rows: list[list] | list[torch.Tensor]) -> torch.Tensor:
     """Rows of unequal length as the jagged tensor that TransferQueue hands out."""
-    from recipe.spin.pair_batch import nest
+    from recipe.spin.engine.rows import nest
 
     return nest([torch.as_tensor(row) for row in rows])
 
 
 def response_batch(prompts: list[list[int]], responses: list[list[int]], masks: list[list[int]]) -> TensorDict:
-    """The model's inputs for one response a row, as spin_trainer reads them."""
-    from recipe.spin.pair_batch import conversation_rows
-
-    rows = [[torch.tensor(row, dtype=torch.long) for row in part] for part in (prompts, responses, masks)]
-    batch = conversation_rows(*rows[:2])
-    batch["response_mask"], batch["loss_mask"] = nest(rows[2]), nest(rows[2])
-    return batch
+    """Responses, one an entry, as spin_trainer reads them."""
+    fields = {"prompts": prompts, "responses": responses, "response_mask": masks}
+    rows = {name: nest([torch.tensor(row, dtype=torch.long) for row in part]) for name, part in fields.items()}
+    return TensorDict(rows, batch_size=len(prompts))
 
 
 def full_parameters(module_engine) -> dict:

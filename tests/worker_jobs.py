@@ -65,7 +65,8 @@ def lay_out(trainer, batch: Batch):
         torch.ones(len(batch.chosen)),
         torch.tensor(batch.weights),
     )
-    return trainer._lay_out(response_batch(batch.prompts, batch.responses, batch.masks), pairs, batch.n)
+    prompt_of = torch.arange(len(batch.prompts)) // batch.n
+    return trainer._lay_out(response_batch(batch.prompts, batch.responses, batch.masks), pairs, prompt_of)
 
 
 def train(rank: int, overrides: list[str], batches: list[Batch]) -> dict:
@@ -73,11 +74,11 @@ def train(rank: int, overrides: list[str], batches: list[Batch]) -> dict:
     trainer = make_trainer(*overrides)
     for step, batch in enumerate(batches, start=1):
         trainer.global_steps = step
-        pairs = lay_out(trainer, batch)
+        rows = lay_out(trainer, batch)
         if trainer._reference_is_due():
-            trainer.actor_rollout_wg.refresh_reference(trainer.config.trainer.ref_update_alpha)
-        trainer._compute_ref_logps(pairs, metrics={})
-        trainer._update_actor(pairs, metrics={})
+            trainer._refresh_reference()
+        trainer._compute_ref_logps(rows)
+        trainer._update_actor(rows, metrics={})
     group = trainer.actor_rollout_wg
     return {"steps": group.updates, "parameters": full_parameters(group.worker.actor.engine)}
 
@@ -120,15 +121,24 @@ def train_on_scores(rank: int, overrides: list[str], steps: list[Scored]) -> lis
         mask = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in masks], batch_first=True)
         rewards = torch.zeros(mask.shape)
         rewards[range(len(masks)), mask.sum(-1) - 1] = torch.tensor(scored.scores)
-        rows, pairs = trainer._pairs(response_batch(scored.prompts, scored.responses, masks), rewards, mask)
-        pairs = trainer._lay_out(rows, pairs, n=2)
-        trainer._compute_ref_logps(pairs, metrics={})
-        trainer._update_actor(pairs, metrics={})
+        batch = response_batch(scored.prompts, scored.responses, masks)
+        rows = trainer._lay_out(*trainer._pairs(batch, rewards, mask))
+        trainer._compute_ref_logps(rows)
+        trainer._update_actor(rows, metrics={})
     return trainer.actor_rollout_wg.updates
 
 
 # ---- Reference -------------------------------------------------------------------------------------------------------
-ROW = ("prompts", "responses", "response_mask")
+def responses_of(rows) -> list[tuple[list[int], list[int], list[int]]]:
+    """Prompt, response and mask of each response of some rows."""
+    found = []
+    for ids, lengths, mask in zip(*(rows[name].unbind() for name in ("input_ids", "segments", "loss_mask")), strict=True):
+        prompt, *answers = ids.split(lengths.tolist())
+        masks = mask.split(lengths[1:].tolist())
+        found += [(prompt.tolist(), answer.tolist(), one.tolist()) for answer, one in zip(answers, masks, strict=True)]
+    return found
+
+
 
 
 class Players:
@@ -150,7 +160,7 @@ class Players:
 
     def reference(self):
         """Log-probs of the probe's responses under the reference."""
-        return self.group.compute_ref_logps(self._inputs())["logps"].numpy().copy()
+        return self.group.compute_ref_logps(self._inputs())["logps"].values().numpy().copy()
 
     def actor(self):
         """The same under the actor: the reference's own method with the actor in its place."""
@@ -167,9 +177,10 @@ class Players:
 
     def train(self, batch: Batch):
         """One optimizer step; both models have done forward passes before it and hold what FSDP gathered for them."""
-        pairs = lay_out(self.trainer, batch)
-        self.trainer._compute_ref_logps(pairs, metrics={})
-        self.trainer._update_actor(pairs, metrics={})
+        rows = lay_out(self.trainer, batch)
+        self.trainer._reference_equals_actor = False
+        self.trainer._compute_ref_logps(rows)
+        self.trainer._update_actor(rows, metrics={})
 
     def actor_parameters(self):
         return full_parameters(self.worker.actor.engine)
@@ -206,8 +217,7 @@ def play(rank: int, overrides: list[str], batches: list[Batch], folder: str) -> 
     worker.refresh_reference()
     seen["refreshed again"] = players.both()
     folders = {name: sorted(os.listdir(f"{folder}/{name}")) for name in ("unrefreshed", "refreshed", "again")}
-    rows = zip(*[[row.tolist() for row in players.probe[name].unbind()] for name in ROW], strict=True)
-    return {"rows": list(rows), "seen": seen, "resumed": resumed, "parameters": parameters, "folders": folders}
+    return {"rows": responses_of(players.probe), "seen": seen, "resumed": resumed, "parameters": parameters, "folders": folders}
 
 
 def refuse(rank: int, overrides: list[str]) -> str:

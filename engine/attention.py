@@ -1,0 +1,188 @@
+"""Attention over packed rows: a response sees its prompt and itself, as if it stood alone.
+
+Registered with transformers' attention interface under `NAME`; the model's forward hands the keyword `visibility`
+through to it. A GPU computes segment by segment with kernels of variable length, a CPU row by row under a mask.
+"""
+
+import inspect
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.attention import varlen
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+from verl.utils.ulysses import (
+    gather_heads_scatter_seq,
+    gather_seq_scatter_heads,
+    get_ulysses_sequence_parallel_world_size,
+)
+
+from recipe.spin.engine.packing import Visibility
+
+NAME = "spin_shared_prompt"
+SHARE_PROMPT = "actor_rollout_ref.model.share_prompt"
+GO_ON = f"set {SHARE_PROMPT}=False: each response then gets a copy of the prompt, and the model's own attention"
+KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+
+
+def shared_prompt_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    visibility: Visibility | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """Attention of a packed sequence of T tokens, in the form of transformers' attention interface.
+
+    Shapes: query (1, H, T, D), key and value (1, K, T, D), H a multiple of K; returns (1, T, H, D). Under Ulysses T is
+    split over the ranks that share a sequence, and heads are while attention runs (arXiv 2309.14509).
+    Errors: ValueError for what a model asks of attention and this function does not have."""
+    if visibility is None:
+        raise ValueError(f"{type(module).__name__} does not hand its keyword arguments to attention: {GO_ON}.")
+    if dropout or kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:
+        raise ValueError(f"{type(module).__name__} uses dropout, sinks or position biases in attention: {GO_ON}.")
+    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (T, heads, D)
+    size = get_ulysses_sequence_parallel_world_size()
+    if size > 1:
+        repeats = max(size // key.shape[1], 1)
+        key, value = (tensor.repeat_interleave(repeats, dim=1) for tensor in (key, value))
+        query, key, value = (gather_seq_scatter_heads(tensor, 0, 1) for tensor in (query, key, value))
+    function = attend_by_row if query.device.type == "cpu" else attend_by_segment
+    output = function(query, key, value, visibility, scaling, sliding_window, softcap)
+    if size > 1:
+        output = gather_heads_scatter_seq(output, head_dim=1, seq_dim=0)
+    return output[None], None
+
+
+AttentionInterface.register(NAME, shared_prompt_attention)
+
+
+def attend_by_row(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visibility: Visibility,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """All rows at once, filled up to the longest, under a mask; the common beginning by itself. (T, H, D)."""
+    queries, keys, inside = visibility.by_row
+    common = visibility.common
+    key_rows, value_rows = (tensor.index_select(0, keys.flatten()).view(*keys.shape, *tensor.shape[1:]) for tensor in (key, value))
+    query_rows = query.index_select(0, queries.flatten()).view(*queries.shape, *query.shape[1:])
+    rows = _masked_attention(query_rows, key_rows, value_rows, visibility.mask(window), scaling, softcap)
+    output = rows[inside]
+    if not common:
+        return output
+    before = torch.ones(common, common, dtype=torch.bool, device=query.device).tril()
+    if window is not None:
+        before = before.triu(1 - window)
+    beginning = (tensor[None, :common] for tensor in (query, key, value))
+    return torch.cat([_masked_attention(*beginning, before, scaling, softcap)[0], output])
+
+
+def _masked_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None, softcap: float | None
+) -> Tensor:
+    """(B, L, heads, D) each; returns (B, L, H, D)."""
+    query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    if softcap is None:
+        output = scaled_dot_product_attention(query, key, value, mask, scale=scaling, enable_gqa=True)
+        return output.transpose(1, 2)
+    groups = query.shape[1] // key.shape[1]
+    key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
+    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = (softcap * torch.tanh(scores / softcap)).masked_fill(~mask, -torch.inf)
+    return (scores.softmax(-1) @ value).transpose(1, 2)
+
+
+def attend_by_segment(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visibility: Visibility,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """Each segment against all it sees, by a kernel of variable lengths with its causal mask aligned at the end."""
+    index = visibility.by_segment
+    kernel = _softcapping_kernel(softcap) if softcap else torch_kernel
+    query, key, value = _half(query, key, value)
+    return kernel(query, key[index.keys], value[index.keys], *index[1:], scaling, -1 if window is None else window - 1)
+
+
+def torch_kernel(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_bounds: Tensor,
+    key_bounds: Tensor,
+    longest_query: int,
+    longest_key: int,
+    scaling: float | None,
+    back: int,
+) -> Tensor:
+    """torch's variable-length flash attention, part of torch since 2.10; `back` positions are seen, -1 all."""
+    options = {"scale": scaling, "window_size": (back, 0)}
+    if "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters:
+        options["enable_gqa"] = True
+    else:  # before torch 2.12
+        groups = query.shape[1] // key.shape[1]
+        key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
+    return varlen.varlen_attn(query, key, value, query_bounds, key_bounds, longest_query, longest_key, **options)
+
+
+def _softcapping_kernel(softcap: float) -> Callable[..., Tensor]:
+    """flash-attn's kernel, which caps scores where torch's does not."""
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ImportError as error:
+        raise ValueError(f"this model caps its attention scores ({softcap}): install flash-attn, or {GO_ON}.") from error
+
+    def kernel(query, key, value, query_bounds, key_bounds, longest_query, longest_key, scaling, back):
+        return flash_attn_varlen_func(
+            query,
+            key,
+            value,
+            query_bounds,
+            key_bounds,
+            longest_query,
+            longest_key,
+            softmax_scale=scaling,
+            causal=True,
+            window_size=(back, 0),
+            softcap=softcap,
+        )
+
+    return kernel
+
+
+def _half(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in the half precision that flash kernels compute in, that of autocast where a model left it."""
+    if all(tensor.dtype in (torch.bfloat16, torch.float16) for tensor in tensors):
+        return tensors
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        raise ValueError(
+            f"attention kernels on a {kind} device compute in bf16 or fp16, and got {tensors[0].dtype}: set "
+            f"actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype=bf16, or {GO_ON}."
+        )
+    return tuple(tensor.to(torch.get_autocast_dtype(kind)) for tensor in tensors)
+
+
+def check_model_shares_prompts(model: torch.nn.Module) -> None:
+    """Errors: ValueError for a model in which a token depends on others by more than attention."""
+    config = model.config
+    others = set(getattr(config, "layer_types", None) or ()) - KNOWN_LAYERS
+    if others or getattr(model, "_is_stateful", False) or not getattr(model, "_supports_attention_backend", False):
+        what = f"layers of the kinds {', '.join(sorted(others))}" if others else "layers that are not attention alone"
+        raise ValueError(f"{type(model).__name__} has {what}, which cannot share a prompt between responses: {GO_ON}.")
