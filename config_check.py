@@ -15,6 +15,7 @@ TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json")
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
 ACTOR, REF, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.ref", "actor_rollout_ref.rollout"
+SHARE_PROMPT = "actor_rollout_ref.model.share_prompt"
 COUNTS = (
     "data.train_batch_size",
     "data.max_prompt_length",
@@ -32,7 +33,12 @@ COUNTS = (
 )
 NOT_NEGATIVE = ("algorithm.dpo_min_margin", f"{ACTOR}.optim.lr", f"{ROLLOUT}.val_kwargs.temperature")
 WHOLE = ("trainer.ref_update_freq", "trainer.save_freq", "trainer.test_freq")
-FLAGS = ("algorithm.dpo_reference_free", "algorithm.dpo_average_log_prob", f"{ACTOR}.use_dynamic_bsz")
+FLAGS = (
+    "algorithm.dpo_reference_free",
+    "algorithm.dpo_average_log_prob",
+    f"{ACTOR}.use_dynamic_bsz",
+    SHARE_PROMPT,
+)
 # verl's ways of training that SPIN has no use for: each would be paid for, or ignored
 UNUSED = ("critic.enable", f"{ACTOR}.use_kl_loss", "algorithm.use_kl_in_reward")
 
@@ -186,7 +192,12 @@ def _check_workers(config: DictConfig) -> None:
         config,
         "SPIN runs on verl's synchronous v1 trainer; set trainer.use_v1=True trainer.v1.trainer_mode=sync",
     )
-    _require(not actor.shuffle, f"{ACTOR}.shuffle", config, "shuffling rows would tear pairs; leave it False")
+    _require(
+        not actor.shuffle,
+        f"{ACTOR}.shuffle",
+        config,
+        "prompts are trained on in the order of the batch; set it to False",
+    )
     _require(config.actor_rollout_ref.rollout.name == "vllm", f"{ROLLOUT}.name", config, "SPIN generates with vllm")
     _require(
         ref.fsdp_config.fsdp_size == actor.fsdp_config.fsdp_size,
@@ -210,22 +221,7 @@ def _check_workers(config: DictConfig) -> None:
         config,
         f"a prompt and its response have up to {tokens} tokens; raise it or lower their lengths in data",
     )
-    limit = ref.log_prob_max_token_len_per_gpu * ref.fsdp_config.ulysses_sequence_parallel_size
-    _require(
-        not ref.log_prob_use_dynamic_bsz or limit >= tokens,
-        f"{REF}.log_prob_max_token_len_per_gpu",
-        config,
-        f"a prompt and its response have up to {tokens} tokens and must fit into one micro-batch; raise it",
-    )
-    longest = 2 * tokens
-    limit = actor.ppo_max_token_len_per_gpu * actor.fsdp_config.ulysses_sequence_parallel_size
-    _require(
-        not actor.use_dynamic_bsz or longest <= limit,
-        "actor_rollout_ref.actor.ppo_max_token_len_per_gpu",
-        config,
-        f"a pair of the longest prompts and responses has {longest} tokens and must fit into one micro-batch; raise it "
-        "or lower data.max_prompt_length or data.max_response_length",
-    )
+    _check_row_fits(config)
     gpus = torch.cuda.device_count()
     _require(
         config.trainer.device != "cuda" or config.trainer.nnodes > 1 or config.trainer.n_gpus_per_node <= gpus,
@@ -235,8 +231,33 @@ def _check_workers(config: DictConfig) -> None:
     )
 
 
+def _check_row_fits(config: DictConfig) -> None:
+    """A prompt with all its responses that take part is computed in one micro-batch."""
+    actor, ref, rollout = (config.actor_rollout_ref[name] for name in ("actor", "ref", "rollout"))
+    prompt, response = config.data.max_prompt_length, config.data.max_response_length
+    if config.algorithm.preference_source == "self_play":
+        responses = rollout.n + 1  # the data's own
+    else:
+        responses = rollout.n if config.algorithm.dpo_pairing == "all" else 2
+    shared = config.actor_rollout_ref.model.share_prompt
+    longest = prompt + responses * response if shared else responses * (prompt + response)
+    limits = (
+        (f"{ACTOR}.ppo_max_token_len_per_gpu", actor.use_dynamic_bsz, actor),
+        (f"{REF}.log_prob_max_token_len_per_gpu", ref.log_prob_use_dynamic_bsz, ref),
+    )
+    for key, by_tokens, part in limits:
+        limit = OmegaConf.select(config, key) * part.fsdp_config.ulysses_sequence_parallel_size
+        _require(
+            not by_tokens or longest <= limit,
+            key,
+            config,
+            f"the longest prompt with its {responses} responses has {longest} tokens and must fit into one "
+            "micro-batch; raise it or lower data.max_prompt_length or data.max_response_length",
+        )
+
+
 def _check_sequence_parallelism(config: DictConfig) -> None:
-    """Ulysses cuts sequences over ranks, and only flash attention on packed rows puts them together again."""
+    """Ulysses cuts sequences over ranks; the recipe's attention and verl's flash attention put them together again."""
     actor, ref, model = (config.actor_rollout_ref[name] for name in ("actor", "ref", "model"))
     size = actor.fsdp_config.ulysses_sequence_parallel_size
     key = f"{ACTOR}.fsdp_config.ulysses_sequence_parallel_size"
@@ -248,13 +269,19 @@ def _check_sequence_parallelism(config: DictConfig) -> None:
         config,
         f"the reference gets the actor's rows; give it the actor's, {size}",
     )
-    attention = model.override_config.get("attn_implementation", "flash_attention_2")  # verl's default
     _require(
-        size == 1 or attention.startswith("flash_attention"),
+        size == 1 or config.trainer.device != "cpu",
         key,
         config,
-        f"{attention} would attend within each rank's part of a sequence alone; install flash-attn and set "
-        "actor_rollout_ref.model.override_config.attn_implementation=flash_attention_2",
+        "gloo, which CPUs use, lacks its exchange; set 1",
+    )
+    attention = model.override_config.get("attn_implementation", "flash_attention_2")  # verl's default
+    _require(
+        size == 1 or model.share_prompt or attention.startswith("flash_attention"),
+        key,
+        config,
+        f"{attention} would attend within each rank's part of a sequence alone; set {SHARE_PROMPT}=True, or install "
+        "flash-attn and set actor_rollout_ref.model.override_config.attn_implementation=flash_attention_2",
     )
     _require(
         size == 1 or model.use_remove_padding, key, config, "needs actor_rollout_ref.model.use_remove_padding=True"

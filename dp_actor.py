@@ -65,7 +65,7 @@ class DataParallelPPOActor(RowWorker):
         """Runs one optimizer step per mini-batch and epoch over this rank's rows.
 
         Besides rows `data` carries `ref_logps` (an entry a response; none where the reference is the policy), and for
-        the whole batch `dpo` (DPOSettings), `mini_batches` (list of MiniBatch, this rank's share in order) and `epochs`.
+        the whole batch `dpo` (DPOSettings), `mini_batches` (list of MiniBatch, this rank's share) and `epochs`.
         Returns the metrics, each a list with one value per optimizer step.
         """
         settings: DPOSettings = tu.pop(data, "dpo")
@@ -174,7 +174,7 @@ class Pairs:
 
 
 def pairs_of(data: TensorDict, logps: torch.Tensor) -> Pairs:
-    """The pairs of rows whose N responses have these log-probs (N,), which serve as the reference's where it is them."""
+    """The pairs of rows whose N responses have these log-probs (N,), the reference's too where it is the policy."""
     responses = [lengths for _, *lengths in row_lists(data["segments"])]
     first = torch.tensor([0, *map(len, responses[:-1])], device=logps.device).cumsum(0)
     index = torch.stack([data[name].values() for name in ("chosen", "rejected")])
@@ -213,9 +213,9 @@ def dpo_loss(model_output, data: TensorDict, dp_group=None, *, settings: DPOSett
         loss = (_pair_losses(pairs, mini_batch.mean_chosen_length, settings) * scale).sum()
     if not torch.isfinite(loss):
         raise FloatingPointError(
-            f"the DPO loss of the pairs of prompts {data['prompt'].tolist()} is {loss.item()}; log-probs of their chosen "
-            f"and rejected responses: {pairs.logps.tolist()}. Lower actor_rollout_ref.actor.optim.lr or check the "
-            "model's weights."
+            f"the DPO loss of the pairs of prompts {data['prompt'].tolist()} is {loss.item()}; log-probs of their "
+            f"chosen and rejected responses: {pairs.logps.tolist()}. Lower actor_rollout_ref.actor.optim.lr or check "
+            "the model's weights."
         )
     with torch.no_grad():
         metrics = pair_metrics(pairs, scale, settings)

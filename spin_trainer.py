@@ -67,7 +67,8 @@ class SpinTrainer(PPOTrainerSync):
         os.environ["VERL_FILE_LOGGER_PATH"] = str(folder / f"from_step_{self.global_steps:08d}.jsonl")
         if self.global_steps > 0:
             self.config.trainer.val_before_train = False
-        self._reference_equals_actor = self.global_steps == 0 and not self.config.actor_rollout_ref.model.lora_adapter_path
+        adapter = self.config.actor_rollout_ref.model.lora_adapter_path  # trained before, unlike the reference
+        self._reference_equals_actor = self.global_steps == 0 and not adapter
 
     def on_validate_begin(self):
         self.progress["doing"] = "answering the held-out prompts"

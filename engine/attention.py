@@ -76,8 +76,10 @@ def attend_by_row(
     """All rows at once, filled up to the longest, under a mask; the common beginning by itself. (T, H, D)."""
     queries, keys, inside = visibility.by_row
     common = visibility.common
-    key_rows, value_rows = (tensor.index_select(0, keys.flatten()).view(*keys.shape, *tensor.shape[1:]) for tensor in (key, value))
-    query_rows = query.index_select(0, queries.flatten()).view(*queries.shape, *query.shape[1:])
+    query_rows, key_rows, value_rows = (
+        tensor.index_select(0, places.flatten()).view(*places.shape, *tensor.shape[1:])
+        for tensor, places in ((query, queries), (key, keys), (value, keys))
+    )
     rows = _masked_attention(query_rows, key_rows, value_rows, visibility.mask(window), scaling, softcap)
     output = rows[inside]
     if not common:
@@ -146,7 +148,9 @@ def _softcapping_kernel(softcap: float) -> Callable[..., Tensor]:
     try:
         from flash_attn import flash_attn_varlen_func
     except ImportError as error:
-        raise ValueError(f"this model caps its attention scores ({softcap}): install flash-attn, or {GO_ON}.") from error
+        raise ValueError(
+            f"this model caps its attention scores ({softcap}): install flash-attn, or {GO_ON}."
+        ) from error
 
     def kernel(query, key, value, query_bounds, key_bounds, longest_query, longest_key, scaling, back):
         return flash_attn_varlen_func(

@@ -1,6 +1,6 @@
 """The rows of a micro-batch as one packed sequence, and who sees whom in it.
 
-    [ what all prompts begin with | row 0 | row 1 | ... | padding ],   a row being [ rest of its prompt | response | ... ]
+    [ what all prompts begin with | row 0 | row 1 | ... | padding ],   a row: [ rest of its prompt | response | ... ]
 
 Each stretch of tokens, a `Segment`, sees itself causally and everything of its ancestors: a response sees its prompt,
 a prompt's rest sees the common beginning. So every token sees exactly what it would see in a sequence of its own, while
@@ -55,7 +55,7 @@ class Visibility:
         places = [torch.arange(part.start, part.stop, device=device) for parts in seen for part in parts]
         return SegmentIndex(torch.cat(places), *boundaries, *(max(each) for each in lengths))
 
-    # ---------------------------------------------------------------------------- row by row, for attention under a mask
+    # --------------------------------------------------------------------------- row by row, for attention under a mask
 
     @cached_property
     def by_row(self) -> "RowIndex":

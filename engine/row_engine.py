@@ -67,7 +67,12 @@ class RowEngine(FSDPEngineWithLMHead):
     def _shared_inputs(self, micro_batch: TensorDict) -> tuple[dict, dict]:
         """One packed sequence; only the tokens that predict a response token meet the vocabulary."""
         packed = pack_rows(micro_batch["input_ids"], micro_batch["segments"], self.ulysses_sequence_parallel_size)
-        input_ids, position_ids, predictors, mine = packed.input_ids[None], packed.position_ids[None], packed.predictors, None
+        input_ids, position_ids, predictors, mine = (
+            packed.input_ids[None],
+            packed.position_ids[None],
+            packed.predictors,
+            None,
+        )
         if self.use_ulysses_sp:
             input_ids, position_ids, _ = ulysses_pad_and_slice_inputs(
                 input_ids, position_ids, self.ulysses_sequence_parallel_size
@@ -83,7 +88,7 @@ class RowEngine(FSDPEngineWithLMHead):
         return inputs, {"labels": packed.labels, "mine": mine, "places": None}
 
     def _on_this_rank(self, predictors: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Those of the places that lie in this rank's part of a sequence, counted from its start; and which they are."""
+        """The places that lie in this rank's part of a sequence, counted from its start; and which of all they are."""
         start = self.ulysses_device_mesh["sp"].get_local_rank() * tokens
         mine = (predictors >= start) & (predictors < start + tokens)
         return predictors[mine] - start, mine

@@ -73,11 +73,9 @@ def build_rows(responses: TensorDict, pairs: PreferencePairs, prompt_of: torch.T
     for pair, prompt in enumerate(prompt_of[pairs.chosen].tolist()):
         members.setdefault(prompt, []).append(pair)
     numbers = sorted(members)
-    taking_part = [
-        sorted({index for pair in members[prompt] for index in (pairs.chosen[pair].item(), pairs.rejected[pair].item())})
-        for prompt in numbers
-    ]  # row -> its responses
-    columns = {name: responses[name].unbind() for name in responses.keys() if name not in ("input_ids", "position_ids")}
+    both = torch.stack([pairs.chosen, pairs.rejected])
+    taking_part = [both[:, members[prompt]].unique().tolist() for prompt in numbers]  # row -> its responses
+    columns = {name: values.unbind() for name, values in responses.items()}
     prompts, answers = columns.pop("prompts"), columns.pop("responses")
 
     rows = make_rows([prompts[part[0]] for part in taking_part], [[answers[i] for i in part] for part in taking_part])
@@ -97,7 +95,7 @@ def build_rows(responses: TensorDict, pairs: PreferencePairs, prompt_of: torch.T
 
 
 def pair_totals(rows: TensorDict) -> tuple[list[float], list[float]]:
-    """Per row the weights of its pairs, summed, and the lengths of their chosen responses, summed with these weights."""
+    """Per row the sum of its pairs' weights, and that of their chosen responses' lengths times these weights."""
     columns = (rows[name].unbind() for name in ("pair_weight", "chosen", "loss_mask"))
     weights, lengths = [], []
     for weight, chosen, mask, (_, *answers) in zip(*columns, row_lists(rows["segments"]), strict=True):

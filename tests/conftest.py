@@ -1,6 +1,6 @@
 import pytest
 from checkable_run import Run
-from tiny_models import save_tiny_model
+from tiny_models import ARCHITECTURES, save_tiny_model
 from worker_harness import Ranks
 
 
@@ -8,7 +8,7 @@ from worker_harness import Ranks
 def tiny_models(tmp_path_factory) -> dict[str, str]:
     """Folders of the tiny models by architecture."""
     folder = tmp_path_factory.mktemp("tiny_models")
-    return {name: str(save_tiny_model(folder / name, name)) for name in ("llama", "qwen2")}
+    return {name: str(save_tiny_model(folder / name, name)) for name in ARCHITECTURES}
 
 
 @pytest.fixture

@@ -93,11 +93,13 @@ def test_gpu_profile_on_a_machine_with_fewer_gpus(run, monkeypatch):
 
 ULYSSES = "actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size"
 FLASH = "actor_rollout_ref.model.override_config.attn_implementation=flash_attention_2"
+SHARE_PROMPT = "actor_rollout_ref.model.share_prompt"
+TWO_GPUS = "trainer.device=cuda trainer.nnodes=2 trainer.n_gpus_per_node=1"
 
 
 @pytest.mark.parametrize("key", ["ulysses_sequence_parallel_size", "fsdp_config.ulysses_sequence_parallel_size"])
 def test_the_reference_shares_sequences_as_the_actor_does(run, key):
-    config = run.check(f"actor_rollout_ref.actor.{key}=2", "trainer.n_gpus_per_node=2", FLASH)
+    config = run.check(f"actor_rollout_ref.actor.{key}=2", *TWO_GPUS.split())
     for part in (config.actor_rollout_ref.actor, config.actor_rollout_ref.ref):
         assert part.fsdp_config.ulysses_sequence_parallel_size == 2
 
@@ -115,10 +117,12 @@ def test_the_reference_shares_sequences_as_the_actor_does(run, key):
         ["trainer.ref_update_freq=0", "actor_rollout_ref.model.lora_rank=8"],
         ["trainer.ref_update_freq=10", "trainer.ref_update_alpha=0.5"],
         ["actor_rollout_ref.model.path=Qwen/Qwen2.5-0.5B-Instruct"],  # hub names are not looked up
-        # pairs are counted, not their tokens
+        # prompts are counted, not their tokens
         ["actor_rollout_ref.actor.use_dynamic_bsz=False", "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=1"],
-        # the longest pair fits exactly
-        ["data.max_prompt_length=64", "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=160"],
+        # the longest prompt with its two responses fits exactly
+        ["data.max_prompt_length=64", "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=96"],
+        ["actor_rollout_ref.actor.ppo_max_token_len_per_gpu=160", f"{SHARE_PROMPT}=False"],
+        [f"{ULYSSES}=2", *TWO_GPUS.split(), FLASH, f"{SHARE_PROMPT}=False"],
     ],
     ids=lambda overrides: overrides[0],
 )
@@ -161,7 +165,8 @@ def test_settings_that_work(run, overrides):
             "actor_rollout_ref.model.lora_rank=8",
             ["trainer.ref_update_freq=", "lora_rank=8", "set trainer.ref_update_freq=0"],
         ),
-        ("actor_rollout_ref.actor.shuffle=True", ["actor_rollout_ref.actor.shuffle=True", "pairs"]),
+        ("actor_rollout_ref.actor.shuffle=True", ["actor_rollout_ref.actor.shuffle=True", "order of the batch"]),
+        (f"{SHARE_PROMPT}=1", [f"{SHARE_PROMPT}=1", "True or False"]),
         ("actor_rollout_ref.actor.ppo_epochs=0", ["actor_rollout_ref.actor.ppo_epochs=0", "at least 1"]),
         ("data.train_batch_size=null", ["data.train_batch_size=None", "whole number"]),
         ("actor_rollout_ref.actor.optim.lr=-1", ["actor_rollout_ref.actor.optim.lr=-1", "at least 0"]),
@@ -171,15 +176,16 @@ def test_settings_that_work(run, overrides):
         ("critic.enable=True", ["critic.enable=True", "set it to False"]),
         ("actor_rollout_ref.rollout.name=sglang", ["actor_rollout_ref.rollout.name='sglang'", "vllm"]),
         ("actor_rollout_ref.rollout.max_model_len=10", ["actor_rollout_ref.rollout.max_model_len=10", "raise it"]),
-        (f"{ULYSSES}=2 trainer.n_gpus_per_node=2", [f"{ULYSSES}=2", "sdpa would attend", "flash_attention_2"]),
+        (f"{ULYSSES}=2 trainer.n_gpus_per_node=2", [f"{ULYSSES}=2", "gloo"]),
+        (f"{ULYSSES}=2 {TWO_GPUS} {SHARE_PROMPT}=False", [f"{ULYSSES}=2", "sdpa would attend", f"{SHARE_PROMPT}=True"]),
         (f"{ULYSSES}=2 {FLASH}", [f"{ULYSSES}=2", "the 1 ranks"]),
         (f"{ULYSSES}=0", [f"{ULYSSES}=0", "at least 1"]),
         (
-            f"{ULYSSES}=2 trainer.n_gpus_per_node=2 {FLASH} actor_rollout_ref.model.use_remove_padding=False",
+            f"{ULYSSES}=2 {TWO_GPUS} actor_rollout_ref.model.use_remove_padding=False",
             [f"{ULYSSES}=2", "use_remove_padding=True"],
         ),
         (
-            f"{ULYSSES}=2 trainer.n_gpus_per_node=2 {FLASH} algorithm.dpo_loss_type=aot",
+            f"{ULYSSES}=2 {TWO_GPUS} algorithm.dpo_loss_type=aot",
             ["dpo_loss_type", "ulysses_sequence_parallel_size=1"],
         ),
         (
@@ -195,8 +201,16 @@ def test_settings_that_work(run, overrides):
         ),
         ("trainer.v1.trainer_mode=separate_async", ["trainer.v1.trainer_mode", "sync"]),
         (
-            "data.max_prompt_length=64 actor_rollout_ref.actor.ppo_max_token_len_per_gpu=159",
-            ["actor_rollout_ref.actor.ppo_max_token_len_per_gpu=159", "160 tokens", "raise it"],
+            "data.max_prompt_length=64 actor_rollout_ref.actor.ppo_max_token_len_per_gpu=95",
+            ["actor_rollout_ref.actor.ppo_max_token_len_per_gpu=95", "2 responses", "96 tokens", "raise it"],
+        ),
+        (
+            f"actor_rollout_ref.actor.ppo_max_token_len_per_gpu=159 {SHARE_PROMPT}=False",
+            ["actor_rollout_ref.actor.ppo_max_token_len_per_gpu=159", "160 tokens"],
+        ),
+        (
+            "algorithm.dpo_pairing=all actor_rollout_ref.actor.ppo_max_token_len_per_gpu=127",
+            ["actor_rollout_ref.actor.ppo_max_token_len_per_gpu=127", "4 responses", "128 tokens"],
         ),
     ],
 )

@@ -160,9 +160,11 @@ class Case:
     world_size: int = 1
     model: str = "llama"
     strategy: str = "fsdp2"
-    micro_batch: int | None = None  # pairs; None cuts by tokens
-    tokens: int = 64  # of a micro-batch, where pairs are not counted; the largest pair has 36
-    remove_padding: bool = True
+    micro_batch: int | None = None  # prompts; None cuts by tokens
+    tokens: int = 64  # of a micro-batch, where prompts are not counted; the largest row has 28
+    share_prompt: bool = True
+    remove_padding: bool = True  # where prompts are not shared
+    reference_passes: bool = False  # also where the reference equals the actor
     prompts_per_step: int = PROMPTS
     epochs: int = 1
     temperature: float = 1.0
@@ -175,6 +177,7 @@ class Case:
         actor = "actor_rollout_ref.actor"
         return [
             f"actor_rollout_ref.model.path={folder}",
+            f"actor_rollout_ref.model.share_prompt={self.share_prompt}",
             f"actor_rollout_ref.model.use_remove_padding={self.remove_padding}",
             f"actor_rollout_ref.rollout.temperature={self.temperature}",
             f"actor_rollout_ref.rollout.n={self.n}",
@@ -201,6 +204,7 @@ class Case:
 
 
 TWO = {"world_size": 2}
+SEPARATE = {"share_prompt": False}
 CASES = [
     Case("llama"),
     Case("llama-fsdp1", strategy="fsdp"),
@@ -213,28 +217,38 @@ CASES = [
     Case("micro-batches-of-2", micro_batch=2, strategy="fsdp"),
     Case("micro-batches-of-2-on-2-ranks", **TWO, micro_batch=2),
     Case("one-micro-batch", micro_batch=PROMPTS),
-    Case("few-tokens", tokens=36),
-    Case("few-tokens-on-2-ranks-fsdp1", **TWO, tokens=36, strategy="fsdp"),
+    Case("few-tokens", tokens=28),
+    Case("few-tokens-on-2-ranks-fsdp1", **TWO, tokens=28, strategy="fsdp"),
     Case("many-tokens", tokens=1000),
-    Case("padded", remove_padding=False),
-    Case("padded-2-ranks", **TWO, remove_padding=False, model="qwen2", micro_batch=2),
+    Case("separate", **SEPARATE),
+    Case("separate-2-ranks", **TWO, **SEPARATE, strategy="fsdp", micro_batch=2),
+    Case("padded", **SEPARATE, remove_padding=False),
+    Case("padded-2-ranks", **TWO, **SEPARATE, remove_padding=False, model="qwen2", micro_batch=2),
+    Case("reference-passes", reference_passes=True),
+    Case("reference-passes-2-ranks-mini-batches", **TWO, reference_passes=True, prompts_per_step=3),
     Case("mini-batches", prompts_per_step=3),
     Case("mini-batches-and-epochs-on-2-ranks", **TWO, prompts_per_step=3, epochs=2),
     Case("unclipped", clip=1000.0, strategy="fsdp"),
     Case("temperature", temperature=0.7),
-    Case("temperature-padded-2-ranks-fsdp1", **TWO, temperature=0.7, remove_padding=False, strategy="fsdp"),
+    Case("temperature-padded-2-ranks-fsdp1", **TWO, **SEPARATE, temperature=0.7, remove_padding=False, strategy="fsdp"),
     Case("all-pairs-weighted", n=3, prompts_per_step=3),
     Case("all-pairs-weighted-2-ranks", **TWO, n=3, prompts_per_step=3, micro_batch=2),
+    Case("all-pairs-of-8-responses", n=8, tokens=300),
+    Case("all-pairs-of-8-responses-separate-2-ranks", **TWO, **SEPARATE, n=8, tokens=300),
+    Case("sliding-windows", model="windows"),
+    Case("sliding-windows-2-ranks", **TWO, model="windows", micro_batch=2),
+    Case("sliding-windows-separate", **SEPARATE, model="windows"),
     Case("ipo", loss="ipo"),
     Case("hinge-2-ranks", **TWO, loss="hinge"),
     Case("sigmoid+sft-2-ranks", **TWO, loss="sigmoid+sft"),
     Case("sigmoid+sft-all-pairs", loss="sigmoid+sft", n=3, prompts_per_step=3),
     Case("aot-mini-batches", loss="aot", micro_batch=2, prompts_per_step=3, epochs=2),
-    Case("aot-2-ranks-mini-batches", **TWO, loss="aot", tokens=36, prompts_per_step=3, epochs=2),
-    Case("aot-unpaired-2-ranks", **TWO, loss="aot_unpaired", tokens=36),
+    Case("aot-2-ranks-mini-batches", **TWO, loss="aot", tokens=28, prompts_per_step=3, epochs=2),
+    Case("aot-unpaired-2-ranks", **TWO, loss="aot_unpaired", tokens=28),
     Case("ulysses", **TWO, ranks_per_sequence=2),
     Case("ulysses-fsdp1", **TWO, ranks_per_sequence=2, strategy="fsdp", model="qwen2", micro_batch=2),
     Case("ulysses-mini-batches", **TWO, ranks_per_sequence=2, tokens=18, prompts_per_step=3, epochs=2),
+    Case("ulysses-separate", **TWO, **SEPARATE, ranks_per_sequence=2),
 ]
 
 
@@ -248,7 +262,8 @@ def test_worker_trains_like_plain_pytorch(case, tiny_models, ranks):
     folder = tiny_models[case.model]
     plain = plain_training(folder, case.n, case.loss, case.temperature, case.clip, case.prompts_per_step, case.epochs)
     job = train_with_ulysses if case.ranks_per_sequence > 1 else train
-    for worker in ranks[case.world_size].run(job, case.all_overrides(folder), make_batches(case.n)):
+    outputs = ranks[case.world_size].run(job, case.all_overrides(folder), make_batches(case.n), case.reference_passes)
+    for worker in outputs:
         # Optimizer steps: one list of values a metric and call of update_actor
         steps = [
             dict(zip(update, values, strict=True))

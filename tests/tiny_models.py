@@ -1,11 +1,12 @@
-"""Tiny Llama and Qwen2 models with random weights, saved as Hugging Face folders: quick, and nothing to download."""
+"""Tiny models with random weights, saved as Hugging Face folders: quick, and nothing to download."""
 
+from functools import partial
 from pathlib import Path
 
 import torch
 
 HIDDEN, HEADS = 64, 2  # heads of 32, the smallest that vLLM's CPU attention knows
-ARCHITECTURES = ("llama", "qwen2")
+ARCHITECTURES = ("llama", "qwen2", "windows")  # two layers of grouped queries each; the last sees 5 tokens back
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -53,10 +54,11 @@ def save_tiny_model(folder: Path, architecture: str, seed: int = 0, scale: float
     scale: standard deviation of the weights. At 0.25 the log-probs of random tokens spread by about 2 nats; at
     transformers' own 0.02 every token would be as likely as any other.
     """
-    from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, Qwen2Config
+    from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, MistralConfig, Qwen2Config
 
     tokenizer = make_tokenizer()
-    config = {"llama": LlamaConfig, "qwen2": Qwen2Config}[architecture](
+    kinds = {"llama": LlamaConfig, "qwen2": Qwen2Config, "windows": partial(MistralConfig, sliding_window=5)}
+    config = kinds[architecture](
         vocab_size=len(tokenizer),  # verl masks vLLM's logits beyond len(tokenizer), training does not
         hidden_size=HIDDEN,
         intermediate_size=2 * HIDDEN,

@@ -69,24 +69,29 @@ def lay_out(trainer, batch: Batch):
     return trainer._lay_out(response_batch(batch.prompts, batch.responses, batch.masks), pairs, prompt_of)
 
 
-def train(rank: int, overrides: list[str], batches: list[Batch]) -> dict:
-    """Trains on one batch a step as SpinTrainer does; returns the metrics of each step and the final parameters."""
+def train(rank: int, overrides: list[str], batches: list[Batch], reference_passes: bool = False) -> dict:
+    """Trains on one batch a step as SpinTrainer does; returns the metrics of each step and the final parameters.
+
+    reference_passes: also where the reference equals the actor, whose own log-probs would do.
+    """
     trainer = make_trainer(*overrides)
     for step, batch in enumerate(batches, start=1):
         trainer.global_steps = step
         rows = lay_out(trainer, batch)
         if trainer._reference_is_due():
             trainer._refresh_reference()
+        if reference_passes:
+            trainer._reference_equals_actor = False
         trainer._compute_ref_logps(rows)
         trainer._update_actor(rows, metrics={})
     group = trainer.actor_rollout_wg
     return {"steps": group.updates, "parameters": full_parameters(group.worker.actor.engine)}
 
 
-def train_with_ulysses(rank: int, overrides: list[str], batches: list[Batch]) -> dict:
+def train_with_ulysses(rank: int, *args) -> dict:
     """`train` where the ranks share sequences."""
     with ulysses_on_gloo():
-        return train(rank, overrides, batches)
+        return train(rank, *args)
 
 
 @dataclass(frozen=True)
@@ -132,13 +137,13 @@ def train_on_scores(rank: int, overrides: list[str], steps: list[Scored]) -> lis
 def responses_of(rows) -> list[tuple[list[int], list[int], list[int]]]:
     """Prompt, response and mask of each response of some rows."""
     found = []
-    for ids, lengths, mask in zip(*(rows[name].unbind() for name in ("input_ids", "segments", "loss_mask")), strict=True):
+    for ids, lengths, mask in zip(
+        *(rows[name].unbind() for name in ("input_ids", "segments", "loss_mask")), strict=True
+    ):
         prompt, *answers = ids.split(lengths.tolist())
         masks = mask.split(lengths[1:].tolist())
         found += [(prompt.tolist(), answer.tolist(), one.tolist()) for answer, one in zip(answers, masks, strict=True)]
     return found
-
-
 
 
 class Players:
@@ -217,7 +222,13 @@ def play(rank: int, overrides: list[str], batches: list[Batch], folder: str) -> 
     worker.refresh_reference()
     seen["refreshed again"] = players.both()
     folders = {name: sorted(os.listdir(f"{folder}/{name}")) for name in ("unrefreshed", "refreshed", "again")}
-    return {"rows": responses_of(players.probe), "seen": seen, "resumed": resumed, "parameters": parameters, "folders": folders}
+    return {
+        "rows": responses_of(players.probe),
+        "seen": seen,
+        "resumed": resumed,
+        "parameters": parameters,
+        "folders": folders,
+    }
 
 
 def refuse(rank: int, overrides: list[str]) -> str:

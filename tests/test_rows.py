@@ -1,30 +1,33 @@
-"""Pairs laid out over ranks and optimizer steps, and the loss of a micro-batch: functions of tensors made by hand."""
+"""Rows, their order over ranks and optimizer steps, and the loss of a micro-batch, on tensors made by hand."""
 
 import math
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tensordict import TensorDict
 from verl.utils import tensordict_utils as tu
 from verl.utils.metric.utils import AggregationType, Metric
 from worker_harness import nest, response_batch
 
 from recipe.spin.core_algos import PreferencePairs
-from recipe.spin.dp_actor import DPOSettings, dpo_loss, split_mini_batches
-from recipe.spin.fsdp_workers import largest_divisor, mix_parameters
-from recipe.spin.pair_batch import MiniBatch, build_pair_batch, pad_rows, plan_mini_batches
+from recipe.spin.dp_actor import DPOSettings, dpo_loss, largest_divisor, split_mini_batches
+from recipe.spin.engine.plan import MiniBatch, Plan, plan_mini_batches
+from recipe.spin.engine.rows import arrange, build_rows, make_rows, pad_rows, pair_totals, row_lists
+from recipe.spin.fsdp_workers import mix_parameters
 
 
 def plan(prompts, dp_size=1, prompts_per_mini_batch=100, tokens=None, weights=None, lengths=None, micro=None):
-    pairs = len(prompts)
+    rows = len(prompts)
+    weights = weights or [1.0] * rows
+    lengths = lengths or [5] * rows
     return plan_mini_batches(
         prompts,
-        tokens or [10] * pairs,
-        weights or [1.0] * pairs,
-        lengths or [5] * pairs,
+        tokens or [10] * rows,
+        weights,
+        [weight * length for weight, length in zip(weights, lengths, strict=True)],
         prompts_per_mini_batch,
         dp_size,
         micro,
@@ -32,24 +35,24 @@ def plan(prompts, dp_size=1, prompts_per_mini_batch=100, tokens=None, weights=No
 
 
 def shares(planned, dp_size) -> list[list[list[tuple[int, bool]]]]:
-    """(pair, real) by rank and mini-batch: a rank's share is contiguous, its mini-batches in order."""
-    entries = list(zip(planned.pairs, planned.real, strict=True))
-    per_rank = sum(mini_batch.pairs_per_rank for mini_batch in planned.mini_batches)
+    """(row, real) by rank and mini-batch: a rank's share is contiguous, its mini-batches in order."""
+    entries = list(zip(planned.rows, planned.real, strict=True))
+    per_rank = sum(mini_batch.rows_per_rank for mini_batch in planned.mini_batches)
     assert len(entries) == per_rank * dp_size
     result = []
     for rank in range(dp_size):
         share, start = entries[rank * per_rank : (rank + 1) * per_rank], 0
         result.append([])
         for mini_batch in planned.mini_batches:
-            result[-1].append(share[start : start + mini_batch.pairs_per_rank])
-            start += mini_batch.pairs_per_rank
+            result[-1].append(share[start : start + mini_batch.rows_per_rank])
+            start += mini_batch.rows_per_rank
     return result
 
 
 # ---- Plan ------------------------------------------------------------------------------------------------------------
-def test_one_rank_gets_the_pairs_in_order():
+def test_one_rank_gets_the_rows_in_order():
     planned = plan([0, 1, 3], weights=[1.0, 1.0, 1.0], lengths=[2, 4, 6])
-    assert planned.pairs == [0, 1, 2] and planned.real == [True] * 3
+    assert planned.rows == [0, 1, 2] and planned.real == [True] * 3
     assert planned.mini_batches == [MiniBatch(3, weight=3.0, mean_chosen_length=4.0)]
 
 
@@ -60,16 +63,16 @@ def test_a_mini_batch_without_a_chosen_token_counts_one():
 
 
 def test_mini_batches_are_cut_by_prompts():
-    """Prompts 0-1, 2-3 (no pairs: left out) and 4-5; the numbers of pairs differ."""
+    """Prompts 0-1, 2-3 (no pairs: left out) and 4-5; the numbers of rows differ."""
     planned = plan([0, 0, 1, 4], prompts_per_mini_batch=2, weights=[0.5, 0.5, 1.0, 1.0], lengths=[2, 4, 9, 7])
-    assert planned.pairs == [0, 1, 2, 3]
+    assert planned.rows == [0, 1, 2, 3]
     assert planned.mini_batches == [MiniBatch(3, 2.0, mean_chosen_length=6.0), MiniBatch(1, 1.0, 7.0)]
 
 
-def test_padding_is_the_shortest_pair_and_does_not_count():
+def test_copies_are_of_the_shortest_row_and_do_not_count():
     planned = plan([0, 1, 2], dp_size=2, tokens=[30, 8, 20], lengths=[10, 2, 6])
-    assert Counter(planned.pairs) == {0: 1, 1: 2, 2: 1}
-    assert sorted(pair for pair, real in zip(planned.pairs, planned.real, strict=True) if not real) == [1]
+    assert Counter(planned.rows) == {0: 1, 1: 2, 2: 1}
+    assert sorted(pair for pair, real in zip(planned.rows, planned.real, strict=True) if not real) == [1]
     assert planned.mini_batches == [MiniBatch(2, weight=3.0, mean_chosen_length=6.0)]
 
 
@@ -80,19 +83,19 @@ def test_ranks_get_similar_token_counts():
 
 
 @pytest.mark.parametrize(
-    ("pairs", "dp_size", "most", "per_rank", "per_micro"),
+    ("rows", "dp_size", "most", "per_rank", "per_micro"),
     [
         (6, 1, 4, 6, 3),  # two micro-batches of 3, not 4 and 2
-        (5, 1, 4, 6, 3),  # one pair of padding
+        (5, 1, 4, 6, 3),  # one copy
         (7, 1, 3, 9, 3),
         (5, 2, 8, 3, 3),  # 3 and 2+1
         (1, 2, 4, 1, 1),
         (4, 2, 1, 2, 1),
     ],
 )
-def test_static_micro_batches_are_equal(pairs, dp_size, most, per_rank, per_micro):
-    (mini_batch,) = plan(list(range(pairs)), dp_size=dp_size, micro=most).mini_batches
-    assert (mini_batch.pairs_per_rank, mini_batch.pairs_per_micro_batch) == (per_rank, per_micro)
+def test_static_micro_batches_are_equal(rows, dp_size, most, per_rank, per_micro):
+    (mini_batch,) = plan(list(range(rows)), dp_size=dp_size, micro=most).mini_batches
+    assert (mini_batch.rows_per_rank, mini_batch.rows_per_micro_batch) == (per_rank, per_micro)
 
 
 @settings(max_examples=200, deadline=None)
@@ -103,7 +106,7 @@ def test_static_micro_batches_are_equal(pairs, dp_size, most, per_rank, per_micr
     most=st.none() | st.integers(1, 9),
     seed=st.integers(0, 1000),
 )
-def test_a_step_holds_the_same_pairs_for_any_number_of_ranks(prompts, prompts_per_mini_batch, dp_size, most, seed):
+def test_a_step_holds_the_same_rows_for_any_number_of_ranks(prompts, prompts_per_mini_batch, dp_size, most, seed):
     draw = torch.Generator().manual_seed(seed)
     tokens = torch.randint(2, 500, (len(prompts),), generator=draw).tolist()
     weights = torch.rand(len(prompts), generator=draw).add(0.1).tolist()
@@ -125,23 +128,24 @@ def test_a_step_holds_the_same_pairs_for_any_number_of_ranks(prompts, prompts_pe
         mean_length = sum(weights[pair] * lengths[pair] for pair in members) / mini_batch.weight
         assert mini_batch.mean_chosen_length == pytest.approx(mean_length or 1 / len(members))
         if most is None:
-            assert mini_batch.pairs_per_micro_batch is None
-            assert mini_batch.pairs_per_rank == math.ceil(len(members) / dp_size)
+            assert mini_batch.rows_per_micro_batch is None
+            assert mini_batch.rows_per_rank == math.ceil(len(members) / dp_size)
         else:
-            assert mini_batch.pairs_per_rank % mini_batch.pairs_per_micro_batch == 0
-            assert 1 <= mini_batch.pairs_per_micro_batch <= most
-            # at most one pair of padding a micro-batch beyond what equal ranks need
-            micro_batches = mini_batch.pairs_per_rank // mini_batch.pairs_per_micro_batch
-            assert mini_batch.pairs_per_rank - math.ceil(len(members) / dp_size) < micro_batches
+            assert mini_batch.rows_per_rank % mini_batch.rows_per_micro_batch == 0
+            assert 1 <= mini_batch.rows_per_micro_batch <= most
+            # at most one copy a micro-batch beyond what equal ranks need
+            micro_batches = mini_batch.rows_per_rank // mini_batch.rows_per_micro_batch
+            assert mini_batch.rows_per_rank - math.ceil(len(members) / dp_size) < micro_batches
 
 
-# ---- Batch -----------------------------------------------------------------------------------------------------------
-PROMPT_ROWS = [[1], [1], [2, 2], [2, 2]]
-RESPONSE_ROWS = [[10, 11, 12], [20], [30, 31], [40, 41, 42, 43]]
+# ---- Rows ------------------------------------------------------------------------------------------------------------
+PROMPTS = [[1], [1], [2, 2], [2, 2]]
+RESPONSES = [[10, 11, 12], [20], [30, 31], [40, 41, 42, 43]]
+PROMPT_OF = torch.tensor([0, 0, 1, 1])
 
 
-def responses() -> TensorDict:
-    return response_batch(PROMPT_ROWS, RESPONSE_ROWS, [[1] * len(row) for row in RESPONSE_ROWS])
+def responses():
+    return response_batch(PROMPTS, RESPONSES, [[1] * len(row) for row in RESPONSES])
 
 
 def pairs(chosen, rejected, weight=None) -> PreferencePairs:
@@ -149,26 +153,57 @@ def pairs(chosen, rejected, weight=None) -> PreferencePairs:
     return PreferencePairs(torch.tensor(chosen), torch.tensor(rejected), torch.ones(len(chosen)), torch.tensor(weight))
 
 
-def test_batch_alternates_chosen_and_rejected():
-    planned = plan([0, 1])
-    batch = build_pair_batch(responses(), pairs([1, 2], [0, 3], [0.5, 1.0]), planned)
-    assert [row.tolist() for row in batch["responses"].unbind()] == [RESPONSE_ROWS[row] for row in (1, 0, 2, 3)]
-    assert [row.tolist() for row in batch["input_ids"].unbind()][2] == [2, 2, 30, 31]
-    assert batch["pair_id"].tolist() == [0, 0, 1, 1]
-    assert batch["pair_weight"].tolist() == [0.5, 0.5, 1.0, 1.0]
+def lists(rows, *names: str) -> list[list[list]]:
+    return [row_lists(rows[name]) for name in names]
 
 
-def test_padding_pair_repeats_the_rows_and_weighs_nothing():
-    """One pair on two ranks: the second rank gets a copy."""
-    batch = build_pair_batch(responses(), pairs([2], [3]), plan([1], dp_size=2))
-    assert [row.tolist() for row in batch["responses"].unbind()] == [RESPONSE_ROWS[row] for row in (2, 3, 2, 3)]
-    assert batch["pair_id"].tolist() == [0, 0, 1, 1]
-    assert sorted(batch["pair_weight"].tolist()) == [0.0, 0.0, 1.0, 1.0]
+def test_a_row_holds_a_prompt_and_the_responses_of_its_pairs():
+    rows = build_rows(responses(), pairs([1, 2], [0, 3], [0.5, 1.0]), PROMPT_OF)
+    assert lists(rows, "input_ids", "segments") == [
+        [[1, 10, 11, 12, 20], [2, 2, 30, 31, 40, 41, 42, 43]],
+        [[1, 3, 1], [2, 2, 4]],
+    ]
+    assert row_lists(rows["position_ids"]) == [[0, 1, 2, 3, 1], [0, 1, 2, 3, 2, 3, 4, 5]]
+    assert lists(rows, "chosen", "rejected", "pair_weight") == [[[1], [0]], [[0], [1]], [[0.5], [1.0]]]
+    assert rows["prompt"].tolist() == [0, 1]
 
 
-def test_a_response_may_stand_in_several_pairs():
-    batch = build_pair_batch(responses(), pairs([2, 2], [0, 3], [0.5, 0.5]), plan([0, 0]))
-    assert [row.tolist() for row in batch["responses"].unbind()] == [RESPONSE_ROWS[row] for row in (2, 0, 2, 3)]
+def test_a_response_stands_once_however_many_pairs_it_has():
+    batch = response_batch([[7, 8]] * 4, [[1], [2, 2], [3], [4]], [[1], [1, 0], [1], [1]])
+    rows = build_rows(batch, pairs([1, 1, 3], [0, 3, 0], [0.25, 0.5, 0.25]), torch.zeros(4, dtype=torch.long))
+    assert lists(rows, "input_ids", "segments", "loss_mask") == [[[7, 8, 1, 2, 2, 4]], [[2, 1, 2, 1]], [[1, 1, 0, 1]]]
+    assert lists(rows, "chosen", "rejected") == [[[1, 1, 2]], [[0, 2, 0]]]
+    assert pair_totals(rows) == ([1.0], [0.25 + 0.5 + 0.25])
+
+
+def test_prompts_without_a_pair_have_no_row():
+    rows = build_rows(responses(), pairs([3], [2]), PROMPT_OF)
+    assert rows["prompt"].tolist() == [1] and row_lists(rows["segments"]) == [[2, 2, 4]]
+
+
+def test_values_of_tokens_and_of_responses_come_along():
+    batch = responses()
+    batch["rollout_log_probs"] = nest([[-1.0 * token for token in row] for row in RESPONSES])
+    batch["opponent_logps"] = torch.tensor([0.0, 1.0, 2.0, 3.0])
+    rows = build_rows(batch, pairs([1, 3], [0, 2]), PROMPT_OF)
+    assert row_lists(rows["rollout_log_probs"])[0] == [-10.0, -11.0, -12.0, -20.0]
+    assert row_lists(rows["opponent_logps"]) == [[0.0, 1.0], [2.0, 3.0]]
+
+
+def test_a_datas_response_joins_the_row_of_its_prompt():
+    """Self-play: it stands behind all generated responses."""
+    batch = response_batch([[1], [2], [1], [2]], [[5], [6], [7, 7], [8]], [[1], [1], [1, 1], [1]])
+    rows = build_rows(batch, pairs([2, 3], [0, 1]), torch.tensor([0, 1, 0, 1]))
+    assert row_lists(rows["input_ids"]) == [[1, 5, 7, 7], [2, 6, 8]]
+    assert lists(rows, "chosen", "rejected") == [[[1], [1]], [[0], [0]]]
+
+
+def test_copies_weigh_nothing():
+    """One row on two ranks: the second rank gets a copy."""
+    rows = build_rows(responses(), pairs([2], [3]), PROMPT_OF)
+    arranged = arrange(rows, plan([1], dp_size=2))
+    assert row_lists(arranged["input_ids"]) == [[2, 2, 30, 31, 40, 41, 42, 43]] * 2
+    assert sorted(row_lists(arranged["pair_weight"])) == [[0.0], [1.0]]
 
 
 def test_rows_are_padded_with_zeros():
@@ -181,45 +216,48 @@ def test_rows_selected_from_a_longer_batch_are_padded_to_their_own_length():
 
 
 def test_a_ranks_rows_are_cut_into_its_mini_batches():
-    batch = build_pair_batch(responses(), pairs([0, 3, 1], [1, 2, 0]), plan([0, 1, 1]))
-    steps = [MiniBatch(1, 1.0, 3.0), MiniBatch(2, 2.0, 3.0)]
-    cut = list(split_mini_batches(batch, steps))
-    assert [rows["pair_id"].tolist() for rows, _ in cut] == [[0, 0], [1, 1, 2, 2]]
+    rows = build_rows(responses(), pairs([0, 3], [1, 2]), PROMPT_OF)
+    steps = [MiniBatch(1, 1.0, 3.0), MiniBatch(1, 2.0, 3.0)]
+    cut = list(split_mini_batches(arrange(rows, Plan(steps, [1, 0], [True, True])), steps))
+    assert [part["prompt"].tolist() for part, _ in cut] == [[1], [0]]
     assert [mini_batch for _, mini_batch in cut] == steps
 
 
-@pytest.mark.parametrize("pairs_per_rank", [2, 4])
-def test_rows_that_mini_batches_do_not_name_are_refused(pairs_per_rank):
-    batch = build_pair_batch(responses(), pairs([0, 3, 1], [1, 2, 0]), plan([0, 1, 1]))
-    with pytest.raises(ValueError, match=f"6 rows, but its mini-batches name {2 * pairs_per_rank}"):
-        list(split_mini_batches(batch, [MiniBatch(pairs_per_rank, 3.0, 3.0)]))
+@pytest.mark.parametrize("rows_per_rank", [1, 3])
+def test_rows_that_mini_batches_do_not_name_are_refused(rows_per_rank):
+    rows = build_rows(responses(), pairs([0, 3], [1, 2]), PROMPT_OF)
+    with pytest.raises(ValueError, match=f"2 rows, but its mini-batches name {rows_per_rank}"):
+        list(split_mini_batches(rows, [MiniBatch(rows_per_rank, 3.0, 3.0)]))
 
 
 # ---- Loss ------------------------------------------------------------------------------------------------------------
-# Response lengths of 3 pairs (chosen, rejected, ...); every prompt has 2 tokens.
-LENGTHS = [2, 3, 1, 2, 3, 1]
-LOGPS = [-2.0, -4.0, -1.0, -2.5, -3.0, -1.5]  # of whole responses, spread evenly over their tokens
-REF_LOGPS = [-3.0, -3.0, -1.0, -1.5, -2.0, -3.0]
+# Response lengths of 3 pairs (chosen, rejected), each of a row of its own; every prompt has 2 tokens.
+LENGTHS = [(2, 3), (1, 2), (3, 1)]
+LOGPS = [(-2.0, -4.0), (-1.0, -2.5), (-3.0, -1.5)]
+REF_LOGPS = [(-3.0, -3.0), (-1.0, -1.5), (-2.0, -3.0)]
 BETA = 0.5
 H = [1 + 1, 0 + 1, -1 - 1.5]  # log-ratio of chosen less that of rejected: 2, 1, -2.5
 PAIR_LOSSES = [math.log1p(math.exp(-BETA * h)) for h in H]
 
 
-def micro_batch(rows=range(6), weights=(1.0, 1.0, 1.0), dp_size=1, total=3.0, first_step=False):
+def micro_batch(numbers=range(3), weights=(1.0, 1.0, 1.0), dp_size=1, total=3.0, first_step=False):
     """Rows of the mini-batch above as dpo_loss gets them, and the model's output with its leaf of log-probs."""
-    rows = list(rows)
-    data = response_batch(
-        [[7, 7]] * len(rows), [[5] * LENGTHS[row] for row in rows], [[1] * LENGTHS[row] for row in rows]
+    numbers = list(numbers)
+    data = make_rows(
+        [torch.tensor([7, 7])] * len(numbers), [[torch.full((n,), 5) for n in LENGTHS[i]] for i in numbers]
     )
-    data["ref_logps"] = torch.tensor([REF_LOGPS[row] for row in rows])
-    data["pair_id"] = torch.tensor([row // 2 for row in rows])
-    data["pair_weight"] = torch.tensor([weights[row // 2] for row in rows])
+    data["ref_logps"] = nest([list(REF_LOGPS[i]) for i in numbers])
+    data["chosen"], data["rejected"] = nest([[0]] * len(numbers)), nest([[1]] * len(numbers))
+    data["pair_weight"] = nest([[weights[i]] for i in numbers])
+    data["prompt"] = torch.tensor(numbers)
     tu.assign_non_tensor(data, mini_batch=MiniBatch(3, total, 2.0), dp_size=dp_size, first_step=first_step)
-    # The model predicts the next token: a response's log-probs stand one place before its tokens. 99 must not be read.
-    flat = [value for row in rows for value in [99.0, *[LOGPS[row] / LENGTHS[row]] * LENGTHS[row], 99.0]]
-    leaf = torch.tensor(flat, requires_grad=True)
-    offsets = torch.tensor([0, *[2 + LENGTHS[row] for row in rows]]).cumsum(0)
-    return {"log_probs": torch.nested.nested_tensor_from_jagged(leaf, offsets)}, data, leaf
+    leaf = torch.tensor([logp for i in numbers for logp in LOGPS[i]], requires_grad=True)
+    tokens = [[logp / n] * n for i in numbers for logp, n in zip(LOGPS[i], LENGTHS[i], strict=True)]
+    output = {
+        "logps": torch.nested.nested_tensor_from_jagged(leaf, torch.arange(0, 2 * len(numbers) + 1, 2)),
+        "token_logps": nest([tokens[2 * i] + tokens[2 * i + 1] for i in range(len(numbers))]),
+    }
+    return output, data, leaf
 
 
 def value_of(metrics: dict, name: str) -> float:
@@ -232,12 +270,9 @@ def test_loss_is_the_mean_over_pairs():
     loss, _ = dpo_loss(output, data, settings=DPOSettings(beta=BETA))
     assert loss.item() == pytest.approx(sum(PAIR_LOSSES) / 3, rel=1e-6)
     loss.backward()
-    # d loss / d log-prob of a token of pair p: -+ beta sigma(-beta h_p) / 3; nothing at the prompt and after the end
-    slope = [BETA / (1 + math.exp(BETA * h)) / 3 for h in H]
-    expected = []
-    for row, length in enumerate(LENGTHS):
-        expected += [0.0, *[slope[row // 2] * (1 if row % 2 else -1)] * length, 0.0]
-    torch.testing.assert_close(leaf.grad, torch.tensor(expected), rtol=1e-5, atol=1e-8)
+    # d loss / d log-prob of pair p: -+ beta sigma(-beta h_p) / 3
+    slopes = [BETA / (1 + math.exp(BETA * h)) / 3 for h in H]
+    torch.testing.assert_close(leaf.grad, torch.tensor([s for slope in slopes for s in (-slope, slope)]))
 
 
 def test_metrics_are_means_over_pairs():
@@ -258,10 +293,20 @@ def test_metrics_are_means_over_pairs():
     assert {name: value_of(metrics, name) for name in metrics} == pytest.approx(expected, abs=1e-6)
 
 
+def test_where_the_reference_is_the_policy_its_log_probs_are_the_policys():
+    """log 2 a pair, no reward, and the gradient that equal log-probs of a reference would give."""
+    output, data, leaf = micro_batch()
+    tu.assign_non_tensor(data, mini_batch=replace(tu.get(data, "mini_batch"), reference_is_policy=True))
+    del data["ref_logps"]
+    loss, metrics = dpo_loss(output, data, settings=DPOSettings(beta=BETA))
+    loss.backward()
+    assert loss.item() == pytest.approx(math.log(2), rel=1e-6)
+    assert value_of(metrics, "rewards/margins") == value_of(metrics, "kl/sequence") == 0
+    torch.testing.assert_close(leaf.grad, torch.tensor([-1.0, 1.0] * 3) * BETA / 2 / 3)
+
+
 @pytest.mark.parametrize(
-    "parts",
-    [[[0, 1], [2, 3], [4, 5]], [[0, 1, 2, 3], [4, 5]], [[4, 5, 0, 1], [2, 3]]],
-    ids=lambda parts: "+".join(str(len(part) // 2) for part in parts),
+    "parts", [[[0], [1], [2]], [[0, 1], [2]], [[2, 0], [1]]], ids=lambda parts: "+".join(map(str, map(len, parts)))
 )
 @pytest.mark.parametrize("dp_size", [1, 2])
 def test_micro_batches_and_ranks_add_up_to_the_mean(parts, dp_size):
@@ -273,25 +318,24 @@ def test_micro_batches_and_ranks_add_up_to_the_mean(parts, dp_size):
         losses += loss.item() / dp_size
         metrics.update({name: value_of(values, name) / dp_size for name in values})
         loss.backward()
-        by_row = leaf.grad.split([2 + LENGTHS[row] for row in part])
-        gradient |= {row: grad / dp_size for row, grad in zip(part, by_row, strict=True)}
+        gradient |= {row: grad / dp_size for row, grad in zip(part, leaf.grad.split(2), strict=True)}
     output, data, leaf = micro_batch()
     whole, whole_metrics = dpo_loss(output, data, settings=DPOSettings(beta=BETA))
     whole.backward()
     assert losses == pytest.approx(sum(PAIR_LOSSES) / 3, rel=1e-6)
     assert dict(metrics) == pytest.approx({name: value_of(whole_metrics, name) for name in whole_metrics}, abs=1e-6)
-    torch.testing.assert_close(torch.cat([gradient[row] for row in range(6)]), leaf.grad)
+    torch.testing.assert_close(torch.cat([gradient[row] for row in range(3)]), leaf.grad)
 
 
-def test_padding_weighs_nothing():
-    """The third pair is padding: neither its loss nor its gradient nor its metrics count."""
+def test_pairs_without_weight_count_nothing():
+    """The third row is a copy: neither its loss nor its gradient nor its metrics count."""
     output, data, leaf = micro_batch(weights=(1.0, 1.0, 0.0), total=2.0)
     loss, metrics = dpo_loss(output, data, settings=DPOSettings(beta=BETA))
     loss.backward()
     assert loss.item() == pytest.approx(sum(PAIR_LOSSES[:2]) / 2, rel=1e-6)
     assert value_of(metrics, "rewards/accuracies") == pytest.approx(1.0)
     assert value_of(metrics, "response_length/chosen") == pytest.approx(1.5)
-    assert leaf.grad[-8:].abs().max() == 0 and leaf.grad[:-8].abs().max() > 0
+    assert leaf.grad[-2:].abs().max() == 0 and leaf.grad[:-2].abs().min() > 0
 
 
 def test_weights_of_pairs_are_relative():
@@ -300,41 +344,51 @@ def test_weights_of_pairs_are_relative():
     assert loss.item() == pytest.approx((PAIR_LOSSES[0] + PAIR_LOSSES[1] + 2 * PAIR_LOSSES[2]) / 4, rel=1e-6)
 
 
-@pytest.mark.parametrize("rows", [[0, 2, 1, 3], [1, 2], [0, 1, 2, 4]])
-def test_a_torn_pair_is_refused(rows):
-    output, data, _ = micro_batch(rows)
-    with pytest.raises(ValueError, match="half a pair"):
-        dpo_loss(output, data, settings=DPOSettings(beta=BETA))
+def test_a_response_of_several_pairs_gets_the_gradient_of_each():
+    """Three responses, the first preferred to both others."""
+    data = make_rows([torch.tensor([7])], [[torch.tensor([5])] * 3])
+    data["ref_logps"] = nest([[-3.0, -3.0, -2.0]])
+    data["chosen"], data["rejected"], data["pair_weight"] = nest([[0, 0]]), nest([[1, 2]]), nest([[0.5, 0.5]])
+    data["prompt"] = torch.tensor([0])
+    tu.assign_non_tensor(data, mini_batch=MiniBatch(1, 1.0, 1.0), dp_size=1, first_step=False)
+    leaf = torch.tensor([-2.0, -4.0, -1.0], requires_grad=True)
+    output = {"logps": torch.nested.nested_tensor_from_jagged(leaf, torch.tensor([0, 3]))}
+    loss, _ = dpo_loss(output, data, settings=DPOSettings(beta=BETA))
+    loss.backward()
+    slopes = [0.5 * BETA / (1 + math.exp(BETA * h)) for h in (1 + 1, 1 - 1)]
+    torch.testing.assert_close(leaf.grad, torch.tensor([-sum(slopes), *slopes]))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_loss_that_is_not_finite_stops_the_run(bad):
     output, data, _ = micro_batch()
-    data["ref_logps"][0] = bad
-    with pytest.raises(FloatingPointError, match=r"pairs \[0, 1, 2\] is (nan|inf).*-2\.0, -4\.0"):
+    data["ref_logps"] = nest([[bad, -3.0], [-1.0, -1.5], [-2.0, -3.0]])
+    with pytest.raises(FloatingPointError, match=r"prompts \[0, 1, 2\] is (nan|inf).*-2\.0, -1\.0"):
         dpo_loss(output, data, settings=DPOSettings(beta=BETA))
 
 
-def test_mean_log_probs_replace_sums():
-    output, data, _ = micro_batch([0, 1], total=1.0)
-    data["ref_logps"] = torch.tensor([-1.5, -1.0])  # means too
+def test_mean_log_probs_are_divergences_of_whole_responses():
+    """With dpo_average_log_prob the engine gives means; the divergence is still that of whole responses."""
+    output, data, leaf = micro_batch([0], total=1.0)
+    output["logps"] = torch.nested.nested_tensor_from_jagged(leaf / torch.tensor([2, 3]), torch.tensor([0, 2]))
+    data["ref_logps"] = nest([[-1.5, -1.0]])  # means too
     loss, metrics = dpo_loss(output, data, settings=DPOSettings(beta=BETA, average_log_prob=True))
     h = (-2 / 2 + 1.5) - (-4 / 3 + 1.0)
     assert loss.item() == pytest.approx(math.log1p(math.exp(-BETA * h)), rel=1e-6)
     assert value_of(metrics, "logps/chosen") == pytest.approx(-1.0)
-    assert value_of(metrics, "kl/sequence") == pytest.approx((0.5 * 2 - 1 / 3 * 3) / 2, abs=1e-6)  # of whole responses
+    assert value_of(metrics, "kl/sequence") == pytest.approx((0.5 * 2 - 1 / 3 * 3) / 2, abs=1e-6)
 
 
 def test_losses_are_added_up_with_their_weights():
     output, data, _ = micro_batch()
     both = DPOSettings(beta=BETA, loss_type=("sigmoid", "sft"), loss_weights=(1.0, 0.5))
     loss, _ = dpo_loss(output, data, settings=both)
-    sft = sum(-logp / 2.0 for logp in LOGPS[0::2]) / 3  # 2 is the mini-batch's mean chosen length
+    sft = sum(-chosen / 2.0 for chosen, _ in LOGPS) / 3  # 2 is the mini-batch's mean chosen length
     assert loss.item() == pytest.approx(sum(PAIR_LOSSES) / 3 + 0.5 * sft, rel=1e-6)
 
 
 def test_reference_free_leaves_the_reference_out():
-    output, data, _ = micro_batch([0, 1], total=1.0)
+    output, data, _ = micro_batch([0], total=1.0)
     loss, _ = dpo_loss(output, data, settings=DPOSettings(beta=BETA, reference_free=True))
     assert loss.item() == pytest.approx(math.log1p(math.exp(-BETA * 2)), rel=1e-6)
 
@@ -342,13 +396,20 @@ def test_reference_free_leaves_the_reference_out():
 def test_gap_to_the_rollout_is_measured_before_the_first_step():
     """Only there are actor and rollout the same model."""
     for first_step in (True, False):
-        output, data, _ = micro_batch([0, 1], total=1.0, first_step=first_step)
-        data["rollout_log_probs"] = nest([[-1.0, -1.25], [-4 / 3] * 3])
+        output, data, _ = micro_batch([0], total=1.0, first_step=first_step)
+        data["rollout_log_probs"] = nest([[-1.0, -1.25, *[-4 / 3] * 3]])
         _, metrics = dpo_loss(output, data, settings=DPOSettings(beta=BETA))
         assert ("rollout/logp_gap_max" in metrics) == first_step
         if first_step:
             assert metrics["rollout/logp_gap_max"].aggregate() == pytest.approx(0.25, abs=1e-6)
             assert Metric.aggregate_dp([metrics["rollout/logp_gap_max"]]) == pytest.approx(0.25, abs=1e-6)
+
+
+def test_gap_to_the_opponent_is_that_of_its_responses():
+    output, data, _ = micro_batch([0, 1], total=2.0)
+    data["opponent_logps"] = nest([[math.nan, -3.5], [math.nan, -1.5]])  # the data's responses have none
+    _, metrics = dpo_loss(output, data, settings=DPOSettings(beta=BETA))
+    assert metrics["rollout/opponent_gap_max"].aggregate() == pytest.approx(0.5)
 
 
 # ---- Small parts of the worker ---------------------------------------------------------------------------------------

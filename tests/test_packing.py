@@ -1,0 +1,277 @@
+"""Packed rows against one forward pass a response: the same log-probs and gradients, whatever the model attends to."""
+
+import copy
+import random
+
+import pytest
+import torch
+from plain_model import response_logp
+from torch.nn.attention import varlen
+from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, LlamaConfig, MistralConfig, Qwen3Config
+
+from recipe.spin.engine import attention
+from recipe.spin.engine.logps import response_values, token_entropies, token_logps
+from recipe.spin.engine.packing import common_beginning, copy_prompts, pack_rows, split_copies
+from recipe.spin.engine.rows import make_rows, nest, row_lists
+
+SIZES = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+    "initializer_range": 0.3,
+}
+WINDOW = 5
+MODELS = {
+    "grouped queries": LlamaConfig(**SIZES),
+    "sliding window": MistralConfig(**SIZES, sliding_window=WINDOW),
+    "norms of queries": Qwen3Config(**SIZES),
+    "capped scores, every other layer a window": Gemma2Config(
+        **SIZES, sliding_window=WINDOW, attn_logit_softcapping=2.0, final_logit_softcapping=5.0, query_pre_attn_scalar=8
+    ),
+    "windows with rotations of their own": Gemma3TextConfig(
+        **SIZES,
+        sliding_window=WINDOW,
+        query_pre_attn_scalar=8,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+    ),
+}
+
+
+def build(config):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation="eager").eval()
+
+
+def draw_rows(seed: int, rows: int = 4, beginning: int = 3) -> tuple[list[list[int]], list[list[list[int]]]]:
+    """Prompts of very different lengths that begin alike, with 1 to 8 responses, some of them empty."""
+    draw = random.Random(seed)
+
+    def tokens(low: int, high: int) -> list[int]:
+        return draw.choices(range(2, 60), k=draw.randint(low, high))
+
+    start = tokens(beginning, beginning)
+    prompts = [start + tokens(0 if beginning else 1, 30 if row % 2 else 3) for row in range(rows)]
+    answers = [[tokens(0, 9) for _ in range(8 if row == 0 else draw.randint(1, 3))] for row in range(rows)]
+    answers[-1][0] = []
+    return prompts, answers
+
+
+def as_rows(prompts, answers):
+    return make_rows(
+        [torch.tensor(prompt) for prompt in prompts],
+        [[torch.tensor(answer, dtype=torch.long) for answer in row] for row in answers],
+    )
+
+
+def shared_logps(model, rows, multiple_of: int = 1):
+    packed = pack_rows(rows["input_ids"], rows["segments"], multiple_of)
+    logits = model(
+        input_ids=packed.input_ids[None],
+        position_ids=packed.position_ids[None],
+        attention_mask=None,
+        use_cache=False,
+        logits_to_keep=packed.predictors,
+        visibility=packed.visibility,
+    ).logits[0]
+    lengths = [length for _, *answers in row_lists(rows["segments"]) for length in answers]
+    mask = torch.ones(len(packed.labels))
+    return response_values(token_logps(logits, packed.labels), mask, lengths, average=False)
+
+
+def standing_in_for_the_kernel(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False
+):
+    """torch's varlen_attn in plain operations: each sequence by itself, the causal mask aligned at the end."""
+    assert window_size[1] == 0 and enable_gqa
+    assert max_q == cu_seq_q.diff().max() and max_k == cu_seq_k.diff().max() and cu_seq_q.dtype == torch.int32
+    groups = query.shape[1] // key.shape[1]
+    outputs = []
+    for i in range(len(cu_seq_q) - 1):
+        q = query[cu_seq_q[i] : cu_seq_q[i + 1]].transpose(0, 1)
+        k, v = (x[cu_seq_k[i] : cu_seq_k[i + 1]].repeat_interleave(groups, 1).transpose(0, 1) for x in (key, value))
+        back = k.shape[1] - q.shape[1] + torch.arange(q.shape[1])[:, None] - torch.arange(k.shape[1])
+        seen = back >= 0
+        if window_size[0] >= 0:
+            seen &= back <= window_size[0]
+        scores = (q @ k.transpose(1, 2) * (scale or q.shape[-1] ** -0.5)).masked_fill(~seen, -torch.inf)
+        outputs.append((scores.softmax(-1) @ v).transpose(0, 1))
+    return torch.cat(outputs)
+
+
+@pytest.fixture
+def on_an_accelerator(monkeypatch):
+    """Attention goes segment by segment, as on a GPU, with a stand-in for the kernel."""
+    monkeypatch.setattr(attention, "attend_by_row", attention.attend_by_segment)
+    monkeypatch.setattr(attention, "_half", lambda *tensors: tensors)
+    monkeypatch.setattr(varlen, "varlen_attn", standing_in_for_the_kernel)
+
+
+def compare(name: str, prompts, answers, multiple_of: int = 1) -> None:
+    """Log-probs and gradients of all parameters, for one weight a response, against a pass of its own for each."""
+    plain, model = build(MODELS[name]), build(MODELS[name])
+    attention.check_model_shares_prompts(model)
+    model.set_attn_implementation(attention.NAME)
+    expected = torch.stack(
+        [
+            response_logp(plain, prompt, answer, [1] * len(answer), temperature=1.0)
+            for prompt, row in zip(prompts, answers, strict=True)
+            for answer in row
+        ]
+    )
+    ours = shared_logps(model, as_rows(prompts, answers), multiple_of)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+    weights = torch.linspace(-1, 1, len(ours))
+    for logps in (ours, expected):
+        (logps * weights).sum().backward()
+    for (key, one), other in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert (one.grad - other.grad).norm() <= 1e-5 * other.grad.norm(), key
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_rows_give_what_single_sequences_give(name):
+    compare(name, *draw_rows(0))
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if "capped" not in name])
+def test_segments_give_what_single_sequences_give(name, on_an_accelerator):
+    compare(name, *draw_rows(0))
+
+
+@pytest.mark.parametrize("accelerator", [False, True])
+@pytest.mark.parametrize(
+    ("prompts", "answers"),
+    [
+        ([[5, 6, 7]], [[[8, 9], [9]]]),
+        ([[5, 6, 7], [5, 6, 7]], [[[8, 9], [9]], [[4], []]]),  # the same prompt twice: nothing of it is left to a row
+        ([[5], [5, 6]], [[[8], [9]], [[4], [3, 2]]]),
+        ([[5, 6], [7]], [[[8], [9]], [[4], [3, 2]]]),  # nothing in common
+        ([[5, 6]], [[[], []]]),  # no token to predict
+    ],
+    ids=["one row", "equal prompts", "a prompt within another", "different prompts", "empty responses"],
+)
+@pytest.mark.parametrize("multiple_of", [1, 8])
+def test_rows_of_all_shapes(accelerator, prompts, answers, multiple_of, request):
+    if accelerator:
+        request.getfixturevalue("on_an_accelerator")
+    compare("sliding window", prompts, answers, multiple_of)
+
+
+def test_a_token_is_computed_once():
+    prompts, answers = [[1, 2, 3, 4], [1, 2, 5]], [[[6, 7], [8]], [[9], [10], [11]]]
+    packed = pack_rows(*(as_rows(prompts, answers)[name] for name in ("input_ids", "segments")))
+    assert packed.input_ids.tolist() == [1, 2, 3, 4, 6, 7, 8, 5, 9, 10, 11]
+    assert packed.position_ids.tolist() == [0, 1, 2, 3, 4, 5, 4, 2, 3, 3, 3]
+    assert packed.labels.tolist() == [6, 7, 8, 9, 10, 11]
+    assert packed.input_ids[packed.predictors].tolist() == [4, 6, 4, 5, 5, 5]
+    assert packed.padding == 0
+    assert pack_rows(*(as_rows(prompts, answers)[name] for name in ("input_ids", "segments")), 4).padding == 1
+
+
+def test_prompts_are_copied_for_models_that_cannot_share():
+    rows = as_rows([[1, 2], [3]], [[[4], [5, 6]], [[7]]])
+    copied = copy_prompts(rows["input_ids"], rows["segments"])
+    assert row_lists(copied) == [[1, 2, 4, 1, 2, 5, 6], [3, 7]]
+    sequences, prompts = split_copies(copied, rows["segments"])
+    assert [row.tolist() for row in sequences] == [[1, 2, 4], [1, 2, 5, 6], [3, 7]]
+    assert prompts == [2, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "expected"), [([[1, 2], [1, 2]], 2), ([[1, 2], [1]], 1), ([[1], [2]], 0), ([[1, 2, 3], [1, 9, 3]], 1)]
+)
+def test_common_beginning(prompts, expected):
+    assert common_beginning([torch.tensor(prompt) for prompt in prompts]) == expected
+
+
+# ---- What cannot share ----------------------------------------------------------------------------------------------
+def test_a_model_with_other_layers_is_refused_with_the_way_on():
+    model = build(MODELS["grouped queries"])
+    model.config.layer_types = ["full_attention", "linear_attention"]
+    with pytest.raises(ValueError, match="linear_attention.*actor_rollout_ref.model.share_prompt=False"):
+        attention.check_model_shares_prompts(model)
+
+
+def test_a_model_with_a_state_is_refused():
+    model = build(MODELS["grouped queries"])
+    model._is_stateful = True
+    with pytest.raises(ValueError, match="not attention alone.*share_prompt=False"):
+        attention.check_model_shares_prompts(model)
+
+
+@pytest.mark.parametrize("asked", [{"dropout": 0.1}, {"s_aux": torch.zeros(4)}, {"visibility": None}])
+def test_attention_that_is_not_there_is_refused(asked):
+    packed = pack_rows(*(as_rows([[1, 2]], [[[3]]])[name] for name in ("input_ids", "segments")))
+    tensors = [torch.zeros(1, 4, 3, 8)] * 3
+    with pytest.raises(ValueError, match="share_prompt=False"):
+        attention.shared_prompt_attention(
+            torch.nn.Identity(), *tensors, None, **({"visibility": packed.visibility} | asked)
+        )
+
+
+def test_caps_need_a_kernel_that_knows_them(on_an_accelerator):
+    name = next(name for name in MODELS if "capped" in name)
+    model = build(MODELS[name])
+    model.set_attn_implementation(attention.NAME)
+    with pytest.raises(ValueError, match="install flash-attn.*share_prompt=False"):
+        shared_logps(model, as_rows([[1, 2]], [[[3]]]))
+
+
+def test_full_precision_is_refused_where_kernels_are_half():
+    with pytest.raises(ValueError, match="param_dtype=bf16"):
+        attention._half(torch.zeros(2))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert attention._half(torch.zeros(2))[0].dtype == torch.bfloat16
+
+
+# ---- Log-probs -------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [0, 1, 300])
+def test_token_logps_and_their_gradient(temperature, kind, tokens):
+    torch.manual_seed(tokens)
+    hidden, labels = torch.randn(tokens, 5, dtype=kind), torch.randint(0, 50, (tokens,))
+    weights = torch.randn(5, 50, dtype=kind)
+    slopes = torch.randn(tokens)
+    gradients, values = [], []
+    for function in (lambda logits: token_logps(logits, labels, temperature), None):
+        leaf = weights.clone().requires_grad_()
+        logits = hidden @ leaf
+        if function is None:
+            logps = (logits.float() / temperature).log_softmax(-1)
+            found = logps.gather(1, labels[:, None]).squeeze(1)
+        else:
+            found = function(logits)
+        (found * slopes).sum().backward()
+        values.append(found.detach())
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(*values, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(*gradients, rtol=1e-4 if kind == torch.float32 else 1e-2, atol=1e-4)
+
+
+def test_backward_writes_the_gradient_over_the_logits():
+    logits = torch.randn(3, 7, requires_grad=True)
+    product = logits * 2  # a multiplication by a number keeps nothing of its result
+    token_logps(product, torch.tensor([1, 2, 3])).sum().backward()
+    expected = torch.autograd.grad((logits * 2).log_softmax(-1)[range(3), [1, 2, 3]].sum(), logits)[0]
+    torch.testing.assert_close(logits.grad, expected)
+    torch.testing.assert_close(product.detach(), expected / 2)
+
+
+def test_entropies():
+    logits = torch.randn(300, 7)
+    expected = torch.distributions.Categorical(logits=logits / 0.7).entropy()
+    torch.testing.assert_close(token_entropies(logits, 0.7), expected)
+
+
+def test_values_of_responses_leave_out_what_does_not_count():
+    values, mask = torch.tensor([1.0, 2.0, torch.nan, 4.0]), torch.tensor([1, 1, 0, 1])
+    assert response_values(values, mask, [2, 0, 2], average=False).tolist() == [3.0, 0.0, 4.0]
+    assert response_values(values, mask, [2, 0, 2], average=True).tolist() == [1.5, 0.0, 4.0]
+    assert nest([torch.zeros(0), torch.zeros(2)]).offsets().tolist() == [0, 0, 2]
