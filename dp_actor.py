@@ -180,7 +180,7 @@ def pairs_of(data: TensorDict, logps: torch.Tensor) -> Pairs:
     index = torch.stack([data[name].values() for name in ("chosen", "rejected")])
     index = index + first.repeat_interleave(data["chosen"].offsets().diff())
     counted = data["loss_mask"].values().split([length for row in responses for length in row])
-    lengths = torch.stack([mask.sum() for mask in counted])
+    lengths = torch.nn.utils.rnn.pad_sequence(list(counted), batch_first=True).sum(-1)
     policy = tu.get(data, "mini_batch").reference_is_policy
     ref_logps = logps.detach() if policy else data["ref_logps"].values()
     return Pairs(logps[index], ref_logps[index], lengths[index], data["pair_weight"].values(), index)

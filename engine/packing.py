@@ -9,7 +9,7 @@ no prompt is computed twice, nor the system prompt that a micro-batch's prompts 
 Symbols: T tokens of the packed sequence, R response tokens, N responses.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
@@ -31,29 +31,32 @@ class Segment(NamedTuple):
         return [range(part.start, part.start + part.length) for part in (*self.ancestors, self)]
 
 
-@dataclass(frozen=True)
 class Visibility:
     """Who sees whom in a packed sequence, in the two forms that attention functions want.
 
-    Built once a micro-batch and read by every layer.
+    Built once a micro-batch and read by every layer; no dataclass, as FSDP copies those on their way to a layer.
+
+    Attributes:
+        segments: in the order of the sequence, none of them empty.
+        rows: start and length of each row's part of the sequence.
+        common: number of tokens at the beginning that every row sees.
+        position_ids: (T,).
     """
 
-    segments: list[Segment]  # in the order of the sequence, none of them empty
-    rows: list[tuple[int, int]]  # start and length of each row's part of the sequence
-    common: int  # tokens that every row sees, at the beginning
-    position_ids: Tensor  # (T,)
-    _masks: dict[int | None, Tensor] = field(default_factory=dict, repr=False)
+    def __init__(self, segments: list[Segment], rows: list[tuple[int, int]], common: int, position_ids: Tensor):
+        self.segments, self.rows, self.common, self.position_ids = segments, rows, common, position_ids
+        self._masks: dict[int | None, Tensor] = {}
 
     # -------------------------------------------------------------- segment by segment, for kernels of variable lengths
 
     @cached_property
     def by_segment(self) -> "SegmentIndex":
-        seen = [list(segment.visible()) for segment in self.segments]
-        device = self.position_ids.device
+        seen = [segment.visible() for segment in self.segments]
         lengths = [[segment.length for segment in self.segments], [sum(map(len, parts)) for parts in seen]]
-        boundaries = [torch.tensor([0, *each], device=device).cumsum(0).int() for each in lengths]
-        places = [torch.arange(part.start, part.stop, device=device) for parts in seen for part in parts]
-        return SegmentIndex(torch.cat(places), *boundaries, *(max(each) for each in lengths))
+        bounds = [torch.tensor([0, *each]).cumsum(0).int() for each in lengths]
+        places = torch.cat([torch.arange(part.start, part.stop) for parts in seen for part in parts])
+        on_device = (tensor.to(self.position_ids.device) for tensor in (places, *bounds))
+        return SegmentIndex(*on_device, *map(max, lengths))
 
     # --------------------------------------------------------------------------- row by row, for attention under a mask
 
