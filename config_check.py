@@ -15,7 +15,7 @@ TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json")
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
 ACTOR, REF, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.ref", "actor_rollout_ref.rollout"
-SHARE_PROMPT = "actor_rollout_ref.model.share_prompt"
+SHARE_PROMPT = "actor_rollout_ref.share_prompt"
 COUNTS = (
     "data.train_batch_size",
     "data.max_prompt_length",
@@ -239,7 +239,7 @@ def _check_row_fits(config: DictConfig) -> None:
         responses = rollout.n + 1  # the data's own
     else:
         responses = rollout.n if config.algorithm.dpo_pairing == "all" else 2
-    shared = config.actor_rollout_ref.model.share_prompt
+    shared = config.actor_rollout_ref.share_prompt
     longest = prompt + responses * response if shared else responses * (prompt + response)
     limits = (
         (f"{ACTOR}.ppo_max_token_len_per_gpu", actor.use_dynamic_bsz, actor),
@@ -277,7 +277,7 @@ def _check_sequence_parallelism(config: DictConfig) -> None:
     )
     attention = model.override_config.get("attn_implementation", "flash_attention_2")  # verl's default
     _require(
-        size == 1 or model.share_prompt or attention.startswith("flash_attention"),
+        size == 1 or config.actor_rollout_ref.share_prompt or attention.startswith("flash_attention"),
         key,
         config,
         f"{attention} would attend within each rank's part of a sequence alone; set {SHARE_PROMPT}=True, or install "

@@ -12,8 +12,8 @@ from verl.utils.metric.utils import AggregationType, Metric
 from verl.workers.engine_workers import TrainingWorker
 
 from recipe.spin.core_algos import LOSSES, compute_online_dpo_loss, implicit_rewards
-from recipe.spin.engine import row_engine
 from recipe.spin.engine.plan import MiniBatch
+from recipe.spin.engine.row_engine import SeparateEngine, SharedPromptEngine
 from recipe.spin.engine.rows import row_lists
 
 
@@ -35,10 +35,11 @@ class DPOSettings:
 
 
 class RowWorker(TrainingWorker):
-    """verl's training worker on rows."""
+    """verl's training worker on rows; share_prompt chooses between the engines of row_engine.py."""
 
-    def __init__(self, config):
-        super().__init__(replace(config, model_type=row_engine.MODEL_TYPE))
+    def __init__(self, config, share_prompt: bool = True):
+        engine = SharedPromptEngine if share_prompt else SeparateEngine
+        super().__init__(replace(config, model_type=engine.MODEL_TYPE))
 
     def response_logps(self, data: TensorDict) -> TensorDict | None:
         """`logps` of the rows' responses, an entry a response; None on a rank that holds a copy of another's output."""

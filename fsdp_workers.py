@@ -2,6 +2,7 @@
 reference."""
 
 import os
+from functools import partial
 
 import torch
 from tensordict import TensorDict
@@ -28,6 +29,13 @@ class SpinWorker(ActorRolloutRefWorker):
     ref_worker_cls = RowWorker
 
     rollout_model = "actor"
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def init_model(self):
+        """Builds the models as verl does, on the engine that `actor_rollout_ref.share_prompt` chooses."""
+        self.actor_worker_cls = partial(self.actor_worker_cls, share_prompt=self.config.share_prompt)
+        self.ref_worker_cls = partial(self.ref_worker_cls, share_prompt=self.config.share_prompt)
+        super().init_model()
 
     @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="actor"))
     def compute_ref_logps(self, data: TensorDict) -> TensorDict:

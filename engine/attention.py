@@ -21,7 +21,7 @@ from verl.utils.ulysses import (
 from recipe.spin.engine.packing import Visibility
 
 NAME = "spin_shared_prompt"
-SHARE_PROMPT = "actor_rollout_ref.model.share_prompt"
+SHARE_PROMPT = "actor_rollout_ref.share_prompt"
 GO_ON = f"set {SHARE_PROMPT}=False: each response then gets a copy of the prompt, and the model's own attention"
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 

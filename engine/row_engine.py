@@ -1,4 +1,7 @@
-"""verl's FSDP engine for rows: a batch holds a prompt with its responses where verl's holds single sequences."""
+"""verl's FSDP engine for rows: a batch holds prompts with their responses where verl's holds single sequences.
+
+Two engines, by what a row becomes: SharedPromptEngine computes its prompt once, SeparateEngine once a response.
+"""
 
 import torch
 from tensordict import TensorDict
@@ -15,12 +18,9 @@ from recipe.spin.engine.logps import response_values, token_entropies, token_log
 from recipe.spin.engine.packing import copy_prompts, pack_rows, split_copies
 from recipe.spin.engine.rows import nest, row_lists
 
-MODEL_TYPE = "language_model_on_rows"  # the engine's name in verl's registry
 
-
-@EngineRegistry.register(model_type=MODEL_TYPE, backend=["fsdp", "fsdp2"], device=["cuda", "npu"])
 class RowEngine(FSDPEngineWithLMHead):
-    """Turns rows (rows.py) into log-probs of their responses.
+    """Turns rows (rows.py) into log-probs of their responses; what both engines share.
 
     The model's output is, per row, `logps` (an entry a response; sums over the tokens that count, or means with
     `average_log_prob`), with `calculate_entropy` `entropy` (likewise, means), and in training `token_logps` (an entry a
@@ -28,18 +28,8 @@ class RowEngine(FSDPEngineWithLMHead):
     """
 
     def __init__(self, model_config, engine_config, optimizer_config, checkpoint_config):
-        model_config.model_type = "language_model"  # as verl loads it
-        self._share_prompt = model_config.share_prompt
+        model_config.model_type = "language_model"  # what verl loads; the engine's own name chose it in the registry
         super().__init__(model_config, engine_config, optimizer_config, checkpoint_config)
-
-    # ------------------------------------------------------------------ the model
-
-    def _build_module(self):
-        module = super()._build_module()
-        if self._share_prompt:
-            check_model_shares_prompts(module)
-            module.set_attn_implementation(SHARED_PROMPT_ATTENTION)
-        return module
 
     def _build_fsdp_module(self, module):
         """A single rank that computes in the precision of its weights has nothing to shard, gather, reduce or cast."""
@@ -51,49 +41,23 @@ class RowEngine(FSDPEngineWithLMHead):
         self._autocast_dtype = precision
         return module.to(get_device_id())
 
-    # ------------------------------------------------------------------ rows in
+    def _of_this_rank(self, predictors: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Of the places that predict response tokens those in this rank's part of a sequence, and which they are.
 
-    def forward_backward_batch(self, data: TensorDict, loss_function, forward_only: bool = False):
-        """verl cuts micro-batches by the tokens of `input_ids`, so rows are laid out as they are computed first."""
-        if not self._share_prompt:
-            data["input_ids"] = copy_prompts(data["input_ids"], data["segments"])
-        return super().forward_backward_batch(data, loss_function, forward_only)
-
-    def prepare_model_inputs(self, micro_batch: TensorDict):
-        if self._share_prompt:
-            return self._shared_inputs(micro_batch)
-        return self._separate_inputs(micro_batch)
-
-    def _shared_inputs(self, micro_batch: TensorDict) -> tuple[dict, dict]:
-        """One packed sequence; only the tokens that predict a response token meet the vocabulary."""
-        packed = pack_rows(micro_batch["input_ids"], micro_batch["segments"], self.ulysses_sequence_parallel_size)
-        input_ids, position_ids, predictors, mine = (
-            packed.input_ids[None],
-            packed.position_ids[None],
-            packed.predictors,
-            None,
-        )
-        if self.use_ulysses_sp:
-            input_ids, position_ids, _ = ulysses_pad_and_slice_inputs(
-                input_ids, position_ids, self.ulysses_sequence_parallel_size
-            )
-            predictors, mine = self._on_this_rank(predictors, input_ids.shape[1])
-        inputs = {
-            "input_ids": input_ids,
-            "position_ids": position_ids,
-            "attention_mask": None,
-            "logits_to_keep": predictors,
-            "visibility": packed.visibility,
-        }
-        return inputs, {"labels": packed.labels, "mine": mine, "places": None}
-
-    def _on_this_rank(self, predictors: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The places that lie in this rank's part of a sequence, counted from its start; and which of all they are."""
+        Ranks that share a sequence (Ulysses) hold `tokens` of it each; places are then counted from the part's start.
+        """
+        if not self.use_ulysses_sp:
+            return predictors, None
         start = self.ulysses_device_mesh["sp"].get_local_rank() * tokens
         mine = (predictors >= start) & (predictors < start + tokens)
         return predictors[mine] - start, mine
 
-    # ------------------------------------------------------------------ log-probs out
+    def _of_all_ranks(self, values: torch.Tensor, mine: torch.Tensor | None) -> torch.Tensor:
+        """Puts together what the ranks that share a sequence have computed of its response tokens."""
+        if mine is None:
+            return values
+        whole = torch.zeros(mine.shape, dtype=values.dtype, device=values.device).masked_scatter(mine, values)
+        return gather_outputs_and_unpad(whole[None], gather_dim=0).sum(0)
 
     def prepare_model_outputs(self, output, output_args: dict, micro_batch: TensorDict, logits_processor_func) -> dict:
         temperature = float(micro_batch["temperature"])
@@ -101,36 +65,71 @@ class RowEngine(FSDPEngineWithLMHead):
         logits = output.logits.flatten(0, 1)
         if places is not None:
             logits = logits.index_select(0, places)
-        entropies = None
-        if tu.get_non_tensor_data(micro_batch, "calculate_entropy", default=False):
-            entropies = self._of_all_ranks(token_entropies(logits, temperature), mine)
-        token_values = token_logps(logits, labels if mine is None else labels[mine], temperature)
-        token_values = self._of_all_ranks(token_values, mine)
-
         mask = micro_batch["loss_mask"].values()
         responses = [lengths[1:] for lengths in row_lists(micro_batch["segments"])]
         lengths = [length for row in responses for length in row]
-        average = tu.get_non_tensor_data(micro_batch, "average_log_prob", default=False)
-        model_output = {"logps": _by_row(response_values(token_values, mask, lengths, average), responses)}
-        if entropies is not None:
+        model_output = {}
+        if tu.get_non_tensor_data(micro_batch, "calculate_entropy", default=False):
+            entropies = self._of_all_ranks(token_entropies(logits, temperature), mine)
             model_output["entropy"] = _by_row(response_values(entropies, mask, lengths, average=True), responses)
-        if logits_processor_func is not None:
-            model_output["token_logps"] = torch.nested.nested_tensor_from_jagged(
-                token_values, micro_batch["loss_mask"].offsets()
-            )
+        token_values = token_logps(logits, labels if mine is None else labels[mine], temperature)
+        token_values = self._of_all_ranks(token_values, mine)
+        average = tu.get_non_tensor_data(micro_batch, "average_log_prob", default=False)
+        model_output["logps"] = _by_row(response_values(token_values, mask, lengths, average), responses)
+        if logits_processor_func is not None:  # in training
+            bounds = micro_batch["loss_mask"].offsets()
+            model_output["token_logps"] = torch.nested.nested_tensor_from_jagged(token_values, bounds)
         return model_output
 
-    def _of_all_ranks(self, values: torch.Tensor, mine: torch.Tensor | None) -> torch.Tensor:
-        """Puts together what the ranks that share a sequence have computed."""
-        if mine is None:
-            return values
-        whole = torch.zeros(mine.shape, dtype=values.dtype, device=values.device).masked_scatter(mine, values)
-        return gather_outputs_and_unpad(whole[None], gather_dim=0).sum(0)
 
-    # ------------------------------------------------------------------ without sharing
+def _by_row(values: torch.Tensor, responses: list[list[int]]) -> torch.Tensor:
+    """Values of responses (N,) as a jagged tensor with an entry a row."""
+    bounds = torch.tensor([0, *map(len, responses)], device=values.device).cumsum(0)
+    return torch.nested.nested_tensor_from_jagged(values, bounds)
 
-    def _separate_inputs(self, micro_batch: TensorDict) -> tuple[dict, dict]:
-        """Each response behind its copy of the prompt, as verl lays out sequences."""
+
+@EngineRegistry.register(model_type="rows_share_prompts", backend=["fsdp", "fsdp2"], device=["cuda", "npu"])
+class SharedPromptEngine(RowEngine):
+    """A micro-batch is one packed sequence in which every prompt stands once (packing.py, attention.py)."""
+
+    MODEL_TYPE = "rows_share_prompts"
+
+    def _build_module(self):
+        module = super()._build_module()
+        check_model_shares_prompts(module)
+        module.set_attn_implementation(SHARED_PROMPT_ATTENTION)
+        return module
+
+    def prepare_model_inputs(self, micro_batch: TensorDict) -> tuple[dict, dict]:
+        packed = pack_rows(micro_batch["input_ids"], micro_batch["segments"], self.ulysses_sequence_parallel_size)
+        input_ids, position_ids = packed.input_ids[None], packed.position_ids[None]
+        if self.use_ulysses_sp:
+            input_ids, position_ids, _ = ulysses_pad_and_slice_inputs(
+                input_ids, position_ids, self.ulysses_sequence_parallel_size
+            )
+        predictors, mine = self._of_this_rank(packed.predictors, input_ids.shape[1])
+        inputs = {
+            "input_ids": input_ids,
+            "position_ids": position_ids,
+            "attention_mask": None,
+            "logits_to_keep": predictors,  # only these tokens meet the vocabulary
+            "visibility": packed.visibility,
+        }
+        return inputs, {"labels": packed.labels, "mine": mine, "places": None}
+
+
+@EngineRegistry.register(model_type="rows_copy_prompts", backend=["fsdp", "fsdp2"], device=["cuda", "npu"])
+class SeparateEngine(RowEngine):
+    """Each response is a sequence with its own copy of the prompt, laid out and attended to as by verl."""
+
+    MODEL_TYPE = "rows_copy_prompts"
+
+    def forward_backward_batch(self, data: TensorDict, loss_function, forward_only: bool = False):
+        """verl cuts micro-batches by the tokens of `input_ids`, so these are laid out as they are computed first."""
+        data["input_ids"] = copy_prompts(data["input_ids"], data["segments"])
+        return super().forward_backward_batch(data, loss_function, forward_only)
+
+    def prepare_model_inputs(self, micro_batch: TensorDict) -> tuple[dict, dict]:
         sequences, prompts = split_copies(micro_batch["input_ids"], micro_batch["segments"])
         positions = [torch.arange(len(row), device=row.device) for row in sequences]
         batch = TensorDict({"input_ids": nest(sequences), "position_ids": nest(positions)}, batch_size=len(sequences))
@@ -138,30 +137,28 @@ class RowEngine(FSDPEngineWithLMHead):
             tu.assign_non_tensor(batch, **{key: micro_batch[key]})
         inputs, _ = super().prepare_model_inputs(batch)
         labels = torch.cat([row[prompt:] for row, prompt in zip(sequences, prompts, strict=True)])
-        if inputs["attention_mask"] is None:  # packed
-            places, width = [0], None
-            for row in sequences[:-1]:
-                places.append(places[-1] + len(row))
-        else:  # padded: logits of the columns that predict a response token in any row
-            first = min(prompts) - 1
-            width = inputs["input_ids"].shape[1] - first
-            inputs["logits_to_keep"] = first + torch.arange(width, device=labels.device)
-            places = [number * width - first for number in range(len(sequences))]
-        predictors = torch.cat(
-            [
-                torch.arange(place + prompt - 1, place + len(row) - 1)
-                for place, prompt, row in zip(places, prompts, sequences, strict=True)
-            ]
-        ).to(labels.device)
-        if width is not None:
-            return inputs, {"labels": labels, "mine": None, "places": predictors}
-        mine = None
-        if self.use_ulysses_sp:
-            predictors, mine = self._on_this_rank(predictors, inputs["input_ids"].shape[1])
-        return inputs | {"logits_to_keep": predictors}, {"labels": labels, "mine": mine, "places": None}
+        if inputs["attention_mask"] is None:
+            predictors, mine = self._of_this_rank(_packed_places(sequences, prompts), inputs["input_ids"].shape[1])
+            return inputs | {"logits_to_keep": predictors}, {"labels": labels, "mine": mine, "places": None}
+        # Padded: logits of the columns that predict a response token in any row, and the places in these
+        first = min(prompts) - 1
+        columns = torch.arange(first, inputs["input_ids"].shape[1], device=labels.device)
+        places = _padded_places(sequences, prompts, first, len(columns))
+        return inputs | {"logits_to_keep": columns}, {"labels": labels, "mine": None, "places": places}
 
 
-def _by_row(values: torch.Tensor, responses: list[list[int]]) -> torch.Tensor:
-    """Values of responses (N,) as a jagged tensor with an entry a row."""
-    bounds = torch.tensor([0, *map(len, responses)], device=values.device).cumsum(0)
-    return torch.nested.nested_tensor_from_jagged(values, bounds)
+def _packed_places(sequences: list[torch.Tensor], prompts: list[int]) -> torch.Tensor:
+    """Where the tokens stand that predict a response token, one sequence behind the other."""
+    starts = torch.tensor([0, *map(len, sequences[:-1])]).cumsum(0).tolist()
+    return _places(sequences, prompts, starts)
+
+
+def _padded_places(sequences: list[torch.Tensor], prompts: list[int], first: int, width: int) -> torch.Tensor:
+    """The same in a table with a sequence a row, flattened, of which `width` columns from `first` on were kept."""
+    return _places(sequences, prompts, [row * width - first for row in range(len(sequences))])
+
+
+def _places(sequences: list[torch.Tensor], prompts: list[int], starts: list[int]) -> torch.Tensor:
+    parts = zip(sequences, prompts, starts, strict=True)
+    places = [torch.arange(start + prompt - 1, start + len(row) - 1) for row, prompt, start in parts]
+    return torch.cat(places).to(sequences[0].device)

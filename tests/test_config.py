@@ -93,7 +93,7 @@ def test_gpu_profile_on_a_machine_with_fewer_gpus(run, monkeypatch):
 
 ULYSSES = "actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size"
 FLASH = "actor_rollout_ref.model.override_config.attn_implementation=flash_attention_2"
-SHARE_PROMPT = "actor_rollout_ref.model.share_prompt"
+SHARE_PROMPT = "actor_rollout_ref.share_prompt"
 TWO_GPUS = "trainer.device=cuda trainer.nnodes=2 trainer.n_gpus_per_node=1"
 
 

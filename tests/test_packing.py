@@ -194,7 +194,7 @@ def test_common_beginning(prompts, expected):
 def test_a_model_with_other_layers_is_refused_with_the_way_on():
     model = build(MODELS["grouped queries"])
     model.config.layer_types = ["full_attention", "linear_attention"]
-    with pytest.raises(ValueError, match="linear_attention.*actor_rollout_ref.model.share_prompt=False"):
+    with pytest.raises(ValueError, match="linear_attention.*actor_rollout_ref.share_prompt=False"):
         attention.check_model_shares_prompts(model)
 
 

@@ -177,7 +177,7 @@ class Case:
         actor = "actor_rollout_ref.actor"
         return [
             f"actor_rollout_ref.model.path={folder}",
-            f"actor_rollout_ref.model.share_prompt={self.share_prompt}",
+            f"actor_rollout_ref.share_prompt={self.share_prompt}",
             f"actor_rollout_ref.model.use_remove_padding={self.remove_padding}",
             f"actor_rollout_ref.rollout.temperature={self.temperature}",
             f"actor_rollout_ref.rollout.n={self.n}",
