@@ -13,7 +13,9 @@ from recipe.spin.config_check import ConfigError, check_config
 FOLDER = Path(__file__).resolve().parent
 OmegaConf.register_new_resolver("spin_folder", lambda name: str(FOLDER / name), replace=True)
 OmegaConf.register_new_resolver(
-    "spin_attention", lambda: "flash_attention_2" if find_spec("flash_attn") else "sdpa", replace=True
+    "spin_attention",
+    lambda share_prompt: "flash_attention_2" if not share_prompt and find_spec("flash_attn") else "sdpa",
+    replace=True,
 )
 OmegaConf.register_new_resolver(
     "spin_by_source", lambda source, reward, self_play: self_play if source == "self_play" else reward, replace=True

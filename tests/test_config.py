@@ -73,15 +73,23 @@ def test_an_unknown_preference_source_is_refused(run):
     assert "algorithm.preference_source='judge'" in message and "reward, self_play" in message
 
 
+SHARE_PROMPT = "actor_rollout_ref.share_prompt"
+
+
 def test_gpu_profile(run, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     assert run.check(device="gpu").trainer.device == "cuda"
 
 
-@pytest.mark.parametrize(("installed", "expected"), [(None, "sdpa"), ("a spec", "flash_attention_2")])
-def test_gpu_profile_uses_flash_attention_where_it_is_installed(monkeypatch, installed, expected):
+@pytest.mark.parametrize(
+    ("share_prompt", "installed", "expected"),
+    [(True, "a spec", "sdpa"), (False, None, "sdpa"), (False, "a spec", "flash_attention_2")],
+)
+def test_gpu_profile_uses_the_models_flash_attention_only_without_its_own(
+    monkeypatch, share_prompt, installed, expected
+):
     monkeypatch.setattr("recipe.spin.main_spin.find_spec", lambda name: installed)
-    config = compose(device="gpu")
+    config = compose(f"{SHARE_PROMPT}={share_prompt}", device="gpu")
     assert config.actor_rollout_ref.model.override_config.attn_implementation == expected
 
 
@@ -93,7 +101,7 @@ def test_gpu_profile_on_a_machine_with_fewer_gpus(run, monkeypatch):
 
 ULYSSES = "actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size"
 FLASH = "actor_rollout_ref.model.override_config.attn_implementation=flash_attention_2"
-SHARE_PROMPT = "actor_rollout_ref.share_prompt"
+
 TWO_GPUS = "trainer.device=cuda trainer.nnodes=2 trainer.n_gpus_per_node=1"
 
 
