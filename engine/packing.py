@@ -62,14 +62,21 @@ class Visibility:
 
     @cached_property
     def by_row(self) -> "RowIndex":
-        longest = max(length for _, length in self.rows)
-        device = self.position_ids.device
-        starts, lengths = torch.tensor(self.rows, device=device).unbind(1)
-        places = torch.arange(longest, device=device)
+        rows, device = self._rows_to_fill(), self.position_ids.device
+        starts, lengths = torch.tensor(rows, device=device).unbind(1)
+        places = torch.arange(int(lengths.max()), device=device)
         inside = places < lengths[:, None]
         queries = torch.where(inside, starts[:, None] + places, 0)  # (B, L)
-        before = torch.arange(self.common, device=device).expand(len(self.rows), self.common)
+        before = torch.arange(self.common, device=device).expand(len(rows), self.common)
         return RowIndex(queries, torch.cat([before, queries], dim=1), inside)
+
+    def _rows_to_fill(self) -> list[tuple[int, int]]:
+        """The rows, or all as one where filling them up to the longest would take more pairs of query and key."""
+        longest = max(length for _, length in self.rows)
+        together = len(self.position_ids) - self.common
+        if len(self.rows) * longest * (self.common + longest) <= together * len(self.position_ids):
+            return self.rows
+        return [(self.common, together)]
 
     def mask(self, window: int | None = None) -> Tensor:
         """(B, 1, L, C + L) bool: which keys of `by_row` its queries see, at most `window` positions back."""

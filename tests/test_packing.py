@@ -70,6 +70,11 @@ def as_rows(prompts, answers):
     )
 
 
+def pack(prompts, answers, multiple_of: int = 1):
+    rows = as_rows(prompts, answers)
+    return pack_rows(rows["input_ids"], rows["segments"], multiple_of)
+
+
 def shared_logps(model, rows, multiple_of: int = 1):
     packed = pack_rows(rows["input_ids"], rows["segments"], multiple_of)
     logits = model(
@@ -163,15 +168,23 @@ def test_rows_of_all_shapes(accelerator, prompts, answers, multiple_of, request)
     compare("sliding window", prompts, answers, multiple_of)
 
 
+def test_rows_of_unequal_lengths_are_not_filled_up():
+    """One long prompt among many short ones: filled up, each would cost what the long one does."""
+    prompts, answers = [[5] * 40, *[[5, 6]] * 9], [[[7], [8, 9]]] * 10
+    assert pack(prompts, answers).visibility.by_row.queries.shape == (1, 78)
+    assert pack(prompts[1:], answers[1:]).visibility.by_row.queries.shape == (9, 3)
+    compare("sliding window", prompts, answers)
+
+
 def test_a_token_is_computed_once():
     prompts, answers = [[1, 2, 3, 4], [1, 2, 5]], [[[6, 7], [8]], [[9], [10], [11]]]
-    packed = pack_rows(*(as_rows(prompts, answers)[name] for name in ("input_ids", "segments")))
+    packed = pack(prompts, answers)
     assert packed.input_ids.tolist() == [1, 2, 3, 4, 6, 7, 8, 5, 9, 10, 11]
     assert packed.position_ids.tolist() == [0, 1, 2, 3, 4, 5, 4, 2, 3, 3, 3]
     assert packed.labels.tolist() == [6, 7, 8, 9, 10, 11]
     assert packed.input_ids[packed.predictors].tolist() == [4, 6, 4, 5, 5, 5]
     assert packed.padding == 0
-    assert pack_rows(*(as_rows(prompts, answers)[name] for name in ("input_ids", "segments")), 4).padding == 1
+    assert pack(prompts, answers, 4).padding == 1
 
 
 def test_prompts_are_copied_for_models_that_cannot_share():
@@ -207,7 +220,7 @@ def test_a_model_with_a_state_is_refused():
 
 @pytest.mark.parametrize("asked", [{"dropout": 0.1}, {"s_aux": torch.zeros(4)}, {"visibility": None}])
 def test_attention_that_is_not_there_is_refused(asked):
-    packed = pack_rows(*(as_rows([[1, 2]], [[[3]]])[name] for name in ("input_ids", "segments")))
+    packed = pack([[1, 2]], [[[3]]])
     tensors = [torch.zeros(1, 4, 3, 8)] * 3
     with pytest.raises(ValueError, match="share_prompt=False"):
         attention.shared_prompt_attention(
