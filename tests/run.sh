@@ -4,4 +4,4 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/env.sh
 spin_setup test
-exec "$PYTHON" -m pytest tests "$@"
+exec "$PYTHON" -m pytest "$@"
