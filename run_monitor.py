@@ -17,6 +17,7 @@ from tqdm import tqdm
 TASK_RUNNER = "spin_task_runner"
 POLL_SECONDS = 2.0
 MEMORY_STEP = 1.005
+MEMORY_SECONDS = 10.0
 LOOKS = 5  # a file that no process of the run has mapped by then is another's
 SHOWN = {"accuracy": "score/accuracy", "score": "score/mean", "margin": "rewards/margins", "pairs": "pairs/used"}
 SHARED_MEMORY = re.compile(r"/dev/shm/(?:psm|verl_weights)_\w+")
@@ -31,8 +32,8 @@ class RunMonitor:
     Attributes:
         seconds: length of the run.
         peak_memory_gb: highest sum of the proportional set sizes of this process and its descendants (Ray's and
-            vLLM's among them), in 10^9 bytes. Measured when their resident memory is half a percent higher than ever:
-            the kernel walks through all pages for it, which every two seconds would take a tenth of a core.
+            vLLM's among them), in 10^9 bytes. Measured when their resident memory is half a percent higher than ever,
+            and now and then: the kernel walks through all pages for it, every two seconds a tenth of a core's time.
     """
 
     def __init__(self, log_folder: Path):
@@ -46,6 +47,7 @@ class RunMonitor:
         self._shared_memory: set[str] = set()
         self._looks: Counter[str] = Counter()
         self._peak_resident = 0
+        self._measured = 0.0
 
     def __enter__(self) -> "RunMonitor":
         self._started = time.monotonic()
@@ -90,9 +92,10 @@ class RunMonitor:
 
     def _measure_memory(self, processes: list[psutil.Process]) -> None:
         resident = sum(map(_own_resident, processes))
-        if resident > MEMORY_STEP * self._peak_resident:
+        if resident > MEMORY_STEP * self._peak_resident or time.monotonic() > self._measured + MEMORY_SECONDS:
             self.peak_memory_gb = max(self.peak_memory_gb, sum(map(_proportional_set_size, processes)) / 1e9)
-            self._peak_resident = resident
+            self._peak_resident = max(resident, self._peak_resident)
+            self._measured = time.monotonic()
 
     def _find_shared_memory(self, processes: list[psutil.Process]) -> None:
         """Notes the files in shared memory that are this run's; asks the processes only while there are new ones."""

@@ -22,6 +22,9 @@ def test_memory_is_measured_when_the_processes_hold_more_than_ever(monitor, monk
     for resident["now"] in (100, 50, 100, 100.2, 101, 60):
         monitor._measure_memory(["a", "b"])
     assert len(asked) == 4 and monitor.peak_memory_gb == 4.0
+    monitor._measured -= run_monitor.MEMORY_SECONDS
+    monitor._measure_memory(["a", "b"])  # shared memory may have grown meanwhile
+    assert len(asked) == 6
 
 
 def test_slow_growth_is_not_missed(monitor, monkeypatch):
