@@ -1,20 +1,37 @@
-"""How a prompt is answered: verl's single turn, with a seed of its own for every response."""
+"""How prompts are answered: verl's agent loops, with a seed for every response and requests in rounds (rounds.py)."""
 
+import asyncio
 import zlib
+from collections import defaultdict
+from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
+import ray
+from ray.actor import ActorHandle
 from verl.experimental.agent_loop.agent_loop import AgentLoopOutput
 from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
+from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
+from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
+from verl.utils.rollout_trace import rollout_trace_op
+from verl.workers.rollout.llm_server import LLMServerClient
+from verl.workers.rollout.replica import TokenOutput
+
+from recipe.spin import verl_patches
+from recipe.spin.rounds import Request, Round, Session
 
 # Columns that SpinTrainer adds to a batch of prompts
 GREEDY = "spin_greedy"  # answer greedily, whatever the sampling parameters say
 SAMPLING_SEED = "spin_sampling_seed"  # names the prompt within the run
 
+WAIT_SECONDS = 60.0
+
 
 class SpinAgentLoop(SingleTurnAgentLoop):
     """Seeds each response by the run's seed, the prompt's place in the run and the response's number.
 
-    What a response is then depends neither on how requests meet in vLLM's batches nor on earlier runs.
+    What a response is then depends neither on how requests meet in vLLM's batches nor on earlier runs. One object
+    answers all prompts: it keeps nothing of them.
     """
 
     async def run(self, sampling_params: dict[str, Any], **kwargs) -> AgentLoopOutput:
@@ -25,3 +42,177 @@ class SpinAgentLoop(SingleTurnAgentLoop):
             identity = f"{self.rollout_config.seed}/{kwargs[SAMPLING_SEED]}/{kwargs['session_id']}"
             params["seed"] = zlib.crc32(identity.encode())
         return await super().run(params, **kwargs)
+
+
+# ---------------------------------------------------------------------- to vLLM
+
+_round: ContextVar[Round] = ContextVar("round")
+_session: ContextVar[Session] = ContextVar("session")
+
+
+class RolloutClient(LLMServerClient):
+    """Sends a round's requests to vLLM's replicas, to each the same prompts in every run.
+
+    A session's later requests (tools, further turns) go to the replica that has its prompt in the cache.
+    """
+
+    def __init__(self, config, load_balancer_handle: ActorHandle | None = None, *, servers: list[ActorHandle]):
+        super().__init__(config, load_balancer_handle)
+        self._servers = servers
+        self._tasks: set[asyncio.Task] = set()
+
+    @rollout_trace_op
+    async def generate(self, request_id, **request) -> TokenOutput:
+        sessions, session = _round.get(), _session.get()
+        if not sessions.awaits(session):
+            return await super().generate(request_id, **request)
+        left_out = ("priority", "mm_processor_output")  # the round's order is the priority; the other is SGLang's
+        request = {name: value for name, value in request.items() if value is not None and name not in left_out}
+        output = await sessions.ask(session, {"request_id": self._vllm_request_id(request_id), **request})
+        steps = output.extra_fields.get("global_steps")
+        output.extra_fields |= {"min_global_steps": steps, "max_global_steps": steps}
+        return output
+
+    def send(self, requests: list[Request]) -> None:
+        """Gives each replica its share of a round."""
+        shares = defaultdict(list)
+        for session, request, answer in requests:
+            shares[self._replica(session)].append((request, answer))
+        for replica, share in shares.items():
+            task = asyncio.create_task(self._answer(self._servers[replica], *zip(*share, strict=True)))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    @staticmethod
+    async def _answer(server: ActorHandle, requests: list[dict], answers: list[asyncio.Future]) -> None:
+        fault: BaseException = RuntimeError("vLLM's server ended a round without an answer")
+        try:
+            async for item in server.generate_round.options(num_returns="streaming").remote(list(requests)):
+                number, output = await item
+                if isinstance(output, BaseException):
+                    answers[number].set_exception(output)
+                else:
+                    answers[number].set_result(output)
+        except ray.exceptions.RayError as error:
+            fault = error
+        finally:
+            for answer in answers:
+                if not answer.done():
+                    answer.set_exception(fault)
+
+    def _replica(self, session: Session) -> int:
+        return _round.get().prompts[session[0]] % len(self._servers)
+
+    async def _acquire_server(self, request_id: str, **extra) -> tuple[str, ActorHandle]:
+        replica = self._replica(_session.get())
+        return str(replica), self._servers[replica]
+
+    def _release_server(self, server_id: str, request_id: str | None = None) -> None:
+        """There is no count of requests in flight to bring up to date."""
+
+
+# ---------------------------------------------------------------------- verl's agent loop worker and manager
+
+
+class RolloutWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class.__ray_actor_class__):  # the class that verl wrote
+    """verl's agent loop worker; what it is asked for in one call makes a round."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        verl_patches.build_agent_loops_once(f"{SpinAgentLoop.__module__}.{SpinAgentLoop.__name__}")
+
+    def connect(self, llm_client: LLMServerClient, reward_loop_worker_handles: list[ActorHandle] | None) -> None:
+        """Gives the worker, which started before them, vLLM's servers and the reward's workers."""
+        if hasattr(self.llm_client, "tokenizer"):  # set where traces hold text
+            llm_client.tokenizer = self.llm_client.tokenizer
+        self.llm_client = llm_client
+        self.reward_loop_worker_handles = reward_loop_worker_handles
+
+    async def generate_sequences(self, batch) -> None:
+        uids = list(batch["uid"])
+        rollout = self.config.actor_rollout_ref.rollout
+        n = rollout.val_kwargs.n if "validate" in batch and batch["validate"] else rollout.n
+        counts = list(batch["__rollout_n__"]) if "__rollout_n__" in batch else [n] * len(uids)
+        send = getattr(self.llm_client, "send", None)  # only RolloutClient's
+        _round.set(Round(dict(zip(uids, counts, strict=True)), send))
+        await super().generate_sequences(batch)
+
+    async def _run_prompt(self, prompt: dict, *args, **kwargs) -> None:
+        uid = prompt["uid"]
+        try:
+            await super()._run_prompt(prompt, *args, **kwargs)
+        finally:
+            _round.get().leave_prompt(uid)
+
+    async def _run_agent_loop(self, *args, uid: str, session_id: int, **kwargs):
+        _session.set((uid, session_id))
+        try:
+            return await super()._run_agent_loop(*args, uid=uid, session_id=session_id, **kwargs)
+        finally:
+            _round.get().leave((uid, session_id))
+
+    async def settle(self) -> None:
+        """Returns when no prompt is being answered."""
+        while self.background_tasks:
+            await asyncio.wait(self.background_tasks)
+
+
+class RolloutManager(AgentLoopManagerTQ):
+    """verl's manager with our workers, which start while the models load and are connected to vLLM afterwards."""
+
+    @classmethod
+    def start(cls, config) -> "RolloutManager":
+        return cls.create(config=config, llm_client=LLMServerClient(config))
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.agent_loop_workers_class = ray.remote(RolloutWorker)
+
+    def connect(self, llm_client: LLMServerClient, reward_loop_worker_handles: list[ActorHandle] | None) -> None:
+        ray.get([worker.connect.remote(llm_client, reward_loop_worker_handles) for worker in self.agent_loop_workers])
+
+    def settle(self, seconds: float) -> bool:
+        """Waits for the prompts being answered, at most so long; whether all are. Raises when a worker died."""
+        waits = [worker.settle.remote() for worker in self.agent_loop_workers]
+        ready, running = ray.wait(waits, num_returns=len(waits), timeout=seconds)
+        ray.get(ready)
+        return not running
+
+
+class WholeRounds(ReplayBuffer):
+    """verl's buffer, which looks at answers when all that were asked for are there, and returns them in their order.
+
+    Dynamic sampling then drops and replaces the same prompts in every run.
+    """
+
+    settle: Callable[[float], bool]  # the manager's
+
+    def _sync_metadata_from_transfer_queue(self) -> None:
+        super()._sync_metadata_from_transfer_queue()
+        for partition in {*self.pending_keys, *self.running_keys}:
+            if self.pending_keys[partition] or self.running_keys[partition]:
+                self.finished_keys.pop(partition, None)
+                self.failure_keys.pop(partition, None)
+
+    def _select_prompt_uids(self, partition_id, sampleable_keys, batch_size):
+        asked = [uid for uid in self.prompt_global_steps[partition_id] if uid in sampleable_keys]
+        _, *snapshots = super()._select_prompt_uids(partition_id, sampleable_keys, batch_size)
+        return asked[:batch_size], *snapshots
+
+    def _materialize_batch(self, partition_id, selected_prompt_uids, partition_snapshot):
+        place = {uid: number for number, uid in enumerate(selected_prompt_uids)}
+
+        def order(key: str) -> tuple[int, int, int]:
+            uid, session, index = key.rsplit("_", 2)
+            return place.get(uid, -1), int(session), int(index)
+
+        snapshot = {key: partition_snapshot[key] for key in sorted(partition_snapshot, key=order)}
+        return super()._materialize_batch(partition_id, selected_prompt_uids, snapshot)
+
+    def _wait_for_next_poll(self, partition_id, last_debug_time):
+        if self.settle(WAIT_SECONDS):
+            super()._sync_metadata_from_transfer_queue()
+            lost = self.pending_keys[partition_id] | self.running_keys[partition_id]
+            if lost:
+                raise RuntimeError(f"{len(lost)} prompts were never answered, and nothing works on them: {min(lost)}")
+        return super()._wait_for_next_poll(partition_id, last_debug_time)

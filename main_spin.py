@@ -2,6 +2,7 @@
 
 import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -46,21 +47,24 @@ class TaskRunner:
     def run(self, config: DictConfig) -> None:
         """Trains as the config says; returns when the run is complete."""
         import transfer_queue as tq
-        from verl.trainer.ppo.v1 import AgentLoopManagerTQ
         from verl.utils.logging_utils import configure_verl_logging
 
+        from recipe.spin.agent_loop import RolloutManager
+
+        def start_agent_loop() -> RolloutManager:
+            tq.init(config.transfer_queue)
+            return RolloutManager.start(config)  # its workers look for TransferQueue
+
         configure_verl_logging()
-        tq.init(config.transfer_queue)
         succeeded = False
         try:
             self.trainer = self.trainer_class(config)(config)
-            self.trainer.init()
-            agent_loop = AgentLoopManagerTQ.create(
-                config=config,
-                llm_client=self.trainer.get_llm_client(),
-                teacher_client=self.trainer.get_teacher_client(),
-                reward_loop_worker_handles=self.trainer.get_reward_handles(),
-            )
+            # Small processes start while the trainer loads the models; everything is imported, which threads disturb
+            with ThreadPoolExecutor(1) as aside:
+                agent_loop = aside.submit(start_agent_loop)
+                self.trainer.init()
+            agent_loop = agent_loop.result()
+            agent_loop.connect(self.trainer.get_llm_client(), self.trainer.get_reward_handles())
             self.trainer.fit(agent_loop)
             succeeded = True
         finally:

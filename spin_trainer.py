@@ -16,13 +16,16 @@ import transfer_queue as tq
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.utils import Role
+from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils import tensordict_utils as tu
 from verl.utils.debug import marked_timer
 from verl.utils.metric import reduce_metrics
 from verl.utils.py_functional import rename_dict
+from verl.workers.rollout.replica import RolloutReplicaRegistry
 
-from recipe.spin.agent_loop import GREEDY, SAMPLING_SEED
+from recipe.spin import verl_patches
+from recipe.spin.agent_loop import GREEDY, SAMPLING_SEED, RolloutClient, WholeRounds
 from recipe.spin.core_algos import PreferencePairs, beta_at, compute_onlineDPO_pref, penalize_missing_eos
 from recipe.spin.dp_actor import DPOSettings
 from recipe.spin.engine.plan import plan_mini_batches
@@ -40,12 +43,40 @@ class SpinTrainer(PPOTrainerSync):
     def __init__(self, config):
         super().__init__(config)
         self.use_reference_policy = True
-        self.replay_buffer.poll_interval = 0.05  # verl's 2 s would be a floor under every small step
+        self._sends_rounds = sends_rounds(config.actor_rollout_ref.rollout)
+        if self._sends_rounds:
+            RolloutReplicaRegistry.register("vllm", _load_replica)
+            verl_patches.without_load_balancer()
         self.progress = {"doing": "loading the model into FSDP and vLLM", "step": 0, "total": 0, "metrics": {}}
         self._fetched = (0, 0)  # step, and the prompts fetched in it so far
         self._reference_equals_actor = False  # to the bit: as loaded, or just refreshed
 
     # ------------------------------------------------------------------ setup
+
+    def _build_replay_buffer(self) -> ReplayBuffer:
+        buffer = super()._build_replay_buffer()
+        if type(buffer) is ReplayBuffer:  # not a sampler that the config names; ours has methods more, no state
+            buffer.__class__ = WholeRounds
+            buffer.settle = lambda seconds: self.agent_loop_manager.settle(seconds)
+        buffer.poll_interval = 0.05  # verl's 2 s would be a floor under every small step
+        return buffer
+
+    def get_llm_client(self):
+        if not self._sends_rounds:
+            return super().get_llm_client()
+        manager = self.llm_server_manager
+        return manager.get_client(RolloutClient, servers=manager.server_handles)
+
+    @property
+    def actor_rollout_wg(self):
+        return self._actor_rollout_wg
+
+    @actor_rollout_wg.setter
+    def actor_rollout_wg(self, workers):
+        """Set just before the workers load the models. vLLM starts beside it where it measures no GPU's memory."""
+        self._actor_rollout_wg = workers
+        if self.config.trainer.device == "cpu":
+            verl_patches.start_servers_early(self.config, workers)
 
     def _init_resource_pool_mgr(self):
         """Puts the recipe's worker in place of verl's; it holds the reference, unless with LoRA the actor is both."""
@@ -312,20 +343,31 @@ class SpinTrainer(PPOTrainerSync):
             )
 
     def _validate(self) -> dict[str, float]:
-        """Answers the held-out prompts as `val_kwargs` say and, if those are samples, once more greedily."""
-        metrics = self._validate_once(greedy=False)
-        if self.config.actor_rollout_ref.rollout.val_kwargs.temperature > 0:
-            greedy = self._validate_once(greedy=True)
-            metrics |= {name.replace("val-", "val-greedy-", 1): value for name, value in greedy.items()}
-        return metrics
-
-    def _validate_once(self, greedy: bool) -> dict[str, float]:
+        """Answers the held-out prompts as `val_kwargs` say and, if those are samples, greedily too, all in one go."""
         loader = self.val_dataloader
-        self.val_dataloader = _HeldOutRows(loader, greedy)
+        self.val_dataloader = self._held_out = _HeldOutRows(loader, self.config.actor_rollout_ref.rollout.val_kwargs)
         try:
             return super()._validate()
         finally:
             self.val_dataloader = loader
+
+    def _val_metrics_update(self, data_sources, sample_uids, infos, turns, expected_acc_counts=None):
+        """verl's metrics of the answers that `val_kwargs` ask for, and of the greedy ones under names of their own."""
+        uids = [uid for _, uid in expected_acc_counts]  # one a row, in the rows' order
+        greedy_prompts = {uid for uid, greedy in zip(uids, self._held_out.greedy, strict=True) if greedy}
+        metrics = {}
+        for greedy, prefix in ((False, "val-"), (True, "val-greedy-")):
+            places = [place for place, uid in enumerate(sample_uids) if (uid in greedy_prompts) == greedy]
+            if places:
+                part = super()._val_metrics_update(
+                    [data_sources[place] for place in places],
+                    [sample_uids[place] for place in places],
+                    {name: [values[place] for place in places] for name, values in infos.items()},
+                    [turns[place] for place in places],
+                    {key: n for key, n in expected_acc_counts.items() if (key[1] in greedy_prompts) == greedy},
+                )
+                metrics |= {name.replace("val-", prefix, 1): value for name, value in part.items()}
+        return metrics
 
     def _compute_metrics(self, batch, metrics, timing_raw, global_steps, epoch):
         """verl's timing and throughput; its data metrics describe advantages and returns, which do not exist here."""
@@ -353,18 +395,46 @@ class SpinTrainer(PPOTrainerSync):
 
 
 class _HeldOutRows:
-    """The held-out batches with the columns by which SpinAgentLoop samples: the same seeds at every validation."""
+    """The held-out batches with the columns by which SpinAgentLoop samples: the same seeds at every validation.
 
-    def __init__(self, loader, greedy: bool):
+    Where `val_kwargs` ask for samples each row is followed by itself once more, to be answered greedily.
+
+    Attributes:
+        greedy: of each row handed out, whether it is the greedy one.
+    """
+
+    def __init__(self, loader, val_kwargs):
         self._loader = loader
-        self._greedy = greedy
+        self._kinds = (False, True) if val_kwargs.temperature > 0 else (False,)
+        self._n = val_kwargs.n
+        self.greedy: list[bool] = []
 
     def __iter__(self):
         row = 0
+        self.greedy = []
         for batch in self._loader:
-            size = len(batch["raw_prompt"])
-            columns = {SAMPLING_SEED: [f"held-out-{row + i}" for i in range(size)]}
-            if self._greedy:
-                columns |= {GREEDY: [True] * size, "__rollout_n__": [1] * size}
-            yield batch | {name: np.array(values, dtype=object) for name, values in columns.items()}
+            size, copies = len(batch["raw_prompt"]), len(self._kinds)
+            greedy = list(self._kinds) * size
+            self.greedy += greedy
+            columns = {
+                SAMPLING_SEED: [f"held-out-{row + i // copies}" for i in range(size * copies)],
+                GREEDY: greedy,
+                "__rollout_n__": [1 if kind else self._n for kind in greedy],
+            }
+            rows = {
+                name: values.repeat_interleave(copies, 0) if torch.is_tensor(values) else values.repeat(copies, 0)
+                for name, values in batch.items()
+            }
+            yield rows | {name: np.array(values, dtype=object) for name, values in columns.items()}
             row += size
+
+
+def sends_rounds(rollout) -> bool:
+    """Whether requests go to vLLM's replicas as rounds: not to SGLang's, split engines or a router of the user's."""
+    return rollout.name == "vllm" and not rollout.disaggregation.enabled and not rollout.router_config_path
+
+
+def _load_replica() -> type:
+    from recipe.spin.rollout_server import RolloutReplica  # imports vLLM
+
+    return RolloutReplica

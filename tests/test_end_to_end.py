@@ -273,25 +273,35 @@ def test_self_play_on_supervised_data(conversations, task, tiny_llama, tmp_path)
     assert history[4]["val-likelihood/token"] == pytest.approx(after / 6)
 
 
+def results(run: Path) -> dict[int, dict]:
+    """All metrics of a run that are no times or sizes of the machine's."""
+    machine = ("timing_s/", "perf/", "actor/mfu")
+    return {step: {k: v for k, v in entry.items() if not k.startswith(machine)} for step, entry in metrics(run).items()}
+
+
 def test_dynamic_sampling_fills_a_batch_with_prompts_that_give_a_pair(task, tiny_llama, tmp_path):
-    """Every other prompt always ties, so that a batch of four takes about eight prompts."""
-    run = tmp_path / "run"
-    succeed(
-        task,
-        tiny_llama,
-        run,
-        "algorithm.filter_groups.enable=True",
-        "reward.custom_reward_function.name=compute_every_other",
-        "trainer.total_training_steps=2",
-        "trainer.total_epochs=50",
-        "trainer.val_before_train=False",
-    )
-    history = metrics(run)
+    """Every other prompt always ties, so that a batch of four takes about eight prompts; the same ones in every run."""
+    runs = [tmp_path / name / "run" for name in ("first", "second")]
+    for run in runs:
+        run.parent.mkdir()
+        succeed(
+            task,
+            tiny_llama,
+            run,
+            "algorithm.filter_groups.enable=True",
+            "reward.custom_reward_function.name=compute_every_other",
+            "trainer.total_training_steps=2",
+            "trainer.total_epochs=50",
+        )
+    history = metrics(runs[0])
     for step in (1, 2):
         assert history[step]["pairs/used"] == 4 and history[step]["pairs/tie_rate"] == 0
         replaced = history[step]["training/filter_groups/evicted_samples"]
         surplus = history[step].get("training/filter_groups/discarded_surplus_samples", 0)
         assert replaced >= 1 and history[step]["pairs/prompts_answered"] == 4 + replaced + surplus
+    first, second = map(results, runs)
+    assert any(name.startswith("val-greedy-core/") for name in first[0]) and len(first[2]) > 20
+    assert first == second
 
 
 def test_dynamic_sampling_gives_up_on_a_reward_that_always_ties(task, tiny_llama, tmp_path):

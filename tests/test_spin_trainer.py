@@ -1,12 +1,16 @@
 """What SpinTrainer decides by itself; its steps are run end to end in test_end_to_end."""
 
+import types
+
+import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
 from tensordict import TensorDict
 from worker_harness import nest
 
-from recipe.spin.spin_trainer import SpinTrainer
+from recipe.spin.agent_loop import GREEDY, SAMPLING_SEED
+from recipe.spin.spin_trainer import SpinTrainer, _HeldOutRows
 
 
 @pytest.fixture
@@ -35,3 +39,40 @@ def test_dynamic_sampling_has_a_limit(trainer, enable, limit, fetched, stops):
         return
     with pytest.raises(RuntimeError, match=r"(?s)step 7: 12 prompts .*max_num_gen_batches=3"):
         trainer._check_filtering(fetched)
+
+
+def held_out(trainer, temperature: float):
+    """The rows that a validation of two batches hands out."""
+    batches = [{"raw_prompt": np.array(["p0", "p1"], dtype=object), "index": torch.tensor([0, 1])}]
+    batches.append({"raw_prompt": np.array(["p2"], dtype=object), "index": torch.tensor([2])})
+    rows = _HeldOutRows(batches, OmegaConf.create({"temperature": temperature, "n": 3}))
+    return rows, list(rows)
+
+
+def test_each_held_out_prompt_is_sampled_and_answered_greedily_in_one_pass(trainer):
+    rows, batches = held_out(trainer, temperature=1.0)
+    assert batches[0]["raw_prompt"].tolist() == ["p0", "p0", "p1", "p1"]
+    assert batches[0]["index"].tolist() == [0, 0, 1, 1]
+    assert batches[0][GREEDY].tolist() == [False, True, False, True]
+    assert batches[0]["__rollout_n__"].tolist() == [3, 1, 3, 1]
+    assert [batch[SAMPLING_SEED].tolist()[::2] for batch in batches] == [["held-out-0", "held-out-1"], ["held-out-2"]]
+    assert rows.greedy == [False, True] * 3
+
+
+def test_held_out_prompts_are_answered_once_where_all_answers_are_greedy(trainer):
+    rows, batches = held_out(trainer, temperature=0.0)
+    assert batches[0]["raw_prompt"].tolist() == ["p0", "p1"] and rows.greedy == [False] * 3
+    assert batches[0]["__rollout_n__"].tolist() == [3, 3]
+
+
+def test_greedy_answers_have_metrics_of_their_own(trainer):
+    """Three samples and a greedy answer for each of two prompts, in the order in which they came."""
+    trainer._held_out = types.SimpleNamespace(greedy=[False, True, False, True])
+    expected = {("sums", "a"): 3, ("sums", "a+"): 1, ("sums", "b"): 3, ("sums", "b+"): 1}
+    uids = ["b", "b", "a", "b+", "a", "a+", "a", "b"]
+    right = [1, 0, 0, 1, 0, 1, 1, 0]
+    infos = {"reward": [2.0 * value for value in right], "acc": right}
+    metrics = trainer._val_metrics_update(["sums"] * 8, uids, infos, [2] * 8, expected_acc_counts=expected)
+    assert metrics["val-core/sums/acc/mean@3"] == pytest.approx(2 / 6)
+    assert metrics["val-greedy-core/sums/acc/mean@1"] == 1
+    assert metrics["val-aux/num_turns/mean"] == metrics["val-greedy-aux/num_turns/mean"] == 2

@@ -30,6 +30,19 @@ def test_tokens_are_as_frequent_as_they_are_probable(random_sample):
     assert (frequency - probs).abs().max() < 5 * 0.5 / draws**0.5
 
 
+@pytest.mark.parametrize("size", [256, 1000])
+def test_tokens_are_those_of_the_whole_cumulative_distribution(random_sample, size):
+    """More than one block of the vocabulary, some of them without any probability."""
+    generator = torch.Generator().manual_seed(1)
+    probs = (4 * torch.randn(500, size, generator=generator)).softmax(-1)
+    probs[:, 300:600] = 0
+    probs /= probs.sum(-1, keepdim=True)
+    draws = torch.stack([torch.rand(1, dtype=torch.float64, generator=row) for row in seeded(range(500)).values()])
+    cumulative = probs.double().cumsum(-1)
+    expected = torch.searchsorted(cumulative, (1 - draws) * cumulative[:, -1:]).squeeze(1)
+    assert (random_sample(probs, seeded(range(500))) == expected).sum() >= 499  # one may fall on a rounding
+
+
 @pytest.mark.parametrize("draw", [0.0, 1 - 2**-53])
 def test_the_extreme_draws_fall_on_tokens_that_have_a_probability(random_sample, monkeypatch, draw):
     monkeypatch.setattr(torch, "rand", lambda *shape, dtype=None, generator=None: torch.full(shape, draw, dtype=dtype))

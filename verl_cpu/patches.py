@@ -11,6 +11,8 @@ import sys
 from collections.abc import Callable
 from types import ModuleType
 
+BLOCK = 256
+
 
 def _process_group_backend(module: ModuleType) -> None:
     """verl asks for "cpu:gloo,{device}:{backend}", here "cpu:gloo,cpu:gloo", which torch refuses as a duplicate."""
@@ -90,14 +92,24 @@ def _sample_by_inversion(module: ModuleType) -> None:
     requests have a seed, which vLLM's CPU path then ignores.
     """
     import torch
+    import torch.nn.functional as F
 
     def random_sample(probs, generators, use_fp64_gumbel=False):
         draws = torch.rand(len(probs), 1, dtype=torch.float64)
         for row, generator in generators.items():
             draws[row] = torch.rand(1, dtype=torch.float64, generator=generator)
-        cumulative = probs.cumsum(dim=-1, dtype=torch.float64)
+        # First the block of the vocabulary, then the entry in it: sums of all entries one after the other take longer
+        missing = -probs.shape[-1] % BLOCK
+        blocks = (F.pad(probs, (0, missing)) if missing else probs).view(len(probs), -1, BLOCK)
+        cumulative = blocks.sum(-1).cumsum(-1, dtype=torch.float64)
         # 1 - draw lies in (0, 1]: no entry without probability is ever the first to reach it
-        return torch.searchsorted(cumulative, (1 - draws) * cumulative[:, -1:]).squeeze(1)
+        wanted = (1 - draws) * cumulative[:, -1:]
+        block = torch.searchsorted(cumulative, wanted)
+        before = F.pad(cumulative, (1, 0)).gather(1, block)
+        inside = blocks.take_along_dim(block[:, :, None], 1).squeeze(1).cumsum(-1, dtype=torch.float64)
+        # The block's own sum may round to less than what is wanted of it
+        entry = torch.searchsorted(inside, (wanted - before).minimum(inside[:, -1:]))
+        return (block * BLOCK + entry).squeeze(1)
 
     module.random_sample = random_sample
     module.TopKTopPSampler.forward_cpu = module.TopKTopPSampler.forward_native

@@ -1,0 +1,26 @@
+"""verl's vLLM server and replica, for rounds."""
+
+import ray
+from verl.workers.rollout.replica import TokenOutput
+from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, vLLMReplica
+from vllm.sampling_params import RequestOutputKind
+
+from recipe.spin.rounds import RoundServing
+
+
+class RolloutServer(RoundServing, vLLMHttpServer):
+    """verl's vLLM server with a call for a whole round."""
+
+    async def generate(self, prompt_ids, sampling_params, request_id, **options) -> TokenOutput:
+        """As verl's. vLLM reports each answer once, complete and as tokens: verl asks for neither parts nor text."""
+        params = {"output_kind": RequestOutputKind.FINAL_ONLY, **sampling_params}
+        params.setdefault("detokenize", bool(params.get("stop")))
+        return await super().generate(prompt_ids, params, request_id, **options)
+
+
+class RolloutReplica(vLLMReplica):
+    """verl's replica with our server."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.server_class = ray.remote(RolloutServer)

@@ -1,0 +1,87 @@
+"""Rounds: the requests of many sessions reach vLLM's scheduler at one time and in one order.
+
+vLLM's batches, and with them what its arithmetic rounds, follow from the order and the time at which requests arrive.
+Here neither depends on chance. `Round` collects the requests where they are made, `RoundServing` hands them to vLLM.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+ADMISSION_POLL_SECONDS = 0.002
+
+Session = tuple[str, int]  # a prompt's uid, and the number of the response
+Request = tuple[Session, dict[str, Any], asyncio.Future]
+
+
+class Round:
+    """The sessions of a round: their first requests are sent together, in the order of the sessions.
+
+    A session that ends without a request, by a fault, leaves; nobody waits for it.
+    """
+
+    def __init__(self, responses: dict[str, int], send: Callable[[list[Request]], None]):
+        self._responses = responses
+        self._send = send
+        self.prompts = {uid: place for place, uid in enumerate(responses)}
+        self._awaited = {(uid, number) for uid, count in responses.items() for number in range(count)}
+        self._requests: list[Request] = []
+
+    def awaits(self, session: Session) -> bool:
+        return session in self._awaited
+
+    def ask(self, session: Session, request: dict) -> asyncio.Future:
+        """The answer to a session's first request."""
+        answer = asyncio.get_running_loop().create_future()
+        self._requests.append((session, request, answer))
+        self._leave({session})
+        return answer
+
+    def leave(self, session: Session) -> None:
+        self._leave({session})
+
+    def leave_prompt(self, uid: str) -> None:
+        self._leave({(uid, number) for number in range(self._responses[uid])})
+
+    def _leave(self, sessions: set[Session]) -> None:
+        self._awaited -= sessions
+        if not self._awaited and self._requests:
+            requests, self._requests = self._requests, []
+            self._send(sorted(requests, key=lambda entry: (self.prompts[entry[0][0]], entry[0][1])))
+
+
+class RoundServing:
+    """What verl's vLLM server needs besides to answer a round; uses its `generate`, `engine` and `config`."""
+
+    async def generate_round(self, requests: list[dict]) -> AsyncIterator[tuple[int, Any]]:
+        """Answers requests that vLLM schedules from the first one on as if all had come at once, in their order.
+
+        Yields (number of the request, answer or what it failed by) as they finish.
+        """
+        tasks: dict[asyncio.Task, int] = {}
+        # Data-parallel engines agree on a pause among each other, which takes a wave of requests to happen
+        pauses = self.config.data_parallel_size == 1
+        if pauses:
+            await self.engine.pause_generation(mode="keep", clear_cache=False)
+        try:
+            for number, request in enumerate(requests):
+                tasks[asyncio.create_task(self.generate(**request, priority=number))] = number
+            if pauses:
+                await self._admitted(dict(zip(tasks, (request["request_id"] for request in requests), strict=True)))
+        finally:
+            if pauses:
+                await self.engine.resume_generation()
+        running = set(tasks)
+        while running:
+            done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+            for task in sorted(done, key=tasks.get):
+                yield tasks[task], task.exception() or task.result()
+
+    async def _admitted(self, requests: dict[asyncio.Task, str]) -> None:
+        """Waits until vLLM has each request or has refused it."""
+        waiting = requests
+        while waiting:
+            await asyncio.sleep(ADMISSION_POLL_SECONDS)
+            states = self.engine.output_processor.request_states
+            known = {name for key in states for name in (key, key.rpartition("-")[0])}  # vLLM may append to an id
+            waiting = {task: name for task, name in waiting.items() if not task.done() and name not in known}

@@ -1,0 +1,243 @@
+"""Rounds: a step's requests go to vLLM together and in one order, whatever order they come in and whatever fails."""
+
+import asyncio
+import types
+
+import numpy as np
+import pytest
+from omegaconf import OmegaConf
+from verl.experimental.agent_loop.agent_loop import AgentLoopWorker
+from verl.trainer.ppo.v1 import agent_loop_tq
+from verl.utils import tensordict_utils as tu
+from verl.workers.rollout.replica import TokenOutput
+
+from recipe.spin import agent_loop
+from recipe.spin.agent_loop import RolloutClient, RolloutWorker, WholeRounds
+from recipe.spin.rounds import Round
+
+
+class Server:
+    """A vLLM server's handle: answers with the request's number, or fails as told."""
+
+    def __init__(self, broken: set[str] = frozenset(), stops_after: int | None = None):
+        self.rounds, self._broken, self._stops_after = [], broken, stops_after
+        self.generate_round = self
+        self.generate = types.SimpleNamespace(remote=self._generate)
+
+    def options(self, num_returns):
+        assert num_returns == "streaming"
+        return self
+
+    async def remote(self, requests):
+        self.rounds.append([request["prompt_ids"] for request in requests])
+        for number, request in reversed(list(enumerate(requests[: self._stops_after]))):
+            broken = request["prompt_ids"] in self._broken
+            yield _ready((number, ValueError("too long") if broken else _output(number)))
+
+    async def _generate(self, **request):
+        self.rounds.append([request["prompt_ids"]])
+        return _output(99)
+
+
+async def _ready(value):
+    return value
+
+
+def _output(number: int) -> TokenOutput:
+    return TokenOutput(token_ids=[number], extra_fields={"global_steps": 3})
+
+
+def client_of(*servers) -> RolloutClient:
+    client = RolloutClient.__new__(RolloutClient)
+    client.config = types.SimpleNamespace(
+        actor_rollout_ref=types.SimpleNamespace(rollout=types.SimpleNamespace(name="vllm"))
+    )
+    client._servers, client._tasks = list(servers), set()
+    client._lb_require_acquire_fields, client._lb_require_release_fields = [], []
+    return client
+
+
+async def play(client: RolloutClient, responses: dict[str, int], sessions) -> list:
+    """Runs sessions (prompt, number, seconds before the request or None for a fault) as one round."""
+    agent_loop._round.set(Round(responses, client.send))
+
+    async def session(uid, number, delay):
+        agent_loop._session.set((uid, number))
+        try:
+            if delay is None:
+                raise RuntimeError("before the request")
+            await asyncio.sleep(delay)
+            return (await client.generate("id", prompt_ids=f"{uid}{number}", sampling_params={}, priority=0)).token_ids
+        finally:
+            agent_loop._round.get().leave((uid, number))
+
+    tasks = [asyncio.create_task(session(*entry)) for entry in sessions]
+    return await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 5)
+
+
+def test_requests_leave_together_in_the_order_of_their_prompts():
+    server = Server()
+    sessions = [("b", 1, 0.0), ("a", 1, 0.03), ("b", 0, 0.01), ("a", 0, 0.02)]
+    answers = asyncio.run(play(client_of(server), {"b": 2, "a": 2}, sessions))
+    assert server.rounds == [["b0", "b1", "a0", "a1"]]
+    assert answers == [[1], [3], [0], [2]]
+
+
+def test_replicas_share_a_round_by_prompt():
+    servers = [Server(), Server()]
+    sessions = [(uid, number, 0.001 * (7 * number % 5)) for number in (1, 0) for uid in "abc"]
+    asyncio.run(play(client_of(*servers), dict.fromkeys("abc", 2), sessions))
+    assert servers[0].rounds == [["a0", "a1", "c0", "c1"]] and servers[1].rounds == [["b0", "b1"]]
+
+
+def test_nobody_waits_for_a_session_that_failed():
+    server = Server()
+    answers = asyncio.run(play(client_of(server), {"a": 2}, [("a", 0, 0.0), ("a", 1, None)]))
+    assert answers[0] == [0] and isinstance(answers[1], RuntimeError)
+    assert server.rounds == [["a0"]]
+
+
+def test_nobody_waits_for_a_prompt_that_failed_before_its_sessions_began():
+    sent = []
+
+    async def leave():
+        sessions = Round({"a": 1, "lost": 2}, sent.append)
+        answer = sessions.ask(("a", 0), {})
+        assert not sent and not answer.done()
+        sessions.leave_prompt("lost")
+        sessions.leave_prompt("a")
+
+    asyncio.run(leave())
+    assert [[session for session, _, _ in requests] for requests in sent] == [[("a", 0)]]
+
+
+def test_a_refused_request_fails_alone_and_a_lost_server_fails_all():
+    answers = asyncio.run(play(client_of(Server(broken={"a0"})), {"a": 2}, [("a", 0, 0.0), ("a", 1, 0.0)]))
+    assert isinstance(answers[0], ValueError) and answers[1] == [1]
+    answers = asyncio.run(play(client_of(Server(stops_after=0)), {"a": 2}, [("a", 0, 0.0), ("a", 1, 0.0)]))
+    assert all("without an answer" in str(answer) for answer in answers)
+
+
+def test_a_sessions_second_request_goes_to_the_same_replica_at_once():
+    servers = [Server(), Server()]
+
+    async def run():
+        client = client_of(*servers)
+        agent_loop._round.set(Round({"a": 1, "b": 1}, client.send))
+
+        async def session(uid):
+            agent_loop._session.set((uid, 0))
+            await client.generate("id", prompt_ids=uid, sampling_params={})
+            return await client.generate("id", prompt_ids=uid + "2", sampling_params={})
+
+        return await asyncio.wait_for(asyncio.gather(session("a"), session("b")), 5)
+
+    asyncio.run(run())
+    assert servers[0].rounds == [["a"], ["a2"]] and servers[1].rounds == [["b"], ["b2"]]
+
+
+# ---------------------------------------------------------------------- the worker
+
+
+def answer_batch(monkeypatch, faults: set = frozenset(), **columns) -> tuple[Server, dict]:
+    """Sends a batch of two prompts through the worker; returns the server and the prompts' last statuses."""
+    statuses, server = {}, Server()
+
+    async def kv_put(key, partition_id, tag):
+        statuses.setdefault(key, []).append(tag["status"])
+        if (key, tag["status"]) in faults:
+            raise ConnectionError("TransferQueue is away")
+
+    async def run_agent_loop(self, sampling_params, trajectory, *, uid, session_id, **prompt):
+        if (uid, session_id) in faults:
+            raise RuntimeError("before the request")
+        await asyncio.sleep(0.01 * (uid == "p0"))
+        await self.llm_client.generate("id", prompt_ids=f"{uid}/{session_id}", sampling_params=sampling_params)
+
+    monkeypatch.setattr(agent_loop_tq.tq, "async_kv_put", kv_put)
+    monkeypatch.setattr(AgentLoopWorker, "_run_agent_loop", run_agent_loop)
+    worker = RolloutWorker.__new__(RolloutWorker)
+    worker.background_tasks = set()
+    rollout = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "calculate_log_probs": True, "n": 2}
+    rollout |= {"val_kwargs": {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "n": 3}}
+    rollout |= {"agent": {"default_agent_loop": "spin"}}
+    worker.config = OmegaConf.create({"actor_rollout_ref": {"rollout": rollout}})
+    worker.llm_client = client_of(server)
+    columns = {"uid": ["p0", "p1"], "index": [0, 1]} | columns
+    batch = tu.get_tensordict({name: np.array(values, dtype=object) for name, values in columns.items()})
+    tu.assign_non_tensor_data(batch, "global_steps", 1)
+    if "__rollout_n__" in columns:
+        tu.assign_non_tensor_data(batch, "validate", True)
+
+    async def run():
+        await worker.generate_sequences(batch)
+        await asyncio.wait_for(worker.settle(), 5)
+
+    asyncio.run(run())
+    return server, {uid: history[-1] for uid, history in statuses.items()}
+
+
+def test_a_worker_sends_what_it_is_asked_for_in_one_call_as_one_round(monkeypatch):
+    server, statuses = answer_batch(monkeypatch)
+    assert server.rounds == [["p0/0", "p0/1", "p1/0", "p1/1"]]
+    assert statuses == {"p0": "finished", "p1": "finished"}
+
+
+def test_held_out_prompts_have_their_own_numbers_of_responses(monkeypatch):
+    server, _ = answer_batch(monkeypatch, __rollout_n__=[3, 1])
+    assert server.rounds == [["p0/0", "p0/1", "p0/2", "p1/0"]]
+
+
+def test_faults_of_a_session_or_a_prompt_leave_the_others_their_round(monkeypatch):
+    server, statuses = answer_batch(monkeypatch, faults={("p0", 1)})
+    assert server.rounds == [["p0/0", "p1/0", "p1/1"]] and statuses == {"p0": "failure", "p1": "finished"}
+    server, _ = answer_batch(monkeypatch, faults={("p0", "running")})
+    assert server.rounds == [["p1/0", "p1/1"]]
+
+
+# ---------------------------------------------------------------------- the buffer
+
+
+@pytest.fixture
+def buffer(monkeypatch) -> WholeRounds:
+    """A buffer over a TransferQueue that holds what `buffer.queue` says."""
+    buffer = WholeRounds("sync", None, None, "drop", None, poll_interval=0.0)
+    buffer.queue = {}
+    from verl.trainer.ppo.v1 import replay_buffer
+
+    monkeypatch.setattr(replay_buffer.tq, "kv_list", lambda: {"val": dict(buffer.queue)})
+    monkeypatch.setattr(replay_buffer.tq, "kv_clear", lambda partition_id, keys: None)
+    return buffer
+
+
+def prompt(status: str) -> dict:
+    return {"is_prompt": True, "status": status, "global_steps": 1}
+
+
+def test_answers_are_handed_out_in_the_order_of_their_prompts(buffer):
+    uids = [f"uid{number}" for number in np.random.default_rng(0).permutation(20)]
+    buffer.queue = {uid: prompt("finished") for uid in uids}
+    for uid in sorted(uids):
+        buffer.queue |= {f"{uid}_{session}_0": {"status": "success"} for session in (1, 0)}
+    batch, _ = buffer.sample(global_steps=1, partition_id="val", batch_size=20)
+    assert batch.keys == [f"{uid}_{session}_0" for uid in uids for session in (0, 1)]
+
+
+def test_nothing_is_looked_at_while_a_prompt_is_being_answered(buffer):
+    buffer.queue = {"a": prompt("finished"), "a_0_0": {"status": "success"}, "b": prompt("running")}
+
+    def settle(seconds):
+        buffer.queue["b"] = prompt("finished")
+        buffer.queue["b_0_0"] = {"status": "success"}
+        return True
+
+    buffer.settle = settle
+    batch, _ = buffer.sample(global_steps=1, partition_id="val", batch_size=1)
+    assert batch.keys == ["a_0_0"] and buffer.finished_keys["val"] == {"a", "b"}
+
+
+def test_a_prompt_that_nothing_works_on_is_an_error(buffer):
+    buffer.queue = {"a": prompt("pending")}
+    buffer.settle = lambda seconds: True
+    with pytest.raises(RuntimeError, match="1 prompts were never answered"):
+        buffer.sample(global_steps=1, partition_id="val", batch_size=1)

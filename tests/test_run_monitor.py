@@ -1,0 +1,67 @@
+"""What RunMonitor measures of a run's processes, and how seldom it asks for what costs much."""
+
+import os
+from multiprocessing import shared_memory
+
+import psutil
+import pytest
+
+from recipe.spin import run_monitor
+from recipe.spin.run_monitor import RunMonitor
+
+
+@pytest.fixture
+def monitor(tmp_path) -> RunMonitor:
+    return RunMonitor(tmp_path)
+
+
+def test_memory_is_measured_when_the_processes_hold_more_than_ever(monitor, monkeypatch):
+    resident, asked = {"now": 0}, []
+    monkeypatch.setattr(run_monitor, "_own_resident", lambda process: resident["now"])
+    monkeypatch.setattr(run_monitor, "_proportional_set_size", lambda process: asked.append(process) or 2e9)
+    for resident["now"] in (100, 50, 100, 100.2, 101, 60):
+        monitor._measure_memory(["a", "b"])
+    assert len(asked) == 4 and monitor.peak_memory_gb == 4.0
+    monitor._measured -= run_monitor.MEMORY_SECONDS
+    monitor._measure_memory(["a", "b"])  # shared memory may have grown meanwhile
+    assert len(asked) == 6
+
+
+def test_slow_growth_is_not_missed(monitor, monkeypatch):
+    now = {"bytes": 1e9}
+    monkeypatch.setattr(run_monitor, "_own_resident", lambda process: now["bytes"])
+    monkeypatch.setattr(run_monitor, "_proportional_set_size", lambda process: now["bytes"])
+    for _ in range(100):
+        now["bytes"] *= 1.001
+        monitor._measure_memory(["a"])
+    assert monitor.peak_memory_gb == pytest.approx(now["bytes"] / 1e9, rel=0.01)
+
+
+def test_a_process_holds_what_it_does_not_share():
+    own = run_monitor._own_resident(psutil.Process())
+    block = bytearray(os.urandom(1 << 20) * 64)
+    assert run_monitor._own_resident(psutil.Process()) - own >= 0.9 * len(block)
+
+
+@pytest.fixture
+def shared_file():
+    """A file as vLLM's processes leave it, which this process has mapped."""
+    memory = shared_memory.SharedMemory(create=True, size=4096)  # psm_...
+    yield f"/dev/shm/{memory.name.lstrip('/')}"
+    memory.close()
+    memory.unlink()
+
+
+def test_shared_memory_of_the_run_is_noted_though_mapped_after_it_was_made(monitor, shared_file):
+    monitor._find_shared_memory([])
+    assert shared_file not in monitor._shared_memory
+    monitor._find_shared_memory([psutil.Process()])
+    assert shared_file in monitor._shared_memory
+
+
+def test_processes_are_not_asked_for_ever_about_anothers_files(monitor, shared_file, monkeypatch):
+    asked = []
+    monkeypatch.setattr(run_monitor, "_shared_memory", lambda process: asked.append(process) or set())
+    for _ in range(20):
+        monitor._find_shared_memory(["a"])
+    assert len(asked) == run_monitor.LOOKS
