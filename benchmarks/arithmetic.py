@@ -45,7 +45,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Work:
-    """What a forward pass computes: tokens through the layers, keys summed over queries, rows through the vocabulary."""
+    """What a forward pass computes: tokens through layers, keys summed over queries, rows through the vocabulary."""
 
     tokens: int
     attended: int

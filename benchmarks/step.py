@@ -21,7 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks import results
-from benchmarks.arithmetic import Model, Work, forward_flop, necessary, sampling, update_flop
+from benchmarks.arithmetic import Model, forward_flop, necessary, sampling, update_flop
 from benchmarks.machine import ROOT, matrix_product_rates, plain_environment, provenance, run_measured, write_result
 from benchmarks.trl_settings import fastest, run_trl, settings_file
 
