@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import arithmetic, compare, growth, machine, plain_step, results, scaling, step, trl_settings, update
 from benchmarks.arithmetic import Model, Work
+from recipe.spin.examples.arithmetic.prepare import prepare
 
 ROWS = [plain_step.Row([5, 6, 7], [[8, 9], [10, 11, 12, 13]]), plain_step.Row([20], [[21], [22, 23]])]
 SMALL = Model(layers=2, hidden=8, intermediate=16, heads=2, kv_heads=1, head_size=4, vocabulary=100)
@@ -170,6 +171,44 @@ def test_the_report_names_all_three(result):
     assert "| ours, same pairs | 20.0 | 2.0 | 4.0 | 10.0 | 0.50 | 32 | 1.60 |" in text
     assert "same pairs: 0.50 of TRL's step (by round 0.50, 0.55, 0.25)" in text
     assert "plain PyTorch, the prompt shared: 14.0 s" in text
+
+
+@pytest.fixture
+def sums(tmp_path):
+    """The arithmetic example's data, in a folder of its name, by which run_spin.sh finds the reward."""
+    prepare(tmp_path / "arithmetic")
+    return tmp_path / "arithmetic"
+
+
+@pytest.mark.slow
+def test_a_run_of_the_recipe_has_what_the_benchmark_reads(tiny_models, sums, tmp_path):
+    found = step.run_ours(tiny_models["llama"], sums, 2, step.ARMS["same_pairs"], tmp_path)
+    assert [one["pairs"] for one in found["steps"]] == [32, 32]  # ties kept
+    for one in found["steps"]:
+        assert min(one[phase] for phase in ("gen", "ref", "update", "weights")) > 0
+        assert 32 <= one["prompt_tokens"] / 32 <= 64 and 64 <= one["response_tokens"] <= 64 * 16
+        assert sum(one[phase] for phase in ("gen", "ref", "update", "weights")) < one["seconds"]
+    assert found["refreshed"]["refresh"] > 0 and "refresh" not in found["first"]
+    assert found["process"]["peak_memory_gb"] > 1
+
+
+@pytest.mark.slow
+def test_a_run_of_trl_has_what_the_benchmark_reads(tiny_models, sums, tmp_path):
+    pytest.importorskip("trl", reason="pip install --no-deps trl==1.16.0")
+    found = trl_settings.run_trl(tiny_models["llama"], sums, 2, batch=8, allocator="none", folder=tmp_path)
+    assert len(found["steps"]) == 2
+    for one in found["steps"]:
+        assert 64 <= one["response_tokens"] <= 64 * 16
+        assert sum(one[phase] for phase in trl_settings.PHASES) == pytest.approx(one["seconds"])
+
+
+@pytest.mark.slow
+def test_the_worker_is_measured_without_ray(tmp_path):
+    update.save_random_model(tmp_path / "model")
+    case = update.CASES["long"]
+    overrides = [*update.overrides_of(case, str(tmp_path / "model")), *update.ARMS["without recomputation"]]
+    found = update.run_arm("long", overrides, 1, tmp_path)
+    assert len(found["rounds"]) == 1 and min(found["ref"], found["update"]) > 0
 
 
 def test_the_fastest_setting_is_the_one_with_the_shortest_step():
