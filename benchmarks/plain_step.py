@@ -1,6 +1,6 @@
 """One DPO optimizer step in plain PyTorch, without FSDP, Ray or vLLM: how fast the arithmetic of a step can be here.
 
-    .venv/bin/python -m benchmarks.plain_step [--model DIR] [--pairs 32] [--longest 16] [--rounds 3] [--output FILE]
+    .venv/bin/python -m benchmarks.plain_step [--model DIR] [--pairs 32] [--longest 16] [--rounds 3] [--record]
 
 Reference pass, update, clipping and AdamW on pairs of the arithmetic example's prompts with random responses, fp32, in
 three layouts that must agree in the responses' log-probs:
@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.arithmetic import Model, Work, forward_flop, necessary, update_flop
-from benchmarks.machine import ROOT, matrix_product_rates
+from benchmarks.machine import ROOT, matrix_product_rates, provenance, write_result
 from recipe.spin.examples.arithmetic.prepare import row as question
 
 BETA = 0.1
@@ -306,11 +306,14 @@ def main() -> None:
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, help="some of the layouts (all)")
     parser.add_argument("--micro-batch", type=int, help="prompts of a micro-batch (what measured fastest)")
     parser.add_argument("--output", type=Path, help="a file for the result as JSON")
+    parser.add_argument("--record", action="store_true", help="keep it as benchmarks/results/DATE-plain-step.json")
     options = parser.parse_args()
     sizes = {name: options.micro_batch for name in LAYOUTS} if options.micro_batch else None
     result = measure(options.model, options.pairs, options.longest, options.rounds, options.layouts, sizes)
     if options.output:
         options.output.write_text(json.dumps(result, indent=1) + "\n")
+    if options.record:
+        write_result("plain-step", provenance() | result)
     print(table(result))
 
 
