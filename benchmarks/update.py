@@ -41,7 +41,7 @@ class Case:
 
 CASES = {
     "short": Case(46, 12, 32, 512, embedded_model=True),
-    "long": Case(512, 128, 8, 2048, embedded_model=False),
+    "long": Case(512, 128, 4, 2048, embedded_model=False),
 }
 
 
