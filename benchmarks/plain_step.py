@@ -160,7 +160,7 @@ def shared_work(rows: list[Row]) -> Work:
 
 @dataclass(frozen=True)
 class Layout:
-    """How log-probs are computed, what that takes, and the prompts of a micro-batch that measured fastest."""
+    """How log-probs are computed, what that takes, and the prompts of a micro-batch."""
 
     logps: Callable[[torch.nn.Module, list[Row]], torch.Tensor]
     work: Callable[[list[Row]], Work]
@@ -304,7 +304,7 @@ def main() -> None:
     parser.add_argument("--longest", type=int, default=16, help="most tokens of a response (16)")
     parser.add_argument("--rounds", type=int, default=3, help="steps of each layout that count (3)")
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, help="some of the layouts (all)")
-    parser.add_argument("--micro-batch", type=int, help="prompts of a micro-batch (what measured fastest)")
+    parser.add_argument("--micro-batch", type=int, help="prompts of a micro-batch (8; packed 4)")
     parser.add_argument("--output", type=Path, help="a file for the result as JSON")
     parser.add_argument("--record", action="store_true", help="keep it as benchmarks/results/DATE-plain-step.json")
     options = parser.parse_args()
