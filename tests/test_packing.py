@@ -110,6 +110,12 @@ def standing_in_for_the_kernel(
     return torch.cat(outputs)
 
 
+def standing_in_for_an_older_kernel(query, key, value, *args, scale=None, window_size=(-1, -1)):
+    """As torch 2.10 and 2.11 have it: as many heads of keys as of queries."""
+    assert query.shape[1] == key.shape[1] == value.shape[1]
+    return standing_in_for_the_kernel(query, key, value, *args, scale=scale, window_size=window_size, enable_gqa=True)
+
+
 @pytest.fixture
 def on_an_accelerator(monkeypatch):
     """Attention goes segment by segment, as on a GPU, with a stand-in for the kernel."""
@@ -147,6 +153,11 @@ def test_rows_give_what_single_sequences_give(name):
 @pytest.mark.parametrize("name", [name for name in MODELS if "capped" not in name])
 def test_segments_give_what_single_sequences_give(name, on_an_accelerator):
     compare(name, *draw_rows(0))
+
+
+def test_segments_with_a_kernel_that_knows_no_grouped_queries(on_an_accelerator, monkeypatch):
+    monkeypatch.setattr(varlen, "varlen_attn", standing_in_for_an_older_kernel)
+    compare("sliding window", *draw_rows(0))
 
 
 @pytest.mark.parametrize("accelerator", [False, True])
