@@ -6,6 +6,7 @@ through to it. A GPU computes segment by segment with kernels of variable length
 
 import inspect
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,7 +56,7 @@ def shared_prompt_attention(
         key, value = (tensor.repeat_interleave(repeats, dim=1) for tensor in (key, value))
         query, key, value = (gather_seq_scatter_heads(tensor, 0, 1) for tensor in (query, key, value))
     function = attend_by_row if query.device.type == "cpu" else attend_by_segment
-    output = function(query, key, value, visibility, scaling, sliding_window, softcap)
+    output = function(query, key, value, visibility, Scoring(scaling, sliding_window, softcap))
     if size > 1:
         output = gather_heads_scatter_seq(output, head_dim=1, seq_dim=0)
     return output[None], None
@@ -64,15 +65,15 @@ def shared_prompt_attention(
 AttentionInterface.register(NAME, shared_prompt_attention)
 
 
-def attend_by_row(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    visibility: Visibility,
-    scaling: float | None,
-    window: int | None,
-    softcap: float | None,
-) -> Tensor:
+class Scoring(NamedTuple):
+    """What a layer asks of its attention scores."""
+
+    scaling: float | None  # None: 1 / sqrt(D)
+    window: int | None  # how many positions back are seen, the token's own counted; None: all
+    softcap: float | None  # scores x become softcap * tanh(x / softcap)
+
+
+def attend_by_row(query: Tensor, key: Tensor, value: Tensor, visibility: Visibility, scoring: Scoring) -> Tensor:
     """All rows at once, filled up to the longest, under a mask; the common beginning by itself. (T, H, D)."""
     queries, keys, inside = visibility.by_row
     common = visibility.common
@@ -80,22 +81,21 @@ def attend_by_row(
         tensor.index_select(0, places.flatten()).view(*places.shape, *tensor.shape[1:])
         for tensor, places in ((query, queries), (key, keys), (value, keys))
     )
-    rows = _masked_attention(query_rows, key_rows, value_rows, visibility.mask(window), scaling, softcap)
+    rows = _masked_attention(query_rows, key_rows, value_rows, visibility.mask(scoring.window), scoring)
     output = rows[inside]
     if not common:
         return output
     before = torch.ones(common, common, dtype=torch.bool, device=query.device).tril()
-    if window is not None:
-        before = before.triu(1 - window)
+    if scoring.window is not None:
+        before = before.triu(1 - scoring.window)
     beginning = (tensor[None, :common] for tensor in (query, key, value))
-    return torch.cat([_masked_attention(*beginning, before, scaling, softcap)[0], output])
+    return torch.cat([_masked_attention(*beginning, before, scoring)[0], output])
 
 
-def _masked_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None, softcap: float | None
-) -> Tensor:
+def _masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scoring: Scoring) -> Tensor:
     """(B, L, heads, D) each; returns (B, L, H, D)."""
     query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    scaling, _, softcap = scoring
     if softcap is None:
         output = scaled_dot_product_attention(query, key, value, mask, scale=scaling, enable_gqa=True)
         return output.transpose(1, 2)
@@ -106,20 +106,14 @@ def _masked_attention(
     return (scores.softmax(-1) @ value).transpose(1, 2)
 
 
-def attend_by_segment(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    visibility: Visibility,
-    scaling: float | None,
-    window: int | None,
-    softcap: float | None,
-) -> Tensor:
+def attend_by_segment(query: Tensor, key: Tensor, value: Tensor, visibility: Visibility, scoring: Scoring) -> Tensor:
     """Each segment against all it sees, by a kernel of variable lengths with its causal mask aligned at the end."""
     index = visibility.by_segment
-    kernel = _softcapping_kernel(softcap) if softcap else torch_kernel
+    kernel = _softcapping_kernel(scoring.softcap) if scoring.softcap else torch_kernel
     query, key, value = _half(query, key, value)
-    return kernel(query, key[index.keys], value[index.keys], *index[1:], scaling, -1 if window is None else window - 1)
+    back = -1 if scoring.window is None else scoring.window - 1
+    keys, values = (tensor.index_select(0, index.keys) for tensor in (key, value))
+    return kernel(query, keys, values, *index[1:], scoring.scaling, back)
 
 
 def torch_kernel(

@@ -10,7 +10,8 @@ from tensordict import TensorDict
 from worker_harness import nest
 
 from recipe.spin.agent_loop import GREEDY, SAMPLING_SEED
-from recipe.spin.spin_trainer import SpinTrainer, _HeldOutRows
+from recipe.spin.held_out import HeldOutRows
+from recipe.spin.spin_trainer import SpinTrainer
 
 
 @pytest.fixture
@@ -45,7 +46,7 @@ def held_out(trainer, temperature: float):
     """The rows that a validation of two batches hands out."""
     batches = [{"raw_prompt": np.array(["p0", "p1"], dtype=object), "index": torch.tensor([0, 1])}]
     batches.append({"raw_prompt": np.array(["p2"], dtype=object), "index": torch.tensor([2])})
-    rows = _HeldOutRows(batches, OmegaConf.create({"temperature": temperature, "n": 3}))
+    rows = HeldOutRows(batches, OmegaConf.create({"temperature": temperature, "n": 3}))
     return rows, list(rows)
 
 

@@ -1,0 +1,72 @@
+"""How held-out prompts are answered: samples and one greedy answer each, in one pass of verl's validation."""
+
+import numpy as np
+import torch
+
+from recipe.spin.agent_loop import GREEDY, SAMPLING_SEED
+
+
+class HeldOutValidation:
+    """What differs from the validation of verl's trainer, to be put before it among a trainer's bases."""
+
+    def _validate(self) -> dict[str, float]:
+        """Answers the held-out prompts as `val_kwargs` say and, if those are samples, greedily too, all in one go."""
+        loader = self.val_dataloader
+        self.val_dataloader = self._held_out = HeldOutRows(loader, self.config.actor_rollout_ref.rollout.val_kwargs)
+        try:
+            return super()._validate()
+        finally:
+            self.val_dataloader = loader
+
+    def _val_metrics_update(self, data_sources, sample_uids, infos, turns, expected_acc_counts=None):
+        """verl's metrics of the answers that `val_kwargs` ask for, and of the greedy ones under names of their own."""
+        uids = [uid for _, uid in expected_acc_counts]  # one a row, in the rows' order
+        greedy_prompts = {uid for uid, greedy in zip(uids, self._held_out.greedy, strict=True) if greedy}
+        metrics = {}
+        for greedy, prefix in ((False, "val-"), (True, "val-greedy-")):
+            places = [place for place, uid in enumerate(sample_uids) if (uid in greedy_prompts) == greedy]
+            if places:
+                part = super()._val_metrics_update(
+                    [data_sources[place] for place in places],
+                    [sample_uids[place] for place in places],
+                    {name: [values[place] for place in places] for name, values in infos.items()},
+                    [turns[place] for place in places],
+                    {key: n for key, n in expected_acc_counts.items() if (key[1] in greedy_prompts) == greedy},
+                )
+                metrics |= {name.replace("val-", prefix, 1): value for name, value in part.items()}
+        return metrics
+
+
+class HeldOutRows:
+    """The held-out batches with the columns by which SpinAgentLoop samples: the same seeds at every validation.
+
+    Where `val_kwargs` ask for samples each row is followed by itself once more, to be answered greedily.
+
+    Attributes:
+        greedy: of each row handed out, whether it is the greedy one.
+    """
+
+    def __init__(self, loader, val_kwargs):
+        self._loader = loader
+        self._kinds = (False, True) if val_kwargs.temperature > 0 else (False,)
+        self._n = val_kwargs.n
+        self.greedy: list[bool] = []
+
+    def __iter__(self):
+        row = 0
+        self.greedy = []
+        for batch in self._loader:
+            size, copies = len(batch["raw_prompt"]), len(self._kinds)
+            greedy = list(self._kinds) * size
+            self.greedy += greedy
+            columns = {
+                SAMPLING_SEED: [f"held-out-{row + i // copies}" for i in range(size * copies)],
+                GREEDY: greedy,
+                "__rollout_n__": [1 if kind else self._n for kind in greedy],
+            }
+            rows = {
+                name: values.repeat_interleave(copies, 0) if torch.is_tensor(values) else values.repeat(copies, 0)
+                for name, values in batch.items()
+            }
+            yield rows | {name: np.array(values, dtype=object) for name, values in columns.items()}
+            row += size
