@@ -34,6 +34,12 @@ class RowEngine(FSDPEngineWithLMHead):
         model_config.model_type = "language_model"  # what verl loads; the engine's own name chose it in the registry
         super().__init__(model_config, engine_config, optimizer_config, checkpoint_config)
 
+    def _build_lora_module(self, module):
+        """An adapter starts from random numbers, here the same in every run."""
+        with torch.random.fork_rng():
+            torch.manual_seed(self.engine_config.seed)
+            return super()._build_lora_module(module)
+
     def _build_fsdp_module(self, module):
         """A single rank that computes in the precision of its weights has nothing to shard, gather, reduce or cast."""
         config = self.engine_config

@@ -336,7 +336,7 @@ def test_lora_against_the_base_model(task, tiny_llama, tmp_path):
     assert history[1]["actor/loss"] == pytest.approx(math.log(2), abs=1e-6)  # an adapter starts as nothing
     for step in (2, 3):
         assert abs(history[step]["kl/sequence"]) > 0.01
-        assert history[step]["actor/loss"] != pytest.approx(math.log(2), abs=1e-4)
+        assert history[step]["rewards/margins"] != 0  # as it is to the bit where the reference is the policy
         assert history[step]["rollout/logp_gap_max"] < 1e-3
 
 
