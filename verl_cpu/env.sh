@@ -9,9 +9,10 @@ export VLLM_CPU_OMP_THREADS_BIND="${VLLM_CPU_OMP_THREADS_BIND:-nobind}"
 export VLLM_ENABLE_V1_MULTIPROCESSING=0
 # A dozen processes with dozens of threads: without a limit each thread hoards freed memory of its own.
 export MALLOC_ARENA_MAX="${MALLOC_ARENA_MAX:-2}"
-# Weights go back to the system when they are freed, activations are kept and used again: glibc's own threshold grows to
-# 32 MB and keeps both, in pieces.
-export MALLOC_MMAP_THRESHOLD_="${MALLOC_MMAP_THRESHOLD_:-600000}" MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-600000}"
+# Whole weights (above 32 MB) go back to the system when they are freed; activations are kept and used again, as paging
+# them in anew takes a third of an update.
+export MALLOC_MMAP_THRESHOLD_="${MALLOC_MMAP_THRESHOLD_:-33554432}"
+export MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-4294967296}"
 # Compiling costs minutes here and gains nothing at this size.
 export TORCH_COMPILE_DISABLE=1
 # One machine: keep gloo and vLLM's server off the network.

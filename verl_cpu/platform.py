@@ -1,6 +1,5 @@
 """The CPU as a verl platform: gloo instead of NCCL, process memory instead of device memory."""
 
-import ctypes
 import resource
 import types
 from contextlib import contextmanager
@@ -60,16 +59,12 @@ class CPUDevice(types.ModuleType):
     def set_rng_state(state: torch.Tensor, device=None) -> None:
         torch.set_rng_state(state)
 
-    @staticmethod
-    def empty_cache() -> None:
-        """What the C library keeps of freed memory goes back to the system."""
-        _C_LIBRARY.malloc_trim(0)
-
+    # What the C library keeps of a step's activations the next one uses again; to page it in anew takes long (env.sh).
+    empty_cache = staticmethod(_nothing)
     ipc_collect = reset_peak_memory_stats = reset_accumulated_memory_stats = staticmethod(_nothing)
     set_per_process_memory_fraction = set_device = staticmethod(_nothing)
 
 
-_C_LIBRARY = ctypes.CDLL(None)
 _DEVICE = CPUDevice("verl_cpu.device")
 
 
@@ -114,8 +109,7 @@ class PlatformCPU(PlatformBase):
         return []
 
     def rollout_env_vars(self) -> dict[str, str]:
-        # vLLM allocates the same activations, logits of 25 MB the largest, at every step: what it keeps it uses again,
-        # where env.sh's threshold for the trainer would page it in anew (a fifth of a generation's time).
+        # vLLM's activations are smaller than the trainer's (logits of 25 MB the largest): it may keep less (env.sh).
         return {"MALLOC_MMAP_THRESHOLD_": str(1 << 25), "MALLOC_TRIM_THRESHOLD_": str(1 << 28)}
 
     def is_ipc_supported(self) -> bool:
