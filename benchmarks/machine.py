@@ -4,7 +4,6 @@ import json
 import os
 import platform
 import re
-import resource
 import statistics
 import subprocess
 import threading
@@ -153,11 +152,11 @@ def run_measured(command: list[str], environment: dict[str, str], log: Path) -> 
         RuntimeError: when it fails; the message names the log and ends with its last lines.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    others = OthersCores(_own_seconds)
     with log.open("w") as file:
         process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
         try:
             with PeakMemory(process.pid) as memory:
+                others = OthersCores(lambda: time.process_time() + memory.cpu_seconds)
                 code = process.wait()
         except BaseException:
             process.terminate()
@@ -188,13 +187,8 @@ class OthersCores:
         return seconds, round(max(busy / seconds, 0.0), 2)
 
 
-def _own_seconds() -> float:
-    """CPU seconds of this process and of all that ended under it."""
-    return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-
-
 class PeakMemory:
-    """Context manager that follows the memory of a process and all its descendants in a thread.
+    """Context manager that follows the memory, and the CPU seconds, of a process and all its descendants in a thread.
 
     Proportional set sizes cost the kernel a walk over all pages, a tenth of a second for a large process and in its
     way. So they are read only when the resident set sizes, which cost nothing, stand higher than ever before.
@@ -202,10 +196,15 @@ class PeakMemory:
 
     def __init__(self, pid: int):
         self.peak_gb = 0.0
+        self._seconds: dict[int, float] = {}  # by process; one that ended keeps what it had
         self._resident = 0
         self._pid = pid
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    @property
+    def cpu_seconds(self) -> float:
+        return sum(self._seconds.values())
 
     def __enter__(self) -> "PeakMemory":
         self._thread.start()
@@ -218,10 +217,13 @@ class PeakMemory:
     def _watch(self) -> None:
         while True:
             processes = _tree(self._pid)
-            resident = sum(_bytes(process, "memory_info", "rss") for process in processes)
+            for process in processes:
+                user, system = (_figure(process, "cpu_times", name) for name in ("user", "system"))
+                self._seconds[process.pid] = max(user + system, self._seconds.get(process.pid, 0.0))
+            resident = sum(_figure(process, "memory_info", "rss") for process in processes)
             if resident > 1.02 * self._resident:
                 self._resident = resident
-                proportional = sum(_bytes(process, "memory_full_info", "pss") for process in processes)
+                proportional = sum(_figure(process, "memory_full_info", "pss") for process in processes)
                 self.peak_gb = max(self.peak_gb, proportional / 1e9)
             if self._stop.wait(POLL_SECONDS):
                 return
@@ -235,7 +237,7 @@ def _tree(pid: int) -> list[psutil.Process]:
         return []
 
 
-def _bytes(process: psutil.Process, query: str, name: str) -> int:
+def _figure(process: psutil.Process, query: str, name: str) -> float:
     try:
         return getattr(getattr(process, query)(), name)
     except psutil.Error:
