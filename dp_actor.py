@@ -14,7 +14,7 @@ from verl.workers.engine_workers import TrainingWorker
 from recipe.spin.core_algos import LOSSES, compute_online_dpo_loss, implicit_rewards
 from recipe.spin.engine.plan import MiniBatch
 from recipe.spin.engine.row_engine import SeparateEngine, SharedPromptEngine
-from recipe.spin.engine.rows import row_lists
+from recipe.spin.engine.rows import pad_parts, row_lists
 
 
 @dataclass(frozen=True)
@@ -180,8 +180,7 @@ def pairs_of(data: TensorDict, logps: torch.Tensor) -> Pairs:
     first = torch.tensor([0, *map(len, responses[:-1])], device=logps.device).cumsum(0)
     index = torch.stack([data[name].values() for name in ("chosen", "rejected")])
     index = index + first.repeat_interleave(data["chosen"].offsets().diff())
-    counted = data["loss_mask"].values().split([length for row in responses for length in row])
-    lengths = torch.nn.utils.rnn.pad_sequence(list(counted), batch_first=True).sum(-1)
+    lengths = pad_parts(data["loss_mask"].values(), [length for row in responses for length in row]).sum(-1)
     policy = tu.get(data, "mini_batch").reference_is_policy
     ref_logps = logps.detach() if policy else data["ref_logps"].values()
     return Pairs(logps[index], ref_logps[index], lengths[index], data["pair_weight"].values(), index)

@@ -38,6 +38,7 @@ from benchmarks.machine import (
     run_measured,
     write_result,
 )
+from benchmarks.random_model import save_random_model
 
 DOCUMENT = ROOT / "docs" / "scaling.md"
 RESULTS = ROOT / "benchmarks" / "results"
@@ -53,28 +54,23 @@ PLAIN += [("0.5B", 4, 16), ("0.5B", 8, 16), ("tiny", 32, 16)]
 
 def save_model(name: str, folder: Path) -> str:
     """A model of a shape with random weights and the tests' tokenizer."""
-    from tiny_models import make_tokenizer, save_tiny_model
-    from transformers import AutoModelForCausalLM, Qwen2Config
+    from tiny_models import save_tiny_model
+    from transformers import Qwen2Config
 
     if name == "tiny":
         return str(save_tiny_model(folder, "llama"))
-    shape, tokenizer = SHAPES[name], make_tokenizer()
-    config = Qwen2Config(
-        vocab_size=shape.vocabulary,
+    shape = SHAPES[name]
+    return save_random_model(
+        Qwen2Config,
+        folder,
+        shape.vocabulary,
         hidden_size=shape.hidden,
         intermediate_size=shape.intermediate,
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
         num_key_value_heads=shape.kv_heads,
         tie_word_embeddings=shape.tied,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        dtype="float32",
     )
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
 
 
 def measure_plain(embedded: str, rounds: int) -> dict:

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks.machine import ROOT, plain_environment, provenance, run_measured, write_result
+from benchmarks.random_model import save_random_model
 
 SEPARATE = "actor_rollout_ref.share_prompt=False"
 ARMS: dict[str, list[str]] = {
@@ -58,14 +59,14 @@ def overrides_of(case: Case, model: str) -> list[str]:
     ]
 
 
-def save_random_model(folder: Path) -> None:
+def save_small_model(folder: Path) -> str:
     """A Llama of 27 million random parameters that takes long prompts."""
-    from tiny_models import make_tokenizer
-    from transformers import AutoModelForCausalLM, LlamaConfig
+    from transformers import LlamaConfig
 
-    tokenizer = make_tokenizer()
-    config = LlamaConfig(
-        vocab_size=8192,
+    return save_random_model(
+        LlamaConfig,
+        folder,
+        8192,
         hidden_size=512,
         intermediate_size=1408,
         num_hidden_layers=8,
@@ -73,13 +74,7 @@ def save_random_model(folder: Path) -> None:
         num_key_value_heads=4,
         max_position_embeddings=2048,
         tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        dtype="float32",
     )
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 def pairs_of(case: Case):
@@ -171,7 +166,7 @@ def main() -> None:
     results: dict[str, dict[str, dict]] = {case: {} for case in options.cases}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        save_random_model(folder / "model")
+        save_small_model(folder / "model")
         for case in options.cases:
             model = options.model if CASES[case].embedded_model else str(folder / "model")
             common = [*overrides_of(CASES[case], model), *options.overrides]

@@ -6,6 +6,7 @@ through to it. A GPU computes segment by segment with kernels of variable length
 
 import inspect
 from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -129,12 +130,17 @@ def torch_kernel(
 ) -> Tensor:
     """torch's variable-length flash attention, part of torch since 2.10; `back` positions are seen, -1 all."""
     options = {"scale": scaling, "window_size": (back, 0)}
-    if "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters:
+    if _groups_queries(varlen.varlen_attn):
         options["enable_gqa"] = True
     else:  # before torch 2.12
         groups = query.shape[1] // key.shape[1]
         key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
     return varlen.varlen_attn(query, key, value, query_bounds, key_bounds, longest_query, longest_key, **options)
+
+
+@cache
+def _groups_queries(kernel: Callable[..., Tensor]) -> bool:
+    return "enable_gqa" in inspect.signature(kernel).parameters
 
 
 def _softcapping_kernel(softcap: float) -> Callable[..., Tensor]:

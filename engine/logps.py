@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from recipe.spin.core_algos import sequence_logps
+from recipe.spin.engine.rows import pad_parts
 
 CHUNK = 128  # tokens whose logits are in fp32 at a time
 
@@ -57,8 +58,5 @@ def response_values(token_values: Tensor, mask: Tensor, lengths: list[int], aver
     """Sum, or with `average` the mean, of each response's token values that count: (R,), (R,) -> (N,).
 
     This is where token log-probs become log-probs of responses (core_algos.sequence_logps)."""
-    values, counted = (
-        torch.nn.utils.rnn.pad_sequence(list(tensor.split(lengths)), batch_first=True)
-        for tensor in (token_values, mask)
-    )
+    values, counted = (pad_parts(tensor, lengths) for tensor in (token_values, mask))
     return sequence_logps(values, counted, average=average)

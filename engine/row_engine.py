@@ -30,6 +30,8 @@ class RowEngine(FSDPEngineWithLMHead):
     response token).
     """
 
+    MODEL_TYPE: str  # the engine's name in verl's registry
+
     def __init__(self, model_config, engine_config, optimizer_config, checkpoint_config):
         model_config.model_type = "language_model"  # what verl loads; the engine's own name chose it in the registry
         super().__init__(model_config, engine_config, optimizer_config, checkpoint_config)
@@ -106,7 +108,12 @@ def _by_row(values: torch.Tensor, responses: list[list[int]]) -> torch.Tensor:
     return torch.nested.nested_tensor_from_jagged(values, bounds)
 
 
-@EngineRegistry.register(model_type="rows_share_prompts", backend=["fsdp", "fsdp2"], device=["cuda", "npu"])
+def register(engine: type[RowEngine]) -> type[RowEngine]:
+    """Enters an engine into verl's registry under its MODEL_TYPE, where verl's own stands for single sequences."""
+    return EngineRegistry.register(engine.MODEL_TYPE, backend=["fsdp", "fsdp2"], device=["cuda", "npu"])(engine)
+
+
+@register
 class SharedPromptEngine(RowEngine):
     """A micro-batch is one packed sequence in which every prompt stands once (packing.py, attention.py)."""
 
@@ -136,7 +143,7 @@ class SharedPromptEngine(RowEngine):
         return inputs, {"labels": packed.labels, "mine": mine, "places": None}
 
 
-@EngineRegistry.register(model_type="rows_copy_prompts", backend=["fsdp", "fsdp2"], device=["cuda", "npu"])
+@register
 class SeparateEngine(RowEngine):
     """Each response is a sequence with its own copy of the prompt, laid out and attended to as by verl."""
 

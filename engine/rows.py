@@ -38,6 +38,11 @@ def pad_rows(nested: torch.Tensor) -> torch.Tensor:
     return torch.nn.utils.rnn.pad_sequence(list(nested.unbind()), batch_first=True)
 
 
+def pad_parts(values: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+    """Stretches of a flat tensor, of these lengths, as rows of a table (N, T), zeros behind their ends."""
+    return torch.nn.utils.rnn.pad_sequence(list(values.split(lengths)), batch_first=True)
+
+
 def trajectory_place(key: str) -> tuple[str, int, int]:
     """Sorts verl's keys `uid_response_turn` of trajectories by prompt and response."""
     uid, response, turn = key.rsplit("_", 2)
@@ -99,7 +104,7 @@ def pair_totals(rows: TensorDict) -> tuple[list[float], list[float]]:
     columns = (rows[name].unbind() for name in ("pair_weight", "chosen", "loss_mask"))
     weights, lengths = [], []
     for weight, chosen, mask, (_, *answers) in zip(*columns, row_lists(rows["segments"]), strict=True):
-        counted = torch.stack([part.sum() for part in mask.split(answers)])
+        counted = pad_parts(mask, answers).sum(-1)
         weights.append(weight.sum().item())
         lengths.append((weight * counted[chosen]).sum().item())
     return weights, lengths

@@ -204,7 +204,7 @@ def test_a_run_of_trl_has_what_the_benchmark_reads(tiny_models, sums, tmp_path):
 
 @pytest.mark.slow
 def test_the_worker_is_measured_without_ray(tmp_path):
-    update.save_random_model(tmp_path / "model")
+    update.save_small_model(tmp_path / "model")
     case = update.CASES["long"]
     overrides = [*update.overrides_of(case, str(tmp_path / "model")), *update.ARMS["the prompt once"]]
     found = update.run_arm("long", overrides, 1, tmp_path)

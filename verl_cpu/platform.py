@@ -124,10 +124,7 @@ class PlatformCPU(PlatformBase):
     def nvtx_range(self, msg: str):
         yield
 
-    def empty_cache(self) -> None:
-        _DEVICE.empty_cache()
-
     def _ignore(self, *args, **kwargs) -> None:
         """Device calls that have no meaning on a CPU."""
 
-    set_device = synchronize = set_allocator_settings = profiler_start = profiler_stop = cudart = _ignore
+    set_device = synchronize = empty_cache = set_allocator_settings = profiler_start = profiler_stop = cudart = _ignore
