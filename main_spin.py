@@ -9,7 +9,7 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from recipe.spin.config_check import ConfigError, check_config
+from recipe.spin.run.check import ConfigError, check_config
 
 FOLDER = Path(__file__).resolve().parent
 OmegaConf.register_new_resolver("spin_folder", lambda name: str(FOLDER / name), replace=True)
@@ -37,7 +37,7 @@ class TaskRunner:
     def trainer_class(config: DictConfig) -> type:
         """The trainer that the config asks for; a recipe of yours may give its own."""
         if config.algorithm.preference_source == "self_play":
-            from recipe.spin.self_play import SelfPlayTrainer
+            from recipe.spin.preferences.self_play import SelfPlayTrainer
 
             return SelfPlayTrainer
         from recipe.spin.spin_trainer import SpinTrainer
@@ -49,7 +49,7 @@ class TaskRunner:
         import transfer_queue as tq
         from verl.utils.logging_utils import configure_verl_logging
 
-        from recipe.spin.agent_loop import RolloutManager
+        from recipe.spin.rollout.agent_loop import RolloutManager
 
         def start_agent_loop() -> RolloutManager:
             tq.init(config.transfer_queue)
@@ -87,8 +87,8 @@ def run_spin(config: DictConfig) -> None:
     from verl.trainer.main_ppo import run_ppo
     from verl.utils.config import validate_config
 
-    from recipe.spin import report
-    from recipe.spin.run_monitor import TASK_RUNNER, RunMonitor
+    from recipe.spin.run import report
+    from recipe.spin.run.monitor import TASK_RUNNER, RunMonitor
 
     validate_config(config, use_reference_policy=True, use_critic=False)
     runner = TaskRunnerClass(name=TASK_RUNNER, num_cpus=1, max_concurrency=2)

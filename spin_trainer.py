@@ -25,13 +25,13 @@ from verl.utils.py_functional import rename_dict
 from verl.workers.rollout.replica import RolloutReplicaRegistry
 
 from recipe.spin import verl_patches
-from recipe.spin.agent_loop import SAMPLING_SEED, RolloutClient, WholeRounds
 from recipe.spin.core_algos import PreferencePairs, beta_at, compute_onlineDPO_pref, penalize_missing_eos
 from recipe.spin.dp_actor import DPOSettings
 from recipe.spin.engine.plan import plan_mini_batches
 from recipe.spin.engine.rows import arrange, build_rows, nest, pad_rows, pair_totals, trajectory_place
 from recipe.spin.fsdp_workers import SpinWorker
-from recipe.spin.held_out import HeldOutValidation
+from recipe.spin.rollout.agent_loop import SAMPLING_SEED, RolloutClient, WholeRounds
+from recipe.spin.rollout.held_out import HeldOutValidation
 
 RESPONSE_FIELDS = ["prompts", "responses", "response_mask", "rollout_log_probs"]
 
@@ -374,6 +374,6 @@ def sends_rounds(rollout) -> bool:
 
 
 def _load_replica() -> type:
-    from recipe.spin.rollout_server import RolloutReplica  # imports vLLM
+    from recipe.spin.rollout.server import RolloutReplica  # imports vLLM
 
     return RolloutReplica

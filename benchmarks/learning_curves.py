@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from recipe.spin.report import held_out_accuracy
+from recipe.spin.run.report import held_out_accuracy
 
 ROOT = Path(__file__).resolve().parents[1]
 PICTURE = ROOT / "docs" / "learning_curves.png"

@@ -1,4 +1,4 @@
-"""A run that config_check accepts, for the tests that spoil one thing of it."""
+"""A run that check_config accepts, for the tests that spoil one thing of it."""
 
 import copy
 import json
@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from worker_harness import compose
 
-from recipe.spin.config_check import ConfigError, check_config
+from recipe.spin.run.check import ConfigError, check_config
 
 REFUSED = (ConfigError, HydraException, OmegaConfBaseException)
 SUM = "def compute_score(data_source, solution_str, ground_truth, extra_info=None):\n    return 1.0\n"

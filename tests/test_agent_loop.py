@@ -11,9 +11,9 @@ from verl.trainer.ppo.v1 import agent_loop_tq
 from verl.utils import tensordict_utils as tu
 from verl.workers.rollout.replica import TokenOutput
 
-from recipe.spin import agent_loop
-from recipe.spin.agent_loop import RolloutClient, RolloutWorker, WholeRounds
-from recipe.spin.rounds import Round
+from recipe.spin.rollout import agent_loop
+from recipe.spin.rollout.agent_loop import RolloutClient, RolloutWorker, WholeRounds
+from recipe.spin.rollout.rounds import Round
 
 
 class Server:

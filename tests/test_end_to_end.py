@@ -254,7 +254,7 @@ def test_self_play_on_supervised_data(conversations, task, tiny_llama, tmp_path)
         "algorithm.preference_source=self_play",
         f"data.train_files={conversations}/train.parquet",
         f"data.val_files={conversations}/test.parquet",
-        f"reward.custom_reward_function.path={ROOT}/self_play_data.py",
+        f"reward.custom_reward_function.path={ROOT}/preferences/self_play_data.py",
         "trainer.test_freq=4",
         "actor_rollout_ref.actor.optim.lr=1e-3",
         "actor_rollout_ref.actor.calculate_entropy=True",

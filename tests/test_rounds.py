@@ -3,7 +3,7 @@
 import asyncio
 import types
 
-from recipe.spin.rounds import RoundServing
+from recipe.spin.rollout.rounds import RoundServing
 
 
 class Engine:

@@ -9,8 +9,8 @@ from omegaconf import OmegaConf
 from tensordict import TensorDict
 from worker_harness import nest
 
-from recipe.spin.agent_loop import GREEDY, SAMPLING_SEED
-from recipe.spin.held_out import HeldOutRows
+from recipe.spin.rollout.agent_loop import GREEDY, SAMPLING_SEED
+from recipe.spin.rollout.held_out import HeldOutRows
 from recipe.spin.spin_trainer import SpinTrainer
 
 

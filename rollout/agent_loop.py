@@ -18,7 +18,7 @@ from verl.workers.rollout.llm_server import LLMServerClient
 from verl.workers.rollout.replica import TokenOutput
 
 from recipe.spin import verl_patches
-from recipe.spin.rounds import Request, Round, Session
+from recipe.spin.rollout.rounds import Request, Round, Session
 
 # Columns that SpinTrainer adds to a batch of prompts
 GREEDY = "spin_greedy"  # answer greedily, whatever the sampling parameters say

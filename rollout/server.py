@@ -5,7 +5,7 @@ from verl.workers.rollout.replica import TokenOutput
 from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, vLLMReplica
 from vllm.sampling_params import RequestOutputKind
 
-from recipe.spin.rounds import RoundServing
+from recipe.spin.rollout.rounds import RoundServing
 
 
 class RolloutServer(RoundServing, vLLMHttpServer):

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from recipe.spin.agent_loop import GREEDY, SAMPLING_SEED
+from recipe.spin.rollout.agent_loop import GREEDY, SAMPLING_SEED
 
 
 class HeldOutValidation:

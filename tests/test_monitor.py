@@ -6,8 +6,8 @@ from multiprocessing import shared_memory
 import psutil
 import pytest
 
-from recipe.spin import run_monitor
-from recipe.spin.run_monitor import RunMonitor
+from recipe.spin.run import monitor as run_monitor
+from recipe.spin.run.monitor import RunMonitor
 
 
 @pytest.fixture

@@ -1,0 +1,1 @@
+"""Who prefers: where the pairs that a step trains on come from."""

@@ -1,0 +1,1 @@
+"""How prompts reach vLLM and how the answers come back."""

@@ -1,0 +1,1 @@
+"""Around a run: what is checked before it, what is watched during it, what is reported after it."""
