@@ -10,6 +10,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from recipe.spin.run.check import ConfigError, check_config
+from recipe.spin.run.model_files import fit_weight_bucket
 
 FOLDER = Path(__file__).resolve().parent
 OmegaConf.register_new_resolver("spin_folder", lambda name: str(FOLDER / name), replace=True)
@@ -139,6 +140,7 @@ def main(config: DictConfig) -> None:
     try:
         OmegaConf.resolve(config)
         check_config(config)
+        fit_weight_bucket(config)
     except ConfigError as error:
         sys.exit(f"error: {error}")
     try:

@@ -236,7 +236,7 @@ class SpinTrainer(HeldOutValidation, PPOTrainerSync):
             log_probs = pad_rows(responses["rollout_log_probs"])
             metrics["rollout/entropy"] = (-(log_probs * mask).sum() / mask.sum()).item()
         info = [fields.get("reward_extra_info", {}) for fields in extra]
-        if all("acc" in one for one in info):
+        if all("acc" in one and "score" in one for one in info):  # verl calls a plain number `acc` as well
             metrics["score/accuracy"] = float(np.mean([one["acc"] for one in info]))
         return metrics
 

@@ -19,10 +19,15 @@ class HeldOutValidation:
             self.val_dataloader = loader
 
     def _val_metrics_update(self, data_sources, sample_uids, infos, turns, expected_acc_counts=None):
-        """verl's metrics of the answers that `val_kwargs` ask for, and of the greedy ones under names of their own."""
+        """verl's metrics of the answers that `val_kwargs` ask for, and of the greedy ones under names of their own.
+
+        Raises:
+            RuntimeError: when more answers failed than `trainer.max_failed_validation` allows.
+        """
+        infos = without_made_up_accuracy(infos)
         uids = [uid for _, uid in expected_acc_counts]  # one a row, in the rows' order
         greedy_prompts = {uid for uid, greedy in zip(uids, self._held_out.greedy, strict=True) if greedy}
-        metrics = {}
+        metrics = {"val-failed/answers": self._failed_share(len(sample_uids), sum(expected_acc_counts.values()))}
         for greedy, prefix in ((False, "val-"), (True, "val-greedy-")):
             places = [place for place, uid in enumerate(sample_uids) if (uid in greedy_prompts) == greedy]
             if places:
@@ -35,6 +40,26 @@ class HeldOutValidation:
                 )
                 metrics |= {name.replace("val-", prefix, 1): value for name, value in part.items()}
         return metrics
+
+    def _failed_share(self, answers: int, expected: int) -> float:
+        """Share of the answers that generating or scoring failed to give; verl counts them as wrong, or not at all."""
+        share, limit = 1 - answers / expected, self.config.trainer.max_failed_validation
+        if share > limit:
+            raise RuntimeError(
+                f"step {self.global_steps}: {expected - answers} of {expected} held-out answers failed, and "
+                f"trainer.max_failed_validation={limit} is the share that may; mend the cause, which the logs of the "
+                "agent loop's worker hold, or raise it"
+            )
+        return share
+
+
+def without_made_up_accuracy(infos: dict[str, list]) -> dict[str, list]:
+    """What is known of each answer, without the `acc` that verl adds where a reward is a number and not a dict."""
+    if "acc" not in infos:
+        return infos
+    graded = infos.get("score") or [None] * len(infos["acc"])
+    acc = [value if score is not None else None for value, score in zip(infos["acc"], graded, strict=True)]
+    return infos | {"acc": acc}
 
 
 class HeldOutRows:

@@ -54,10 +54,19 @@ def held_out_accuracy(metrics: dict[str, float]) -> dict[str, float]:
     return found
 
 
+def held_out_measure(history: dict[int, dict[str, float]]) -> str:
+    """What `held_out_accuracy` finds: "accuracy", or "score" where the reward gives no `acc`."""
+    names = [
+        name for metrics in history.values() for name in metrics if name.startswith(("val-core/", "val-greedy-core/"))
+    ]
+    return "accuracy" if any("/acc/" in name for name in names) else "score"
+
+
 def summarize(history: dict[int, dict[str, float]]) -> dict:
-    """Held-out accuracy at the first and the last validation, and the number of steps."""
+    """Held-out accuracy (or score) at the first and the last validation, and the number of steps."""
     held_out = [accuracy for metrics in history.values() if (accuracy := held_out_accuracy(metrics))]
     return {
+        "measure": held_out_measure(history),
         "before": held_out[0] if held_out else {},
         "after": held_out[-1] if len(held_out) > 1 else {},
         "steps": max(history, default=0),
@@ -74,7 +83,7 @@ def latest_checkpoint(folder: Path) -> str | None:
 
 
 def plot(history: dict[int, dict[str, float]], path: Path) -> None:
-    """Draws the accuracy on training and held-out prompts, and the implicit reward margin, over steps."""
+    """Draws the accuracy (or score) on training and held-out prompts, and the implicit reward margin, over steps."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -94,7 +103,7 @@ def plot(history: dict[int, dict[str, float]], path: Path) -> None:
     curve(left, training, "training prompts, sampled", "-")
     for kind, style in (("sampled", "o--"), ("greedy", "s--")):
         curve(left, {step: a[kind] for step, a in held_out.items() if kind in a}, f"held-out prompts, {kind}", style)
-    left.set(title="Accuracy", xlabel="step")
+    left.set(title=held_out_measure(history).capitalize(), xlabel="step")
     curve(right, metric("rewards/margins"), "implicit reward margin", "-")
     curve(right, metric("actor/loss"), "DPO loss", "-")
     right.set(title="Preference pairs", xlabel="step")
@@ -129,7 +138,7 @@ def print_summary(summary: dict, folder: Path) -> None:
     lines = [f"SPIN: {summary['steps']} steps in {summary['seconds'] / 60:.1f} minutes"]
     for kind in summary["before"]:
         before, after = summary["before"][kind], summary["after"].get(kind, float("nan"))
-        lines.append(f"  held-out accuracy, {kind + ':':9} {before:.3f} before, {after:.3f} after")
+        lines.append(f"  held-out {summary['measure']}, {kind + ':':9} {before:.3f} before, {after:.3f} after")
     lines += [
         f"  peak memory of all processes: {summary['peak_memory_gb']} GB",
         f"  checkpoint (from_pretrained): {summary['checkpoint'] or 'none was saved (trainer.save_freq)'}",

@@ -1,7 +1,10 @@
+import huggingface_hub
 import pytest
-from checkable_run import Run
+from checkable_run import Run, hub_without_network
 from tiny_models import ARCHITECTURES, save_tiny_model
 from worker_harness import Ranks
+
+from recipe.spin.run import model_files
 
 
 @pytest.fixture(scope="session")
@@ -12,8 +15,10 @@ def tiny_models(tmp_path_factory) -> dict[str, str]:
 
 
 @pytest.fixture
-def run(tmp_path, tiny_models) -> Run:
-    """A run that could start."""
+def run(tmp_path, tiny_models, monkeypatch) -> Run:
+    """A run that could start, on a machine from which the hub cannot be asked for names that it has."""
+    monkeypatch.setattr(huggingface_hub, "model_info", hub_without_network)
+    model_files._is_on_hub.cache_clear()
     return Run(tmp_path, tiny_models["llama"])
 
 

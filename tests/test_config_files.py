@@ -1,35 +1,21 @@
-"""Models, data and rewards that cannot work are refused before Ray starts, by one message with the remedy."""
+"""Data that cannot work is refused before Ray starts, by one message with the remedy."""
 
-import shutil
+import json
 from pathlib import Path
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
 from checkable_run import row, write_rows
+from transformers import AutoTokenizer
 
 
-# ---- Model -----------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(
-    ("missing", "words"),
-    [("*.safetensors", "weights"), ("tokenizer.json", "tokenizer"), ("config.json", "config.json")],
-)
-def test_incomplete_model_folder(run, tmp_path, missing, words):
-    folder = shutil.copytree(run.settings["actor_rollout_ref.model.path"], tmp_path / "model")
-    for file in folder.glob(missing):
-        file.unlink()
-    message = run.refusal(f"actor_rollout_ref.model.path={folder}")
-    assert message.startswith("actor_rollout_ref.model.path=") and str(folder) in message
-    assert words in message and "save_pretrained" in message
+@pytest.fixture(scope="session")
+def tokenizer(tiny_models):
+    return AutoTokenizer.from_pretrained(tiny_models["llama"])
 
 
-@pytest.mark.parametrize("name", ["/no/such/folder", "./model", "~/no-such-model", "a-name", "a/b/c"])
-def test_missing_model_folder(run, name):
-    message = run.refusal(f"actor_rollout_ref.model.path='{name}'")
-    assert f"actor_rollout_ref.model.path='{name}'" in message and "no such folder" in message
-
-
-# ---- Data ------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("key", ["data.train_files", "data.val_files"])
 def test_missing_data_file(run, tmp_path, key):
     message = run.refusal(f"{key}={tmp_path}/absent.parquet")
@@ -146,8 +132,8 @@ def test_faulty_row_is_named(run, tmp_path, bad, words):
 
 def test_ground_truth_is_not_asked_for_with_a_reward_model(run, tmp_path):
     rows = [{"data_source": "sums", "prompt": row(number)["prompt"]} for number in range(4)]
-    path = write_rows(tmp_path / "data.jsonl", rows)
-    run.check(f"data.train_files={path}", f"data.val_files={path}", "reward.reward_model.enable=True")
+    train, held_out = (write_rows(tmp_path / name, rows) for name in ("train.jsonl", "test.jsonl"))
+    run.check(f"data.train_files={train}", f"data.val_files={held_out}", "reward.reward_model.enable=True")
 
 
 def test_fewer_rows_than_a_batch(run):
@@ -156,21 +142,114 @@ def test_fewer_rows_than_a_batch(run):
     assert "data.train_batch_size=9" in message and "lower data.train_batch_size" in message
 
 
-# ---- Reward ----------------------------------------------------------------------------------------------------------
+# ---- What verl reads, and what it would choke on ---------------------------------------------------------------------
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("name", "write"),
     [
-        (None, ["reward.custom_reward_function.path", "no such file"]),
-        ("x = 1\ndef compute_score(:\n", ["reward.custom_reward_function.path", "line 2", "correct"]),
-        ("def score():\n    pass\n", ["reward.custom_reward_function.name='compute_score'", "defines score"]),
-        ("x = 1\n", ["reward.custom_reward_function.name='compute_score'", "defines x"]),
-        ("", ["reward.custom_reward_function.name='compute_score'", "no function"]),
+        ("array.json", lambda lines: b"[" + b",\n".join(lines) + b"]"),
+        ("mark.jsonl", lambda lines: b"\xef\xbb\xbf" + b"\n".join(lines)),
+        ("blank.jsonl", lambda lines: b"\n\n" + b"\n\n".join(lines) + b"\n\n"),
     ],
-    ids=["missing", "syntax", "other-function", "no-function", "empty"],
+    ids=["array", "byte order mark", "blank lines"],
 )
-def test_reward_file(run, tmp_path, text, words):
-    path = tmp_path / "my_reward.py"
-    if text is not None:
-        path.write_text(text)
-    message = run.refusal(f"reward.custom_reward_function.path={path}")
-    assert [word for word in [*words, str(path)] if word not in message] == [], message
+def test_json_as_verl_reads_it(run, tmp_path, name, write):
+    lines = [json.dumps(row(number)).encode() for number in range(4)]
+    path = tmp_path / name
+    path.write_bytes(write(lines))
+    run.check(f"data.train_files={path}")
+    assert len(datasets.load_dataset("json", data_files=str(path), cache_dir=tmp_path / "cache")["train"]) == 4
+
+
+def test_broken_json_array(run, tmp_path):
+    path = tmp_path / "data.json"
+    path.write_text("[" + json.dumps(row(1)))
+    message = run.refusal(f"data.train_files={path}")
+    assert message.startswith(f"data.train_files='{path}'") and "not JSON in UTF-8" in message
+
+
+@pytest.mark.parametrize("column", ["session_id", "responses"])
+def test_a_column_that_the_rollout_adds_is_refused(run, tmp_path, column):
+    path = write_rows(tmp_path / "data.jsonl", [row(number) | {column: "x"} for number in range(4)])
+    message = run.refusal(f"data.val_files={path}")
+    assert message.startswith(f"data.val_files='{path}', row 0: ") and f"'{column}'" in message and "rename" in message
+
+
+@pytest.mark.parametrize("content", [3, [], [3], ["text"], {"text": "x"}, True])
+def test_a_message_without_text_is_refused(run, tmp_path, content):
+    bad = row(2) | {"prompt": [{"role": "user", "content": content}]}
+    message = run.refusal(f"data.train_files={write_rows(tmp_path / 'data.jsonl', [row(0), bad, row(1), row(3)])}")
+    assert "row 1" in message and "'content': text" in message
+
+
+def test_a_message_in_parts_passes(run, tmp_path):
+    template = "actor_rollout_ref.model.custom_chat_template='{{ messages[0].content[0].text }}'"
+    prompt = [{"role": "user", "content": [{"type": "text", "text": "What is 1 + 1?"}]}]
+    files = [
+        write_rows(tmp_path / name, [row(n) | {"prompt": prompt} for n in range(4)]) for name in ("a.json", "b.json")
+    ]
+    run.check(f"data.train_files={files[0]}", f"data.val_files={files[1]}", template)
+
+
+def test_the_training_file_is_not_held_out(run):
+    message = run.refusal(f"data.val_files={run.settings['data.train_files']}")
+    assert message.startswith("data.val_files=") and "must not be trained on" in message
+
+
+# ---- Lengths and numbers ---------------------------------------------------------------------------------------------
+def question(words: int) -> dict:
+    return row(1) | {"prompt": [{"role": "user", "content": "What " * words}]}
+
+
+def test_a_prompt_that_is_too_long_is_refused(run, tmp_path):
+    path = write_rows(tmp_path / "data.jsonl", [row(0), question(200), row(1), question(300), row(2)])
+    message = run.refusal(f"data.train_files={path}")
+    assert message.startswith(f"data.train_files='{path}', row 1: the prompt has ") and "2 of 5 rows" in message
+    assert "more than data.max_prompt_length=64" in message and "data.filter_overlong_prompts=True" in message
+
+
+def test_lengths_are_those_of_the_chat_template(run, tokenizer):
+    """A limit of exactly the longest prompt passes, one token less does not."""
+    prompts = [row(number)["prompt"] for number in range(8)]
+    longest = max(len(tokenizer.apply_chat_template(p, add_generation_prompt=True)["input_ids"]) for p in prompts)
+    run.check(f"data.max_prompt_length={longest}")
+    message = run.refusal(f"data.max_prompt_length={longest - 1}")
+    assert f"the prompt has {longest} tokens" in message and "data.val_files" in message  # all files are looked at
+
+
+def test_prompts_that_are_too_long_are_left_out(run, tmp_path):
+    path = write_rows(tmp_path / "data.jsonl", [question(200), *map(row, range(4)), question(200)])
+    run.check(f"data.train_files={path}", "data.filter_overlong_prompts=True")
+    message = run.refusal(f"data.train_files={path}", "data.filter_overlong_prompts=True", "data.train_batch_size=5")
+    assert "data.train_files holds 4 prompts of at most data.max_prompt_length=64 tokens" in message
+
+
+@pytest.mark.parametrize("key", ["data.train_files", "data.val_files"])
+def test_all_prompts_left_out(run, tmp_path, key):
+    path = write_rows(tmp_path / "data.jsonl", [question(200)] * 4)
+    message = run.refusal(f"{key}={path}", "data.filter_overlong_prompts=True")
+    assert message.startswith(f"{key}='{path}': all prompts are longer than data.max_prompt_length=64")
+
+
+def test_a_prompt_that_the_template_does_not_take(run):
+    template = "\"{{ raise_exception('system messages are not supported') }}\""
+    message = run.refusal(f"actor_rollout_ref.model.custom_chat_template={template}")
+    assert "data.train_files=" in message and "row 0: the chat template does not take the messages" in message
+    assert "system messages are not supported" in message
+
+
+def test_more_held_out_answers_than_the_queue_holds(run, tmp_path):
+    path = write_rows(tmp_path / "data.jsonl", [row(number) for number in range(1001)])
+    message = run.refusal(f"data.val_files={path}")
+    assert "transfer_queue.backend.SimpleStorage.total_storage_size=4000" in message
+    assert "1001 held-out prompts with 5 answers each make 5005" in message and "data.val_max_samples" in message
+    run.check(f"data.val_files={path}", "data.val_max_samples=800")
+    run.check(f"data.val_files={path}", "data.val_batch_size=500")
+
+
+def test_faults_of_several_files_are_all_told(run, tmp_path):
+    (tmp_path / "train.jsonl").write_text("{")
+    message = run.refusal(
+        f"data.train_files={tmp_path}/train.jsonl", "data.val_files=/absent.parquet", "trainer.save_freq=often"
+    )
+    assert message.startswith("3 faults\n  1. trainer.save_freq='often'")
+    assert "\n  2. data.train_files=" in message and "\n  3. data.val_files='/absent.parquet'" in message

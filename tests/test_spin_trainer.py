@@ -66,14 +66,45 @@ def test_held_out_prompts_are_answered_once_where_all_answers_are_greedy(trainer
     assert batches[0]["__rollout_n__"].tolist() == [3, 3]
 
 
-def test_greedy_answers_have_metrics_of_their_own(trainer):
-    """Three samples and a greedy answer for each of two prompts, in the order in which they came."""
+RIGHT = [1, 0, 0, 1, 0, 1, 1, 0]
+
+
+def validate(trainer, infos: dict[str, list], answers: int = 8, max_failed: float = 0.0) -> dict[str, float]:
+    """Metrics of three samples and a greedy answer for each of two prompts, in the order in which they came."""
+    trainer.config = OmegaConf.create({"trainer": {"max_failed_validation": max_failed}})
     trainer._held_out = types.SimpleNamespace(greedy=[False, True, False, True])
     expected = {("sums", "a"): 3, ("sums", "a+"): 1, ("sums", "b"): 3, ("sums", "b+"): 1}
     uids = ["b", "b", "a", "b+", "a", "a+", "a", "b"]
-    right = [1, 0, 0, 1, 0, 1, 1, 0]
-    infos = {"reward": [2.0 * value for value in right], "acc": right}
-    metrics = trainer._val_metrics_update(["sums"] * 8, uids, infos, [2] * 8, expected_acc_counts=expected)
+    infos = {name: values[:answers] for name, values in infos.items()}
+    sources, turns = ["sums"] * answers, [2] * answers
+    return trainer._val_metrics_update(sources, uids[:answers], infos, turns, expected_acc_counts=expected)
+
+
+def test_greedy_answers_have_metrics_of_their_own(trainer):
+    infos = {"reward": [2.0 * value for value in RIGHT], "score": RIGHT, "acc": RIGHT}
+    metrics = validate(trainer, infos)
     assert metrics["val-core/sums/acc/mean@3"] == pytest.approx(2 / 6)
     assert metrics["val-greedy-core/sums/acc/mean@1"] == 1
     assert metrics["val-aux/num_turns/mean"] == metrics["val-greedy-aux/num_turns/mean"] == 2
+    assert metrics["val-failed/answers"] == 0
+
+
+def test_a_reward_that_is_a_number_is_no_accuracy(trainer):
+    """verl calls it `acc` as well, and beside it there is no `score`."""
+    metrics = validate(trainer, {"reward": [0.5 * value for value in RIGHT], "acc": [0.5 * value for value in RIGHT]})
+    assert metrics["val-core/sums/reward/mean@3"] == pytest.approx(1 / 6)
+    assert metrics["val-greedy-core/sums/reward/mean@1"] == 0.5
+    assert not [name for name in metrics if "/acc/" in name]
+    response = torch.ones(1, 2)
+    for info, expected in (({"acc": 0.5}, None), ({"acc": 1.0, "score": 0.5}, 1.0)):
+        extra = [{"reward_extra_info": info}]
+        assert trainer._response_metrics(response, response, response, {}, extra).get("score/accuracy") == expected
+
+
+def test_held_out_answers_that_failed_stop_the_run_above_a_share(trainer):
+    infos = {"reward": RIGHT, "score": RIGHT, "acc": RIGHT}
+    with pytest.raises(RuntimeError, match=r"step 7: 2 of 8 held-out answers failed.*max_failed_validation=0\.0"):
+        validate(trainer, infos, answers=6)
+    with pytest.raises(RuntimeError, match="max_failed_validation=0.2"):
+        validate(trainer, infos, answers=6, max_failed=0.2)
+    assert validate(trainer, infos, answers=6, max_failed=0.25)["val-failed/answers"] == 0.25

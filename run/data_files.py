@@ -1,0 +1,243 @@
+"""The files of prompts: readable, with the columns that a run needs, and with prompts of a length that it can use."""
+
+import codecs
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain, islice
+from pathlib import Path
+
+from recipe.spin.run.faults import ConfigError, Settings
+from recipe.spin.run.model_files import load_tokenizer
+from recipe.spin.run.rules import ROLLOUT, is_self_play, require_queue
+
+TRAIN, VAL = "data.train_files", "data.val_files"
+# Columns of a response, which a column of the data by the same name would overwrite, or meet in a call
+TAKEN = {
+    "uid",
+    "session_id",
+    "trajectory",
+    "trace",
+    "global_steps",
+    "validate",
+    "prompts",
+    "responses",
+    "response_mask",
+}
+TAKEN |= {"loss_mask", "input_ids", "position_ids", "rm_scores", "rollout_log_probs", "num_turns", "metrics"}
+TAKEN |= {"extra_fields", "multi_modal_inputs"}
+CHUNK = 256  # prompts that are measured at once
+
+
+def check_data(settings: Settings) -> None:
+    """Every file must be readable and its rows must be prompts; there must be enough of them for a batch."""
+    files = {key: _files(settings[key]) for key in (TRAIN, VAL)}
+    train, val = ({Path(file).expanduser().resolve() for file in files[key]} for key in (TRAIN, VAL))
+    settings.require(not train & val, VAL, "held-out prompts must not be trained on; name a file of others")
+    prompts: dict[str, list[Prompts]] = {TRAIN: [], VAL: []}
+    for key in (TRAIN, VAL):
+        local = [file for file in files[key] if "://" not in file]  # others are fetched by verl
+        for file in local:
+            settings.run(partial(_read, key=key, file=file, prompts=prompts[key]))
+    if all(len(prompts[key]) == len(files[key]) for key in (TRAIN, VAL)):
+        settings.run(partial(_check_amounts, prompts=prompts), partial(_check_lengths, prompts=prompts))
+
+
+def _files(files: str | list[str]) -> list[str]:
+    return [files] if isinstance(files, str) else files
+
+
+def _read(settings: Settings, key: str, file: str, prompts: list["Prompts"]) -> None:
+    prompts.append(read_prompts(settings, key, file))
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The messages of each row of a file."""
+
+    key: str
+    file: str
+    messages: list[list[dict]]
+
+    def fault(self, row: int, fault: str) -> ConfigError:
+        return ConfigError(f"{self.key}={self.file!r}, row {row}: {fault}")
+
+
+# ---- Rows ------------------------------------------------------------------------------------------------------------
+def read_prompts(settings: Settings, key: str, file: str) -> Prompts:
+    """The prompts of a parquet, JSON-lines or JSON file.
+
+    Raises:
+        ConfigError: names the file, and the first row with a fault.
+    """
+    path = Path(file).expanduser()
+    if not path.is_file():
+        raise ConfigError(f"{key}={file!r}: there is no such file; make it (examples/) or name another")
+    rows = _read_rows(key, path)
+    if not rows:
+        raise ConfigError(f"{key}={file!r}: the file has no rows; make it again")
+    for number, row in enumerate(rows):
+        fault = _row_fault(row, settings)
+        if fault:
+            raise ConfigError(f"{key}={file!r}, row {number}: {fault}")
+    end = -1 if is_self_play(settings) else None  # there the last message is the response
+    return Prompts(key, file, [row[settings["data.prompt_key"]][:end] for row in rows])
+
+
+def _read_rows(key: str, path: Path) -> list:
+    import pyarrow
+    import pyarrow.parquet
+
+    if path.suffix in (".jsonl", ".json"):
+        return _read_json(key, path)
+    if path.suffix != ".parquet":
+        raise ConfigError(f"{key}={str(path)!r}: verl reads .parquet, .jsonl and .json; convert the file")
+    try:
+        return pyarrow.parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise ConfigError(f"{key}={str(path)!r}: not a readable parquet file ({error}); make it again") from error
+
+
+def _read_json(key: str, path: Path) -> list:
+    """An object a line, or an array of objects; as datasets reads them, with a byte order mark and empty lines."""
+    content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    if content.startswith(b"["):
+        try:
+            return json.loads(content)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{key}={str(path)!r}: not JSON in UTF-8 ({error}); make it again") from error
+    rows = []
+    for number, line in enumerate(content.splitlines(), start=1):
+        try:
+            rows += [json.loads(line)] if line.strip() else []
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(
+                f"{key}={str(path)!r}, line {number}: not JSON in UTF-8 ({error}); write one JSON object a line"
+            ) from error
+    return rows
+
+
+def _row_fault(row: dict, settings: Settings) -> str | None:
+    prompt_key = settings["data.prompt_key"]
+    if not isinstance(row, dict) or prompt_key not in row:
+        columns = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+        return f"no column {prompt_key!r} (it has {columns}); name the prompts' column in data.prompt_key"
+    messages = row[prompt_key]
+    if not isinstance(messages, list) or not messages:
+        return f"{prompt_key!r} must be a list of chat messages, not {str(messages)[:60]!r}"
+    for message in messages:
+        if not _is_message(message):
+            return f"{prompt_key!r} holds {str(message)[:60]!r}; a message is {{'role': ..., 'content': text}}"
+    if is_self_play(settings):
+        last = messages[-1]
+        if (
+            len(messages) < 2
+            or last["role"] != "assistant"
+            or not last["content"]
+            or not isinstance(last["content"], str)
+        ):
+            return f"{prompt_key!r} must end with the assistant's response to a prompt, not {str(last)[:60]!r}"
+        return None
+    taken = sorted(TAKEN & row.keys())
+    if taken:
+        return f"the column {taken[0]!r} has the name of one that the rollout adds; rename it"
+    return None if settings["reward.reward_model.enable"] else _reward_fault(row, settings["data.reward_fn_key"])
+
+
+def _is_message(message) -> bool:
+    """With a role and a text, or the parts of text and images that models of both take."""
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str) or not message["role"]:
+        return False
+    content = message.get("content")
+    parts = content if isinstance(content, list) and content else [None]
+    return isinstance(content, str) or all(isinstance(part, dict) and "type" in part for part in parts)
+
+
+def _reward_fault(row: dict, source_key: str) -> str | None:
+    reward_model = row.get("reward_model")
+    if not isinstance(reward_model, dict) or reward_model.get("ground_truth") is None:
+        return "no reward_model.ground_truth, which the reward function is called with; add the column"
+    if row.get(source_key) is None:
+        return f"no {source_key!r}, which the reward function is called with; add the column"
+    return None
+
+
+# ---- Numbers ---------------------------------------------------------------------------------------------------------
+def _check_amounts(settings: Settings, prompts: dict[str, list[Prompts]]) -> None:
+    rows = {key: sum(len(file.messages) for file in prompts[key]) for key in (TRAIN, VAL)}
+    batch, samples = settings["data.train_batch_size"], settings["data.train_max_samples"]
+    if rows[TRAIN] < batch:
+        raise _too_few(f"{rows[TRAIN]} prompts", batch)
+    settings.require(
+        samples <= 0 or samples >= batch,
+        "data.train_max_samples",
+        f"fewer prompts than data.train_batch_size={batch} make no step; raise it, or set -1 for all",
+    )
+    values, samples = f"{ROLLOUT}.val_kwargs", settings["data.val_max_samples"]
+    answers = settings[f"{values}.n"] + (settings[f"{values}.temperature"] > 0)  # a greedy one beside samples
+    held_out = min(rows[VAL], samples) if samples > 0 else rows[VAL]
+    together = min(held_out, settings["data.val_batch_size"] or held_out)
+    who = f"{together} held-out prompts with {answers} answers each make {together * answers}"
+    require_queue(settings, together * answers, who, "set data.val_max_samples or data.val_batch_size")
+
+
+def _too_few(prompts: str, batch: int) -> ConfigError:
+    return ConfigError(
+        f"{TRAIN} holds {prompts}, fewer than data.train_batch_size={batch}: add prompts or lower data.train_batch_size"
+    )
+
+
+# ---- Lengths ---------------------------------------------------------------------------------------------------------
+def _check_lengths(settings: Settings, prompts: dict[str, list[Prompts]]) -> None:
+    """verl leaves prompts that are too long out, where it is told to, and else answers them with what room is left."""
+    tokenizer = load_tokenizer(settings)
+    if tokenizer is None:
+        return
+    if not settings["data.filter_overlong_prompts"]:
+        for file in (*prompts[TRAIN], *prompts[VAL]):
+            settings.run(partial(_require_short, tokenizer=tokenizer, prompts=file))
+        return
+    limit, batch = settings["data.max_prompt_length"], settings["data.train_batch_size"]
+    for key, enough in ((TRAIN, batch), (VAL, 1)):
+        lengths = chain.from_iterable(_lengths(settings, tokenizer, file) for file in prompts[key])
+        kept = sum(1 for _ in islice(filter(limit.__ge__, lengths), enough))  # measures no more than it must
+        settings.require(
+            kept > 0,
+            key,
+            f"all prompts are longer than data.max_prompt_length={limit} tokens, and data.filter_overlong_prompts=True "
+            "leaves them out; raise data.max_prompt_length",
+        )
+        if 0 < kept < enough:
+            raise _too_few(f"{kept} prompts of at most data.max_prompt_length={limit} tokens", batch)
+
+
+def _require_short(settings: Settings, tokenizer, prompts: Prompts) -> None:
+    limit = settings["data.max_prompt_length"]
+    overlong = [(row, length) for row, length in enumerate(_lengths(settings, tokenizer, prompts)) if length > limit]
+    if overlong:
+        row, length = overlong[0]
+        most = max(length for _, length in overlong)
+        raise prompts.fault(
+            row,
+            f"the prompt has {length} tokens, more than data.max_prompt_length={limit}, and its response would be cut "
+            f"short ({len(overlong)} of {len(prompts.messages)} rows have more, up to {most}); raise "
+            "data.max_prompt_length, or set data.filter_overlong_prompts=True to leave such rows out",
+        )
+
+
+def _lengths(settings: Settings, tokenizer, prompts: Prompts) -> Iterator[int]:
+    """Tokens of each prompt, written as the rollout does."""
+    options = dict(settings["data.apply_chat_template_kwargs"])
+    template = settings["actor_rollout_ref.model.custom_chat_template"]
+    options |= {"chat_template": template} if template else {}
+    for start in range(0, len(prompts.messages), CHUNK):
+        texts = []
+        for row, messages in enumerate(prompts.messages[start : start + CHUNK], start=start):
+            try:
+                text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **options)
+            except Exception as error:  # a template is a program, which may raise what it likes
+                remedy = "change them, or set actor_rollout_ref.model.custom_chat_template"
+                raise prompts.fault(row, f"the chat template does not take the messages ({error}); {remedy}") from error
+            texts.append(text)
+        yield from map(len, tokenizer(texts, add_special_tokens=False)["input_ids"])

@@ -1,0 +1,67 @@
+"""Faults of a run's settings and files, collected so that all of them are told at once."""
+
+from collections.abc import Callable
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+
+class ConfigError(ValueError):
+    """Settings, files or rows that a run cannot use; each fault names the thing, the cause and the remedy."""
+
+    def __init__(self, *faults: str):
+        super().__init__(*faults)
+        self.faults = faults
+
+    def __str__(self) -> str:
+        if len(self.faults) == 1:
+            return self.faults[0]
+        numbered = [f"\n  {number}. {fault}" for number, fault in enumerate(self.faults, start=1)]
+        return f"{len(self.faults)} faults" + "".join(numbered)
+
+
+class Unusable(Exception):
+    """A check asked for a setting that is faulty by itself, and has nothing to judge."""
+
+
+class Settings:
+    """A composed config, read by key, and the faults found in it.
+
+    A check is a function of Settings. It notes a fault with `require` and goes on, or raises ConfigError where there is
+    nothing to go on with. A setting with a fault is not handed out: who asks for it is left, so that one fault does not
+    bring others with it.
+    """
+
+    def __init__(self, config: DictConfig):
+        self.values = OmegaConf.to_container(config, resolve=True)
+        self.faults: list[str] = []
+        self._faulty: set[str] = set()
+
+    def run(self, *checks: Callable[["Settings"], None]) -> None:
+        """Runs checks and notes what they raise."""
+        for check in checks:
+            try:
+                check(self)
+            except Unusable:
+                continue
+            except ConfigError as error:
+                self.faults += error.faults
+
+    def __getitem__(self, key: str) -> Any:
+        """The value of a key; None where the config has no such key."""
+        if any(faulty == key or key.startswith(f"{faulty}.") for faulty in self._faulty):
+            raise Unusable(key)
+        return self.value(key)
+
+    def value(self, key: str) -> Any:
+        """The value of a key, faulty or not."""
+        value = self.values
+        for name in key.split("."):
+            value = value.get(name) if isinstance(value, dict) else None
+        return value
+
+    def require(self, condition: bool, key: str, remedy: str) -> None:
+        """Notes a fault of a key unless the condition holds."""
+        if not condition and key not in self._faulty:
+            self._faulty.add(key)
+            self.faults.append(f"{key}={self.value(key)!r}: {remedy}")

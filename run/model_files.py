@@ -1,0 +1,203 @@
+"""The model before it is loaded: its folder, or its name on the hub, and its tokenizer."""
+
+import json
+import re
+import sys
+from functools import cache
+from math import ceil
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from recipe.spin.run.faults import ConfigError, Settings
+
+PATH = "actor_rollout_ref.model.path"
+BUCKET = "actor_rollout_ref.rollout.checkpoint_engine.update_weights_bucket_megabytes"
+CONFIGURATION = ("config.json",)
+TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json")
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+SAVE = "save model and tokenizer there with save_pretrained"
+HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+HUB_SECONDS = 5
+
+
+def check_model(settings: Settings) -> None:
+    """A folder must hold a whole causal model, a name must be one of the hub's."""
+    path = settings[PATH]
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        _check_folder(settings, folder)
+    elif folder.exists() or not HUB_NAME.fullmatch(path):
+        settings.require(False, PATH, "there is no such folder; give a model folder or a hub name such as a/b")
+    elif _cached_file(path, "config.json") is None:
+        remedy = "there is no such folder, and the hub has no such model; correct the name"
+        settings.require(_is_on_hub(path) is not False, PATH, remedy)
+
+
+# ---- A folder --------------------------------------------------------------------------------------------------------
+def _check_folder(settings: Settings, folder: Path) -> None:
+    for what, patterns in (("configuration", CONFIGURATION), ("tokenizer", TOKENIZER), ("weights", WEIGHTS)):
+        found = any(any(folder.glob(pattern)) for pattern in patterns)
+        settings.require(found, PATH, f"the folder has no {what} ({' or '.join(patterns)}); {SAVE}")
+    config = _read_json(settings, folder / "config.json")
+    if not settings["actor_rollout_ref.model.trust_remote_code"]:
+        _check_architecture(settings, config)
+    for file in _shards(settings, folder):
+        fault = weights_fault(file)
+        settings.require(not fault, PATH, f"{file.name} {fault}; copy or save the model again")
+
+
+def _read_json(settings: Settings, file: Path) -> dict:
+    try:
+        content, fault = json.loads(file.read_bytes()), "it holds no object"
+    except (ValueError, OSError) as error:
+        content, fault = None, str(error)
+    settings.require(isinstance(content, dict), PATH, f"{file.name} cannot be read as JSON ({fault}); {SAVE}")
+    settings[PATH]  # leaves, where it has a fault
+    return content
+
+
+def _check_architecture(settings: Settings, config: dict) -> None:
+    from transformers.models.auto import modeling_auto
+
+    known = {
+        *modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(),
+        *modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values(),
+    }
+    architectures = config.get("architectures")
+    settings.require(
+        isinstance(architectures, list) and len(architectures) == 1 and architectures[0] in known,
+        PATH,
+        f"config.json has the architectures {architectures}, and a causal language model, which writes token by token, "
+        "is needed; name one",
+    )
+
+
+def _shards(settings: Settings, folder: Path) -> list[Path]:
+    """The files that hold the weights, whether they exist or not."""
+    index = next(folder.glob("*.index.json"), None)
+    if index is None:
+        return sorted(file for pattern in WEIGHTS for file in folder.glob(pattern))
+    named = _read_json(settings, index).get("weight_map")
+    named = set(named.values()) if isinstance(named, dict) else {None}
+    if not named or not all(isinstance(name, str) for name in named):
+        settings.require(False, PATH, f"{index.name} has no weight_map with files; {SAVE}")
+        return []
+    return [folder / name for name in sorted(named)]
+
+
+def weights_fault(file: Path) -> str | None:
+    """What is wrong with a file of weights, by its header and size alone."""
+    if not file.is_file():
+        return "is missing"
+    size = file.stat().st_size
+    if file.suffix != ".safetensors":
+        return None if size else "is empty"
+    with open(file, "rb") as content:
+        length = int.from_bytes(content.read(8), "little")
+        if size < 8 or length > size - 8:
+            return f"is cut off: it has {size} bytes"
+        try:
+            header = json.loads(content.read(length))
+            ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
+            whole = 8 + length + max(ends, default=0)
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+            return "is no safetensors file"
+    if not ends:
+        return "holds no weights"
+    return None if size == whole else f"is cut off or damaged: it has {size} bytes, and its header tells of {whole}"
+
+
+# ---- The hub ---------------------------------------------------------------------------------------------------------
+def _cached_file(name: str, file: str) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(name, file)
+    return Path(found) if isinstance(found, str) else None
+
+
+@cache
+def _is_on_hub(name: str) -> bool | None:
+    """Asks the hub; None where it does not answer, which is said.
+
+    Raises:
+        ConfigError: when the hub must not be asked.
+    """
+    import httpx
+    from huggingface_hub import errors, model_info
+
+    try:
+        model_info(name, timeout=HUB_SECONDS)
+    except (errors.RepositoryNotFoundError, errors.HFValidationError):
+        return False
+    except errors.OfflineModeIsEnabled as error:
+        raise ConfigError(
+            f"{PATH}={name!r}: there is no such folder, the model is not in the hub's cache, and HF_HUB_OFFLINE "
+            "forbids to ask the hub; name a folder, or fetch the model first (hf download)"
+        ) from error
+    except (errors.HfHubHTTPError, httpx.HTTPError, OSError) as error:
+        sys.stderr.write(
+            f"[spin] {PATH}={name!r} is no folder here, and the hub does not answer ({type(error).__name__}: {error}); "
+            "going on as if it had the model\n"
+        )
+        return None
+    return True
+
+
+# ---- What others ask of the model ------------------------------------------------------------------------------------
+def load_tokenizer(settings: Settings):
+    """The tokenizer that writes prompts, with its chat template; None where the hub has it and does not answer.
+
+    Raises:
+        ConfigError: when it cannot be read, or has no chat template.
+    """
+    path = settings["actor_rollout_ref.model.tokenizer_path"] or settings[PATH]
+    folder = Path(path).expanduser()
+    here = folder.is_dir() or _cached_file(path, "tokenizer_config.json") is not None
+    if not here and not _is_on_hub(path):
+        return None
+    trust = settings["actor_rollout_ref.model.trust_remote_code"]
+    tokenizer = _tokenizer(str(folder) if folder.is_dir() else path, trust, here)
+    template = settings["actor_rollout_ref.model.custom_chat_template"]
+    if not tokenizer.chat_template and not template:
+        raise ConfigError(
+            f"{PATH}={path!r}: the tokenizer has no chat template, by which messages become a prompt; take a model "
+            "that was trained on chats, or set actor_rollout_ref.model.custom_chat_template"
+        )
+    return tokenizer
+
+
+@cache
+def _tokenizer(path: str, trust_remote_code: bool, local_files_only: bool):
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            path, trust_remote_code=trust_remote_code, local_files_only=local_files_only
+        )
+    except Exception as error:  # it raises whatever the readers of its files do
+        raise ConfigError(f"{PATH}={path!r}: the tokenizer cannot be read ({error}); {SAVE}") from error
+
+
+def fit_weight_bucket(config: DictConfig) -> None:
+    """Raises the size of the buffer that carries weights to vLLM to the model's largest tensor, and says so.
+
+    That is the embedding, in fp32. On one machine verl sends no tensor in parts and stops at the first push. For a
+    checked config.
+    """
+    path = config.actor_rollout_ref.model.path
+    folder = Path(path).expanduser()
+    file = folder / "config.json" if folder.is_dir() else _cached_file(path, "config.json")
+    if file is None:
+        return
+    model = json.loads(file.read_bytes())
+    model = model.get("text_config") or model  # models of text and images
+    vocabulary, hidden = model.get("vocab_size", 0), model.get("hidden_size", 0)
+    engine = config.actor_rollout_ref.rollout.checkpoint_engine
+    needed = ceil(vocabulary * hidden * 4 / 2**20)
+    if needed > engine.update_weights_bucket_megabytes:
+        sys.stderr.write(
+            f"[spin] {BUCKET}={needed} in place of {engine.update_weights_bucket_megabytes}: the model's embedding of "
+            f"{vocabulary} x {hidden} is sent to vLLM in one piece\n"
+        )
+        engine.update_weights_bucket_megabytes = needed

@@ -1,0 +1,96 @@
+"""The file with the reward, read but not run."""
+
+import ast
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+from recipe.spin.run.faults import ConfigError, Settings
+
+KEY = "reward.custom_reward_function"
+# What verl calls the reward with, by keyword
+ARGUMENTS = ("data_source", "solution_str", "ground_truth", "extra_info")
+
+
+def check_reward(settings: Settings) -> None:
+    """The file must define a function that can be called as verl does, and import what is there."""
+    path, name = settings[f"{KEY}.path"], settings[f"{KEY}.name"]
+    if path is None or settings["reward.reward_model.enable"]:
+        return
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise ConfigError(f"{KEY}.path={path!r}: there is no such file; name a Python file with the reward")
+    try:
+        module = ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError, OSError) as error:
+        raise ConfigError(f"{KEY}.path={path!r}: {error}; correct the file") from error
+    settings.run(lambda settings: _check_imports(settings, module))
+    definitions = dict(_definitions(module.body))
+    if name not in definitions:
+        if "*" in definitions:
+            return  # a star import may bring it
+        names = ", ".join(definitions) or "no function"
+        raise ConfigError(f"{KEY}.name={name!r}: {file} defines {names}; name one")
+    fault = _call_fault(definitions[name], settings[f"{KEY}.reward_kwargs"] or {})
+    if fault:
+        raise ConfigError(f"{KEY}.name={name!r}: in {file} {name} {fault}")
+
+
+def _check_imports(settings: Settings, module: ast.Module) -> None:
+    """Imports at the top of the file, which fail as soon as it is loaded; one in a `try` may."""
+    for node in module.body:
+        if isinstance(node, ast.ImportFrom) and node.level:
+            settings.require(
+                False,
+                f"{KEY}.path",
+                f"line {node.lineno}: the file is loaded by its path, outside of a package; import by a full name",
+            )
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            for package in sorted({name.split(".")[0] for name in names}):
+                settings.require(
+                    find_spec(package) is not None,
+                    f"{KEY}.path",
+                    f"line {node.lineno} imports {package}, which is not installed; install it, or add its folder to "
+                    "PYTHONPATH",
+                )
+
+
+def _definitions(body: list[ast.stmt]) -> Iterator[tuple[str, ast.AST | None]]:
+    """The names that statements define, import or assign, each with its function or value where that is known."""
+    for node in body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield node.name, node
+            continue
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield from ((alias.asname or alias.name, None) for alias in node.names)
+        elif isinstance(node, ast.Assign):
+            names = [name.id for target in node.targets for name in ast.walk(target) if isinstance(name, ast.Name)]
+            yield from ((name, node.value if len(names) == 1 else None) for name in names)
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value:
+            yield node.target.id, node.value
+        for block in ("body", "handlers", "orelse", "finalbody", "cases"):  # of if, try, with, for, match
+            yield from _definitions(getattr(node, block, []))
+
+
+def _call_fault(definition: ast.AST | None, more: dict) -> str | None:
+    """Why verl cannot call what a name stands for; None where it can, or where that cannot be known."""
+    if isinstance(definition, ast.Constant | ast.List | ast.Dict | ast.Set | ast.Tuple | ast.JoinedStr):
+        return f"is {ast.unparse(definition)[:60]} and no function; write compute_score({', '.join(ARGUMENTS)})"
+    if not isinstance(definition, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+        return None
+    arguments = definition.args
+    positional = arguments.posonlyargs + arguments.args
+    required = [one.arg for one in positional[: len(positional) - len(arguments.defaults)]]
+    pairs = zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
+    required += [one.arg for one, default in pairs if default is None]
+    given = (*ARGUMENTS, *more)
+    asked = [name for name in required if name not in given]
+    by_position = [one.arg for one in arguments.posonlyargs]
+    named = {one.arg for one in arguments.args + arguments.kwonlyargs}
+    refused = [] if arguments.kwarg else [name for name in given if name not in named]
+    if not asked and not refused and not set(required) & set(by_position):
+        return None
+    return (
+        f"takes ({ast.unparse(arguments)}), and verl calls it with {', '.join(given)} by name; give it these arguments"
+    )

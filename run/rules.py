@@ -1,0 +1,297 @@
+"""The rules that tie settings together; what a setting may be by itself stands in schema.py."""
+
+import math
+import os
+import tempfile
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from recipe.spin.core_algos import LOSSES, beta_at, check_loss_settings
+from recipe.spin.run.faults import ConfigError, Settings
+
+ACTOR, REF, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.ref", "actor_rollout_ref.rollout"
+MODEL, SHARE_PROMPT = "actor_rollout_ref.model", "actor_rollout_ref.share_prompt"
+ULYSSES = "fsdp_config.ulysses_sequence_parallel_size"
+# Packages that verl's loggers import
+LOGGER_PACKAGES = {name: name for name in ("wandb", "tensorboard", "mlflow", "swanlab", "clearml", "trackio")}
+
+
+def is_self_play(settings: Settings) -> bool:
+    return settings["algorithm.preference_source"] == "self_play"
+
+
+def ranks(settings: Settings) -> int:
+    return settings["trainer.nnodes"] * settings["trainer.n_gpus_per_node"]
+
+
+# ---- Preferences and loss --------------------------------------------------------------------------------------------
+def a_pair_has_two_responses(settings: Settings) -> None:
+    n = settings[f"{ROLLOUT}.n"]
+    settings.require(n >= 2 or is_self_play(settings), f"{ROLLOUT}.n", "a pair needs at least 2 responses to a prompt")
+
+
+def beta_is_a_number_or_a_schedule(settings: Settings) -> None:
+    beta = settings["algorithm.dpo_beta"]
+    if isinstance(beta, str) and ":" in beta:
+        raise ConfigError(
+            f"algorithm.dpo_beta={beta!r}: the shell took a schedule apart; put the argument in quotes, "
+            "'algorithm.dpo_beta={schedule:linear,start:0.1,end:0.01}'"
+        )
+    try:
+        beta_at(beta, step=1, total_steps=1, steps_per_epoch=1)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"algorithm.dpo_*: {error}") from error
+
+
+def losses_are_known(settings: Settings) -> None:
+    try:
+        losses = check_loss_settings(
+            settings["algorithm.dpo_loss_type"],
+            beta=1.0,
+            label_smoothing=settings["algorithm.dpo_label_smoothing"],
+            loss_weights=settings["algorithm.dpo_loss_weights"],
+            average_log_prob=settings["algorithm.dpo_average_log_prob"],
+        )
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"algorithm.dpo_*: {error}") from error
+    if not any(LOSSES[name].batch_coupled for name, _ in losses):
+        return
+    if settings[f"{ACTOR}.{ULYSSES}"] > 1:
+        raise ConfigError("algorithm.dpo_loss_type: aot and aot_unpaired need ulysses_sequence_parallel_size=1")
+    if settings["algorithm.dpo_pairing"] == "all":
+        raise ConfigError(
+            "algorithm.dpo_pairing=all weighs pairs, which a loss that sorts them cannot; use best_worst or random"
+        )
+
+
+# ---- Reference -------------------------------------------------------------------------------------------------------
+def lora_has_no_second_model(settings: Settings) -> None:
+    rank = settings[f"{MODEL}.lora_rank"]
+    if rank == 0 and not settings[f"{MODEL}.lora_adapter_path"]:
+        return
+    if is_self_play(settings):
+        raise ConfigError(
+            f"algorithm.preference_source=self_play with LoRA ({MODEL}.lora_rank={rank}): the opponent in vLLM is the "
+            "reference, and with LoRA there is no such model to send; train without LoRA"
+        )
+    frequency = settings["trainer.ref_update_freq"]
+    if frequency > 0:
+        raise ConfigError(
+            f"trainer.ref_update_freq={frequency} with LoRA ({MODEL}.lora_rank={rank}): the reference is the base "
+            "model with the adapter off and cannot be refreshed; set trainer.ref_update_freq=0 or train without LoRA"
+        )
+
+
+def small_steps_need_fp32(settings: Settings) -> None:
+    settings.require(
+        settings["trainer.ref_update_alpha"] == 1 or settings[f"{REF}.fsdp_config.model_dtype"] == "fp32",
+        "trainer.ref_update_alpha",
+        f"needs {REF}.fsdp_config.model_dtype=fp32: small steps towards the actor are lost in bf16",
+    )
+
+
+def reference_is_sharded_as_the_actor(settings: Settings) -> None:
+    same = f"the reference is copied shard by shard; give {ACTOR}.fsdp_config and {REF}.fsdp_config the same"
+    for key, remedy in (
+        ("strategy", f"the reference is copied shard by shard and must be sharded as {ACTOR}.strategy says"),
+        ("fsdp_config.fsdp_size", same),
+    ):
+        settings.require(settings[f"{REF}.{key}"] == settings[f"{ACTOR}.{key}"], f"{REF}.{key}", remedy)
+
+
+# ---- Batches ---------------------------------------------------------------------------------------------------------
+def batches_divide(settings: Settings) -> None:
+    batch = settings["data.train_batch_size"]
+    settings.require(
+        settings[f"{ACTOR}.ppo_mini_batch_size"] <= batch,
+        f"{ACTOR}.ppo_mini_batch_size",
+        f"an optimizer step takes its prompts from one batch; at most data.train_batch_size={batch}",
+    )
+    fetched = settings["data.gen_batch_size"]
+    settings.require(
+        not fetched or batch % fetched == 0,
+        "data.gen_batch_size",
+        f"data.train_batch_size={batch} prompts are fetched in whole parts of this size; set a divisor, or null",
+    )
+
+
+def a_prompt_with_its_responses_fits_one_micro_batch(settings: Settings) -> None:
+    prompt, response = settings["data.max_prompt_length"], settings["data.max_response_length"]
+    n = settings[f"{ROLLOUT}.n"]
+    paired = n if settings["algorithm.dpo_pairing"] == "all" else 2
+    responses = n + 1 if is_self_play(settings) else paired  # with self-play the data's own is one
+    longest = prompt + responses * response if settings[SHARE_PROMPT] else responses * (prompt + response)
+    for part, by_tokens, limit in (
+        (ACTOR, "use_dynamic_bsz", "ppo_max_token_len_per_gpu"),
+        (REF, "log_prob_use_dynamic_bsz", "log_prob_max_token_len_per_gpu"),
+    ):
+        tokens = settings[f"{part}.{limit}"] * settings[f"{part}.{ULYSSES}"]
+        settings.require(
+            not settings[f"{part}.{by_tokens}"] or longest <= tokens,
+            f"{part}.{limit}",
+            f"the longest prompt with its {responses} responses has {longest} tokens and must fit into one "
+            "micro-batch; raise it or lower data.max_prompt_length or data.max_response_length",
+        )
+
+
+# ---- Ranks -----------------------------------------------------------------------------------------------------------
+def ranks_fall_into_groups(settings: Settings) -> None:
+    count = ranks(settings)
+    settings.require(
+        count % settings[f"{ACTOR}.{ULYSSES}"] == 0,
+        f"{ACTOR}.{ULYSSES}",
+        f"the {count} ranks must fall into groups of that size",
+    )
+    size = 1
+    for key in (f"{ROLLOUT}.tensor_model_parallel_size", f"{ROLLOUT}.data_parallel_size"):
+        size *= settings[key]
+        settings.require(
+            settings[key] == 1 or count % size == 0, key, f"the {count} ranks must fall into groups of {size} for vLLM"
+        )
+
+
+def the_machine_has_the_ranks(settings: Settings) -> None:
+    if settings["trainer.nnodes"] > 1:
+        return  # a cluster, of which this machine is a part
+    key, asked = "trainer.n_gpus_per_node", settings["trainer.n_gpus_per_node"]
+    if settings["trainer.device"] == "cuda":
+        gpus = torch.cuda.device_count()
+        remedy = f"this machine shows {gpus} GPUs; lower it, or use device=cpu on a machine without GPUs"
+        settings.require(asked <= gpus, key, remedy)
+    logical = settings["ray_kwargs.ray_init.num_gpus"]
+    settings.require(
+        logical is None or asked <= logical,
+        key,
+        f"Ray has ray_kwargs.ray_init.num_gpus={logical} places for them, and the rest would wait; make both the same",
+    )
+
+
+def sequence_parallelism_can_work(settings: Settings) -> None:
+    """Ulysses cuts sequences over ranks; the recipe's attention and verl's flash attention put them together again."""
+    key, size = f"{ACTOR}.{ULYSSES}", settings[f"{ACTOR}.{ULYSSES}"]
+    settings.require(
+        settings[f"{REF}.{ULYSSES}"] == size,
+        f"{REF}.{ULYSSES}",
+        f"the reference gets the actor's rows; give it the actor's, {size}",
+    )
+    if size == 1:
+        return
+    settings.require(settings["trainer.device"] != "cpu", key, "gloo, which CPUs use, lacks its exchange; set 1")
+    attention = settings[f"{MODEL}.override_config"].get("attn_implementation", "flash_attention_2")  # verl's default
+    settings.require(
+        settings[SHARE_PROMPT] or str(attention).startswith("flash_attention"),
+        key,
+        f"{attention} would attend within each rank's part of a sequence alone; set {SHARE_PROMPT}=True, or install "
+        f"flash-attn and set {MODEL}.override_config.attn_implementation=flash_attention_2",
+    )
+    settings.require(settings[f"{MODEL}.use_remove_padding"], key, f"needs {MODEL}.use_remove_padding=True")
+
+
+def fsdp1_gathers_no_model_on_cpus(settings: Settings) -> None:
+    fsdp1 = settings["trainer.device"] == "cpu" and settings[f"{ACTOR}.strategy"] == "fsdp" and ranks(settings) > 1
+    settings.require(
+        not fsdp1 or "hf_model" not in settings[f"{ACTOR}.checkpoint.save_contents"],
+        f"{ACTOR}.checkpoint.save_contents",
+        "torch's FSDP1 cannot gather a model over several CPU ranks; leave out hf_model, or use strategy fsdp2",
+    )
+
+
+# ---- Generation ------------------------------------------------------------------------------------------------------
+def sequences_fit_vllm(settings: Settings) -> None:
+    prompt = settings["data.max_prompt_length"]
+    tokens = prompt + settings["data.max_response_length"]
+    length = settings[f"{ROLLOUT}.max_model_len"]
+    settings.require(
+        length is None or length >= tokens,
+        f"{ROLLOUT}.max_model_len",
+        f"a prompt and its response have up to {tokens} tokens; raise it or lower their lengths in data",
+    )
+    least = settings[f"{ROLLOUT}.max_num_seqs"]
+    if not settings[f"{ROLLOUT}.enable_chunked_prefill"]:
+        least = max(least, prompt)
+    settings.require(
+        settings[f"{ROLLOUT}.max_num_batched_tokens"] >= least,
+        f"{ROLLOUT}.max_num_batched_tokens",
+        f"vLLM needs at least {least}: a token for each of max_num_seqs sequences and, without "
+        "enable_chunked_prefill, a whole prompt of data.max_prompt_length",
+    )
+
+
+def greedy_validation_is_asked_for_by_temperature(settings: Settings) -> None:
+    values = f"{ROLLOUT}.val_kwargs"
+    settings.require(
+        settings[f"{values}.do_sample"] or settings[f"{values}.temperature"] == 0,
+        f"{values}.do_sample",
+        f"verl's trainer does not read it; for greedy answers alone set {values}.temperature=0",
+    )
+
+
+def the_queue_holds_a_batch(settings: Settings) -> None:
+    answers = settings["data.train_batch_size"] * settings[f"{ROLLOUT}.n"]
+    require_queue(settings, answers, f"a batch has {answers} responses", "lower data.train_batch_size")
+
+
+def require_queue(settings: Settings, answers: float, who: str, remedy: str) -> None:
+    """Notes a fault when TransferQueue is too small for so many responses at a time."""
+    key = "transfer_queue.backend.SimpleStorage.total_storage_size"
+    if settings["transfer_queue.backend.storage_backend"] == "SimpleStorage":
+        size = settings[key] or math.inf
+        settings.require(answers <= size, key, f"{who}, which are kept at once; raise it or {remedy}")
+
+
+# ---- Around the run --------------------------------------------------------------------------------------------------
+def loggers_are_installed(settings: Settings) -> None:
+    names = settings["trainer.logger"]
+    for name in [names] if isinstance(names, str) else names:
+        package = LOGGER_PACKAGES.get(name)
+        settings.require(
+            package is None or find_spec(package) is not None,
+            "trainer.logger",
+            f"the package {package} is not installed; install it or leave {name} out",
+        )
+
+
+def the_run_folder_can_be_written(settings: Settings) -> None:
+    key, folder = "trainer.default_local_dir", Path(settings["trainer.default_local_dir"]).expanduser().absolute()
+    existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    settings.require(existing.is_dir(), key, f"{existing} is no folder; name another folder (RUN_DIR)")
+    if existing.is_dir():
+        try:
+            tempfile.TemporaryFile(dir=existing).close()
+        except OSError as error:
+            settings.require(False, key, f"nothing can be written in {existing} ({error}); name another (RUN_DIR)")
+
+
+def a_path_to_resume_from_is_there(settings: Settings) -> None:
+    path = settings["trainer.resume_from_path"]
+    settings.require(
+        settings["trainer.resume_mode"] != "resume_path"
+        or (path is not None and "global_step_" in path and Path(path).is_dir()),
+        "trainer.resume_from_path",
+        "trainer.resume_mode=resume_path needs a folder global_step_N of a run; name one",
+    )
+
+
+RULES: tuple[Callable[[Settings], None], ...] = (
+    a_pair_has_two_responses,
+    beta_is_a_number_or_a_schedule,
+    losses_are_known,
+    lora_has_no_second_model,
+    small_steps_need_fp32,
+    reference_is_sharded_as_the_actor,
+    batches_divide,
+    a_prompt_with_its_responses_fits_one_micro_batch,
+    ranks_fall_into_groups,
+    the_machine_has_the_ranks,
+    sequence_parallelism_can_work,
+    fsdp1_gathers_no_model_on_cpus,
+    sequences_fit_vllm,
+    greedy_validation_is_asked_for_by_temperature,
+    the_queue_holds_a_batch,
+    loggers_are_installed,
+    the_run_folder_can_be_written,
+    a_path_to_resume_from_is_there,
+)

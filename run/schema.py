@@ -1,0 +1,412 @@
+"""The settings as a typed schema: the recipe's own keys, and those of verl's that the recipe relies on.
+
+A field with a description is in the README's table, which `python -m recipe.spin.run.schema` prints; its default is
+the one of config/spin_trainer.yaml. What ties several keys together stands in rules.py.
+"""
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
+
+from recipe.spin.core_algos import PAIRINGS, PREFERENCE_SOURCES, TIE_POLICIES
+from recipe.spin.run.faults import Settings
+
+LOGGERS = (
+    "console",
+    "file",
+    "tensorboard",
+    "wandb",
+    "mlflow",
+    "swanlab",
+    "vemlp_wandb",
+    "clearml",
+    "trackio",
+    "rl_insight",
+)
+
+
+class Section(BaseModel):
+    """A section of the config; keys that it does not declare are verl's to check."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+
+
+def own(
+    default: Any = ..., meaning: str | None = None, *, shown: str | None = None, remedy: str | None = None, **limits
+):
+    """A key. meaning: its row in the README; shown: its default there; remedy: what a fault says besides the rule."""
+    return Field(default, description=meaning, json_schema_extra={"shown": shown, "remedy": remedy}, **limits)
+
+
+def verl(remedy: str, **limits):
+    """A key of verl's whose fault has a remedy besides the rule."""
+    return own(remedy=remedy, **limits)
+
+
+def unused(default: Any):
+    """A setting of verl's that SPIN has no use for: it would be paid for, or ignored."""
+
+    def same(value: Any) -> Any:
+        if value != default:
+            raise ValueError
+        return value
+
+    return Annotated[Any, AfterValidator(same), verl(f"SPIN does not use it; set it to {default}")]
+
+
+Count = Annotated[int, Field(ge=1)]
+Whole = Annotated[int, Field(ge=0)]
+Samples = Annotated[int, Field(ge=-1)]  # -1: all
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+TopP = Annotated[float, Field(gt=0, le=1)]
+TopK = Annotated[int, Field(ge=-1)]
+Text = Annotated[str, Field(min_length=1)]
+OneOrMore = BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
+Files = Annotated[list[Text], Field(min_length=1), OneOrMore]
+Loggers = Annotated[list[Literal[LOGGERS]], OneOrMore]
+
+
+class FilterGroups(Section):
+    enable: bool = own(
+        False,
+        "dynamic sampling: replace prompts whose responses all score the same, at most `max_num_gen_batches` (10) "
+        "batches",
+    )
+    max_num_gen_batches: int
+
+
+class Algorithm(Section):
+    preference_source: Literal[PREFERENCE_SOURCES] = own(
+        "reward", "or `self_play`: the data's responses against the opponent's"
+    )
+    # Numbers, names, lists and schedules; core_algos says which
+    dpo_beta: Any = own(
+        0.1,
+        "pull towards the reference; a number, a schedule, `'algorithm.dpo_beta={schedule:linear,start:0.1,end:0.01}'` "
+        "(or `cosine`), or a list by epoch, `'algorithm.dpo_beta=[0.1,0.05]'`; quoted, as shells read the brackets",
+    )
+    dpo_loss_type: Any = own("sigmoid", "a loss or a list of losses ([docs/losses.md](docs/losses.md))")
+    dpo_loss_weights: Any = own(None, "weights of the losses in a list")
+    dpo_label_smoothing: float = own(0.0, "share of preferences believed to be wrong")
+    dpo_reference_free: bool = own(False, "leave the reference out of the loss")
+    dpo_average_log_prob: bool = own(False, "mean instead of sum of token log-probs")
+    dpo_pairing: Literal[PAIRINGS] = own("best_worst", "or `random`, or `all` pairs of a prompt's responses")
+    dpo_tie_policy: Literal[TIE_POLICIES] = own("drop", "equal scores give no pair; `first` prefers the first response")
+    dpo_min_margin: NotNegative = own(0.0, "scores closer than this are equal")
+    filter_groups: FilterGroups
+    missing_eos_penalty: NotNegative | None = own(None, "taken off the score of a response without an end token")
+    adv_estimator: unused("gae")
+    gamma: unused(1.0)
+    lam: unused(1.0)
+    use_kl_in_reward: unused(False)
+    use_pf_ppo: unused(False)
+
+
+class V1(Section):
+    trainer_mode: Literal["sync"]
+
+
+class Trainer(Section):
+    ref_update_freq: int = own(5, "steps between refreshes of the reference; 0: it stays as loaded")
+    ref_update_alpha: TopP = own(1.0, "share of the actor in a refreshed reference (below 1: TR-DPO's soft update)")
+    max_failed_validation: Share = own(0.0, "share of the held-out answers that may fail before the run stops")
+    use_v1: Literal[True]
+    v1: V1
+    device: Text
+    nnodes: Count
+    n_gpus_per_node: Count
+    total_epochs: Count
+    total_training_steps: Count | None
+    save_freq: int
+    test_freq: int
+    val_before_train: bool
+    max_actor_ckpt_to_keep: Whole | None
+    resume_mode: Literal["auto", "disable", "resume_path", "force"]
+    resume_from_path: Text | None
+    default_local_dir: Text
+    logger: Loggers
+    critic_warmup: unused(0)
+
+
+class Data(Section):
+    train_files: Files = verl("name a file of prompts, or a list of files")
+    val_files: Files = verl("name a file of prompts, or a list of files")
+    train_max_samples: Samples
+    val_max_samples: Samples
+    train_batch_size: Count
+    gen_batch_size: Count | None
+    val_batch_size: Count | None
+    max_prompt_length: Count
+    max_response_length: Count
+    filter_overlong_prompts: bool
+    prompt_key: Text
+    reward_fn_key: Text
+    shuffle: bool
+    seed: Whole | None
+    dataloader_num_workers: Whole
+    apply_chat_template_kwargs: dict
+
+
+class Model(Section):
+    path: Text = verl("name a model: a folder, or a hub name such as a/b")
+    tokenizer_path: Text | None
+    custom_chat_template: Text | None
+    trust_remote_code: bool
+    override_config: dict
+    use_remove_padding: bool
+    enable_gradient_checkpointing: bool
+    lora_rank: Whole = own(
+        0, "with LoRA the reference is the base model, the adapter off; takes `trainer.ref_update_freq=0`"
+    )
+    lora_alpha: Count
+    lora_adapter_path: Text | None
+
+
+class Optim(Section):
+    lr: NotNegative
+    clip_grad: Positive = verl("gradients are scaled down to this norm; a negative one would turn them round")
+    weight_decay: NotNegative
+    lr_warmup_steps: int | None
+    lr_warmup_steps_ratio: Share
+    lr_scheduler_type: Literal["constant", "cosine"]
+
+
+class Engine(Section):
+    ulysses_sequence_parallel_size: Count
+    fsdp_size: int
+    model_dtype: Text
+
+
+class Checkpoint(Section):
+    save_contents: list[Text]
+
+
+class PolicyLoss(Section):
+    loss_mode: unused("vanilla")
+
+
+class Actor(Section):
+    strategy: Literal["fsdp2", "fsdp"] = verl("choose fsdp2 or fsdp")
+    ppo_mini_batch_size: Count = own(None, "prompts per optimizer step", shown="train_batch_size")
+    ppo_micro_batch_size: unused(None)
+    ppo_micro_batch_size_per_gpu: Count
+    ppo_max_token_len_per_gpu: Count
+    ppo_epochs: Count
+    use_dynamic_bsz: bool
+    shuffle: Literal[False] = verl("prompts are trained on in the order of the batch; set it to False")
+    calculate_entropy: bool
+    optim: Optim
+    fsdp_config: Engine
+    checkpoint: Checkpoint
+    grad_clip: Annotated[unused(1.0), verl("verl's FSDP engine does not read it; set optim.clip_grad")]
+    use_kl_loss: unused(False)
+    kl_loss_coef: unused(0.001)
+    entropy_coeff: unused(0)
+    loss_agg_mode: unused("token-mean")
+    loss_scale_factor: unused(None)
+    clip_ratio: unused(0.2)
+    clip_ratio_low: unused(0.2)
+    clip_ratio_high: unused(0.2)
+    clip_ratio_c: unused(3.0)
+    policy_loss: PolicyLoss
+
+
+class Reference(Section):
+    strategy: Text
+    log_prob_micro_batch_size: unused(None)
+    log_prob_micro_batch_size_per_gpu: Count
+    log_prob_max_token_len_per_gpu: Count
+    log_prob_use_dynamic_bsz: bool
+    fsdp_config: Engine
+
+
+class Agent(Section):
+    num_workers: Count
+
+
+class CheckpointEngine(Section):
+    update_weights_bucket_megabytes: Count
+
+
+class ValKwargs(Section):
+    n: Count
+    temperature: NotNegative
+    top_p: TopP
+    top_k: TopK
+    do_sample: bool
+
+
+class Rollout(Section):
+    name: Literal["vllm"] = verl("SPIN generates with vllm")
+    mode: Literal["async"]
+    n: Count = own(
+        2,
+        "responses per prompt (1 with self-play; 4 in the CPU profile)",
+        remedy="a pair needs at least 2 responses to a prompt, with self-play 1",
+    )
+    temperature: Positive = verl("responses must be sampled to differ; use a temperature above 0, for example 1.0")
+    do_sample: Literal[True] = verl("responses must be sampled to differ; set it to True")
+    top_p: TopP
+    top_k: TopK
+    seed: Whole
+    dtype: Text
+    tensor_model_parallel_size: Count
+    data_parallel_size: Count
+    gpu_memory_utilization: TopP
+    max_model_len: Count | None
+    max_num_seqs: Count
+    max_num_batched_tokens: Count
+    enable_chunked_prefill: bool
+    free_cache_engine: bool
+    log_prob_micro_batch_size: unused(None)
+    agent: Agent
+    checkpoint_engine: CheckpointEngine
+    val_kwargs: ValKwargs
+
+
+class ActorRolloutRef(Section):
+    share_prompt: bool = own(
+        True, "compute a prompt once for all its responses; False gives each response a copy of it"
+    )
+    model: Model
+    rollout: Rollout
+    actor: Actor
+    ref: Reference
+
+
+class Critic(Section):
+    enable: unused(False)
+
+
+class RewardFunction(Section):
+    path: Text | None
+    name: Text
+
+
+class RewardModel(Section):
+    enable: bool
+
+
+class Reward(Section):
+    num_workers: Count
+    custom_reward_function: RewardFunction
+    reward_model: RewardModel
+
+
+class SimpleStorage(Section):
+    num_data_storage_units: Count
+    total_storage_size: Count | None
+
+
+class Backend(Section):
+    storage_backend: Text
+    SimpleStorage: SimpleStorage
+
+
+class TransferQueue(Section):
+    enable: Literal[True] = verl("verl's v1 trainer moves data through it")
+    backend: Backend
+
+
+class RayInit(Section):
+    num_gpus: Whole | None = None
+
+
+class RayKwargs(Section):
+    ray_init: RayInit
+
+
+class Config(Section):
+    """The whole config."""
+
+    algorithm: Algorithm
+    trainer: Trainer
+    actor_rollout_ref: ActorRolloutRef
+    data: Data
+    reward: Reward
+    critic: Critic
+    transfer_queue: TransferQueue
+    ray_kwargs: RayKwargs
+
+
+def check_kinds(settings: Settings) -> None:
+    """Notes every setting of the wrong type or out of its range."""
+    try:
+        Config.model_validate(settings.values)
+    except ValidationError as error:
+        for fault in error.errors(include_url=False, include_context=False, include_input=False):
+            settings.require(False, *_declared(fault["loc"]))
+
+
+def _declared(location: tuple[str | int, ...]) -> tuple[str, str]:
+    """Key and rule of the declared field at or above a place in the config."""
+    section, path = Config, []
+    for name in location:
+        path.append(name)
+        field = section.model_fields[name]
+        if not _is_section(field):
+            break
+        rule = "must be a section of keys"
+        section = field.annotation
+    else:
+        return ".".join(path), rule
+    return ".".join(path), _rule(section, name, field)
+
+
+def _is_section(field: FieldInfo) -> bool:
+    return isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+
+
+def _rule(section: type[Section], name: str, field: FieldInfo) -> str:
+    words = _words(section.model_json_schema()["properties"][name])
+    remedy = (field.json_schema_extra or {}).get("remedy")
+    return "; ".join(filter(None, (words and f"must be {words}", remedy)))
+
+
+def _words(schema: dict) -> str:
+    """What a value may be, from its JSON schema."""
+    if "anyOf" in schema:
+        return " or ".join(map(_words, schema["anyOf"]))
+    if "const" in schema:
+        return str(schema["const"])
+    if "enum" in schema:
+        return f"one of {', '.join(schema['enum'])}"
+    kinds = {
+        "integer": "a whole number",
+        "number": "a number",
+        "boolean": "True or False",
+        "string": "a text",
+        "object": "a section of keys",
+        "null": "null",
+    }
+    if schema.get("type") == "array":
+        return f"a list, each {_words(schema['items'])}"
+    words = kinds.get(schema.get("type"), "")
+    limits = (("minimum", "of at least"), ("exclusiveMinimum", "above"), ("maximum", "and at most"))
+    return words + "".join(f" {phrase} {schema[limit]:g}" for limit, phrase in limits if limit in schema)
+
+
+def described(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """The keys that the README describes, in the order of the declarations."""
+    for name, field in section.model_fields.items():
+        if field.description:
+            yield prefix + name, field
+        elif _is_section(field):
+            yield from described(field.annotation, f"{prefix}{name}.")
+
+
+def readme_table() -> str:
+    """The README's table of settings."""
+    rows = ["| key | default | meaning |", "|---|---|---|"]
+    for key, field in described():
+        default = field.json_schema_extra["shown"] or ("null" if field.default is None else field.default)
+        rows.append(f"| `{key}` | {default} | {field.description} |")
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    print(readme_table())  # noqa: T201 - the command's output

@@ -1,0 +1,106 @@
+"""Whatever settings and rows hold, the check ends in its own error, or in Hydra's."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+from checkable_run import REFUSED, Run, composed, override, row
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from omegaconf import DictConfig, OmegaConf
+
+from recipe.spin.run.check import check_config
+from recipe.spin.run.schema import Config, Section
+
+
+def declared(section: type[Section] = Config, prefix: str = "") -> list[str]:
+    """Every key of the schema, sections included."""
+    keys = []
+    for name, field in section.model_fields.items():
+        keys.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            keys += declared(field.annotation, f"{prefix}{name}.")
+    return keys
+
+
+LEAVES = (
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(["1e400", "-1"])
+)
+VALUES = st.recursive(
+    LEAVES,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("abc", max_size=3), inner, max_size=3),
+    max_leaves=4,
+)
+CHANGES = st.dictionaries(st.sampled_from(declared()), VALUES, min_size=1, max_size=3)
+
+
+@pytest.fixture(scope="module")
+def prepared(tiny_models, tmp_path_factory) -> Run:
+    return Run(tmp_path_factory.mktemp("run"), tiny_models["llama"])
+
+
+@pytest.fixture(scope="module")
+def values(prepared) -> dict:
+    """The settings of a run that could start."""
+    return OmegaConf.to_container(override(composed("cpu"), prepared.overrides()), resolve=True)
+
+
+def changed(values: dict, changes: dict) -> DictConfig:
+    values = copy.deepcopy(values)
+    for key, value in changes.items():
+        *sections, name = key.split(".")
+        section = values
+        for part in sections:
+            section = section[part]
+            if not isinstance(section, dict):  # changed itself
+                break
+        else:
+            section[name] = value
+    return OmegaConf.create(values)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(CHANGES)
+def test_settings_of_any_kind(values, changes):
+    try:
+        check_config(changed(values, changes))
+    except REFUSED as error:
+        assert str(error)
+
+
+ROWS = st.lists(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "prompt": VALUES | st.lists(st.fixed_dictionaries({"role": VALUES, "content": VALUES}), max_size=2),
+            "data_source": VALUES,
+            "reward_model": VALUES | st.fixed_dictionaries({"ground_truth": VALUES}),
+            "real": VALUES,
+        },
+    )
+    | VALUES,
+    max_size=3,
+)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@given(ROWS, st.sampled_from(["reward", "self_play"]))
+def test_rows_of_any_kind(values, prepared, rows, source):
+    path = Path(prepared.folder) / "fuzzed.jsonl"
+    path.write_text("\n".join(map(json.dumps, [*rows, row(1)])))
+    changes = {"data.train_files": str(path), "algorithm.preference_source": source}
+    changes["data.prompt_key"] = {"reward": "prompt", "self_play": "real"}[source]
+    try:
+        check_config(changed(values, changes))
+    except REFUSED as error:
+        assert "data.train_files" in str(error)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, database=None)
+@given(st.binary(max_size=200), st.sampled_from(["json", "jsonl", "parquet"]))
+def test_files_of_any_bytes(values, prepared, content, kind):
+    path = Path(prepared.folder) / f"bytes.{kind}"
+    path.write_bytes(content)
+    with pytest.raises(REFUSED):
+        check_config(changed(values, {"data.train_files": str(path)}))

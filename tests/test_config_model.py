@@ -1,0 +1,185 @@
+"""Models that cannot work are refused before Ray starts, by one message with the remedy."""
+
+import json
+import shutil
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+from checkable_run import composed, override
+from huggingface_hub.errors import OfflineModeIsEnabled
+
+from recipe.spin.run import model_files
+from recipe.spin.run.model_files import BUCKET, fit_weight_bucket
+
+PATH = "actor_rollout_ref.model.path"
+
+
+@pytest.mark.parametrize(
+    ("missing", "words"),
+    [("*.safetensors", "weights"), ("tokenizer.json", "tokenizer"), ("config.json", "config.json")],
+)
+def test_incomplete_model_folder(run, tmp_path, missing, words):
+    folder = shutil.copytree(run.settings["actor_rollout_ref.model.path"], tmp_path / "model")
+    for file in folder.glob(missing):
+        file.unlink()
+    message = run.refusal(f"actor_rollout_ref.model.path={folder}")
+    assert message.startswith("actor_rollout_ref.model.path=") and str(folder) in message
+    assert words in message and "save_pretrained" in message
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "./model", "~/no-such-model", "a-name", "a/b/c"])
+def test_missing_model_folder(run, name):
+    message = run.refusal(f"actor_rollout_ref.model.path='{name}'")
+    assert f"actor_rollout_ref.model.path='{name}'" in message and "no such folder" in message
+
+
+# ---- What a folder holds ---------------------------------------------------------------------------------------------
+@pytest.fixture
+def folder(run, tmp_path) -> Path:
+    """A copy of the model, to be damaged."""
+    return Path(shutil.copytree(run.settings[PATH], tmp_path / "model"))
+
+
+def change(file: Path, **changes) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def shard(folder: Path) -> Path:
+    """Tells of the weights as a part of several; returns the part that is there."""
+    weights = folder / "model.safetensors"
+    first = weights.rename(folder / "model-00001-of-00002.safetensors")
+    parts = {"a": first.name, "b": "model-00002-of-00002.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": parts}))
+    return first
+
+
+def cut_shard(folder: Path) -> None:
+    first = shard(folder)
+    shutil.copy(first, folder / "model-00002-of-00002.safetensors")
+    cut(first)
+
+
+DAMAGES = {
+    "missing shard": (shard, ["model-00002-of-00002.safetensors is missing"]),
+    "cut shard": (cut_shard, ["model-00001-of-00002.safetensors is cut off", "bytes"]),
+    "cut weights": (lambda folder: cut(folder / "model.safetensors"), ["model.safetensors is cut off"]),
+    "empty weights": (lambda folder: (folder / "model.safetensors").write_bytes(b""), ["is cut off: it has 0 bytes"]),
+    "no weights": (
+        lambda folder: (folder / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}"),
+        ["holds no weights"],
+    ),
+    "other bytes": (
+        lambda folder: (folder / "model.safetensors").write_bytes((4).to_bytes(8, "little") + b"junk"),
+        ["is no safetensors file"],
+    ),
+    "index without files": (
+        lambda folder: (folder / "model.safetensors.index.json").write_text("{}"),
+        ["model.safetensors.index.json", "weight_map"],
+    ),
+    "broken json": (
+        lambda folder: cut(folder / "config.json"),
+        ["config.json cannot be read as JSON", "save_pretrained"],
+    ),
+    "a list": (lambda folder: (folder / "config.json").write_text("[]"), ["config.json cannot be read as JSON"]),
+    "not causal": (
+        lambda folder: change(folder / "config.json", architectures=["BertForMaskedLM"], model_type="bert"),
+        ["BertForMaskedLM", "a causal language model"],
+    ),
+    "no architecture": (lambda folder: change(folder / "config.json", architectures=None), ["a causal language model"]),
+    "broken tokenizer": (lambda folder: cut(folder / "tokenizer.json"), ["the tokenizer cannot be read"]),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_model_folder(run, folder, damage):
+    spoil, words = DAMAGES[damage]
+    spoil(folder)
+    message = run.refusal(f"{PATH}={folder}")
+    assert message.startswith(f"{PATH}='{folder}': "), message
+    assert [word for word in words if word not in message] == [], message
+
+
+def test_model_in_whole_shards(run, folder):
+    shutil.copy(shard(folder), folder / "model-00002-of-00002.safetensors")
+    run.check(f"{PATH}={folder}")
+
+
+def without_template(folder: Path) -> Path:
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings.pop("chat_template", None)
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def test_model_without_a_chat_template(run, folder):
+    message = run.refusal(f"{PATH}={without_template(folder)}")
+    assert message.startswith(f"{PATH}='{folder}'") and "no chat template" in message
+    assert "custom_chat_template" in message
+
+
+def test_a_chat_template_of_ones_own(run, folder):
+    template = "actor_rollout_ref.model.custom_chat_template='{{ messages[0].content }}'"
+    run.check(f"{PATH}={without_template(folder)}", template)
+
+
+# ---- Names on the hub ------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["gpt2", "Qwen/Qwen2.5-0.5B-Instruct"])
+def test_a_name_passes_when_the_hub_does_not_answer(run, name, capsys):
+    """What was tried is said: a run without a network may have a mirror."""
+    run.check(f"{PATH}={name}")
+    assert f"{PATH}='{name}'" in capsys.readouterr().err
+
+
+def test_a_misspelt_name_is_refused(run):
+    message = run.refusal(f"{PATH}=Qwen/Qwen2.5-3B-Instrct")
+    assert f"{PATH}='Qwen/Qwen2.5-3B-Instrct'" in message and "the hub has no such model" in message
+
+
+def test_a_name_is_refused_when_the_hub_must_not_be_asked(run, monkeypatch):
+    def offline(name, timeout):
+        raise OfflineModeIsEnabled("offline")
+
+    monkeypatch.setattr(huggingface_hub, "model_info", offline)
+    message = run.refusal(f"{PATH}=Qwen/Qwen2.5-0.5B-Instruct")
+    assert "HF_HUB_OFFLINE" in message and "name a folder" in message
+
+
+def test_a_name_in_the_cache_is_not_looked_up(run, monkeypatch):
+    def never(name, timeout):
+        raise AssertionError("asked")
+
+    model = Path(run.settings[PATH])
+    tokenizer = model_files._tokenizer(str(model), False, True)
+    monkeypatch.setattr(huggingface_hub, "model_info", never)
+    monkeypatch.setattr(model_files, "_cached_file", lambda name, file: model / file)
+    monkeypatch.setattr(model_files, "_tokenizer", lambda *args: tokenizer)
+    run.check(f"{PATH}=gpt2")
+
+
+# ---- The buffer for weights ------------------------------------------------------------------------------------------
+def bucket(tmp_path: Path, model: dict, *overrides: str) -> int:
+    (tmp_path / "config.json").write_text(json.dumps(model))
+    config = override(composed("cpu"), [f"{PATH}={tmp_path}", *overrides])
+    fit_weight_bucket(config)
+    return config.actor_rollout_ref.rollout.checkpoint_engine.update_weights_bucket_megabytes
+
+
+GEMMA_3_270M = {"vocab_size": 262144, "hidden_size": 640}
+
+
+@pytest.mark.parametrize("model", [GEMMA_3_270M, {"text_config": GEMMA_3_270M}], ids=["text", "text and images"])
+def test_the_weight_buffer_grows_with_the_embedding(tmp_path, model, capsys):
+    assert bucket(tmp_path, model) == 640  # megabytes of 2**20, of fp32
+    assert f"{BUCKET}=640 in place of 128" in capsys.readouterr().err
+
+
+def test_a_weight_buffer_that_is_large_enough_stays(tmp_path, capsys):
+    assert bucket(tmp_path, {"vocab_size": 49152, "hidden_size": 576}) == 128
+    assert bucket(tmp_path, GEMMA_3_270M, f"{BUCKET}=700") == 700
+    assert capsys.readouterr().err == ""

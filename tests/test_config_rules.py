@@ -1,0 +1,76 @@
+"""Settings that do not fit together are refused before Ray starts, each by a message with the remedy."""
+
+import pytest
+
+from recipe.spin.run import rules
+
+ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
+QUEUE = "transfer_queue.backend.SimpleStorage.total_storage_size"
+
+BAD = [
+    ("data.gen_batch_size=3", ["data.gen_batch_size=3", "a divisor", "data.train_batch_size=4"]),
+    ("data.train_max_samples=2", ["data.train_max_samples=2", "data.train_batch_size=4"]),
+    (f"{ACTOR}.ppo_mini_batch_size=8", [f"{ACTOR}.ppo_mini_batch_size=8", "at most data.train_batch_size=4"]),
+    (
+        f"{ACTOR}.ppo_mini_batch_size=8 {ACTOR}.use_dynamic_bsz=False",
+        [f"{ACTOR}.ppo_mini_batch_size=8", "at most data.train_batch_size=4"],
+    ),
+    (f"{ROLLOUT}.tensor_model_parallel_size=2", [f"{ROLLOUT}.tensor_model_parallel_size=2", "the 1 ranks"]),
+    (f"{ROLLOUT}.data_parallel_size=2", [f"{ROLLOUT}.data_parallel_size=2", "groups of 2"]),
+    (
+        "trainer.n_gpus_per_node=2 ray_kwargs.ray_init.num_gpus=1",
+        ["trainer.n_gpus_per_node=2", "ray_kwargs.ray_init.num_gpus=1", "would wait"],
+    ),
+    (
+        f"{ROLLOUT}.max_num_batched_tokens=32 {ROLLOUT}.max_num_seqs=8",
+        [f"{ROLLOUT}.max_num_batched_tokens=32", "at least 64", "a whole prompt"],
+    ),
+    (f"{ROLLOUT}.max_num_batched_tokens=100", [f"{ROLLOUT}.max_num_batched_tokens=100", "at least 128"]),
+    (f"{ROLLOUT}.val_kwargs.do_sample=False", [f"{ROLLOUT}.val_kwargs.do_sample=False", "val_kwargs.temperature=0"]),
+    (f"{QUEUE}=15", [f"{QUEUE}=15", "a batch has 16 responses"]),
+    (f"{QUEUE}=19", [f"{QUEUE}=19", "4 held-out prompts with 5 answers each make 20"]),
+    ("algorithm.dpo_beta=end:0.01", ["algorithm.dpo_beta='end:0.01'", "quotes"]),
+    ("trainer.resume_mode=resume_path", ["trainer.resume_from_path=None", "global_step_N"]),
+    ("trainer.resume_mode=resume_path trainer.resume_from_path=/absent/global_step_1", ["trainer.resume_from_path="]),
+    (
+        "trainer.default_local_dir=/dev/null/run",
+        ["trainer.default_local_dir='/dev/null/run'", "/dev/null is no folder"],
+    ),
+    (
+        "trainer.default_local_dir=/proc/run",
+        ["trainer.default_local_dir='/proc/run'", "nothing can be written in /proc"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("overrides", "words"), BAD)
+def test_settings_that_do_not_fit_are_refused(run, overrides, words):
+    message = run.refusal(*overrides.split())
+    assert "\n" not in message, "one fault brings no other"
+    assert [word for word in words if word not in message] == [], message
+
+
+def test_a_logger_whose_package_is_missing(run, monkeypatch):
+    monkeypatch.setattr(rules, "find_spec", lambda package: None)
+    message = run.refusal("trainer.logger=[file,wandb]")
+    assert message.startswith("trainer.logger=['file', 'wandb']") and "package wandb is not installed" in message
+    run.check("trainer.logger=[file,console]")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "data.gen_batch_size=2",
+        "data.train_max_samples=4",
+        f"{ROLLOUT}.max_num_batched_tokens=32 {ROLLOUT}.max_num_seqs=8 {ROLLOUT}.enable_chunked_prefill=True",
+        f"{ROLLOUT}.val_kwargs.do_sample=False {ROLLOUT}.val_kwargs.temperature=0",
+        f"{QUEUE}=null",
+        "trainer.resume_mode=force",
+        "trainer.logger=console",
+        "trainer.n_gpus_per_node=2",
+        "trainer.n_gpus_per_node=2 actor_rollout_ref.rollout.tensor_model_parallel_size=2",
+        "trainer.default_local_dir=outputs/new/run",
+    ],
+)
+def test_settings_that_fit_pass(run, overrides):
+    run.check(*overrides.split())

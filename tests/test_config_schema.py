@@ -1,0 +1,123 @@
+"""The schema of the settings: what it refuses, and that README and config follow from it."""
+
+import re
+from pathlib import Path
+
+import pytest
+import verl.trainer.config
+import yaml
+from checkable_run import composed
+from verl.utils.tracking import Tracking
+from worker_harness import ROOT
+
+from recipe.spin.run import rules, schema
+from recipe.spin.run.schema import described, readme_table
+
+CONFIG = ROOT / "config" / "spin_trainer.yaml"
+ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
+
+
+# ---- README and config -----------------------------------------------------------------------------------------------
+def test_the_readme_has_the_table_of_the_schema():
+    """`python -m recipe.spin.run.schema` prints it."""
+    assert readme_table() in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("key", [key for key, _ in described()])
+def test_defaults_are_those_of_the_config(key):
+    field = dict(described())[key]
+    value = rules.Settings(composed("gpu")).value(key)
+    shown = field.json_schema_extra["shown"]
+    assert value == (composed("gpu").data[shown] if shown else field.default)
+
+
+def keys_of(section: dict, path: str = "") -> list[str]:
+    """The keys of a section and of those within it."""
+    keys = []
+    for name, value in section.items():
+        keys += keys_of(value, f"{path}{name}.") if isinstance(value, dict) else [f"{path}{name}"]
+    return keys
+
+
+def test_every_key_of_the_recipe_is_declared_and_explained():
+    """A key that verl does not know stands in the schema, and in the config below a comment."""
+    text = CONFIG.read_text()
+    verls = yaml.safe_load((Path(verl.trainer.config.__path__[0]) / "_generated_ppo_trainer.yaml").read_text())
+    config = yaml.safe_load(text)
+    ours = {key for name in ("algorithm", "trainer", "actor_rollout_ref") for key in keys_of(config[name], f"{name}.")}
+    ours = {key for key in ours - set(keys_of(verls)) if ".ref.checkpoint." not in key}  # of a dataclass of verl's
+    assert ours <= dict(described()).keys(), "declare them in run/schema.py"
+    for key in ours:
+        name = key.rsplit(".", 1)[-1]
+        assert re.search(rf"^ +#.*\n +{name}:", text, re.MULTILINE), f"{key} has no comment in {CONFIG.name}"
+
+
+def test_the_loggers_are_verls():
+    assert sorted(schema.LOGGERS) == sorted(Tracking.supported_backend)
+
+
+# ---- Settings that are refused by themselves -------------------------------------------------------------------------
+BAD = [
+    (
+        "trainer.total_training_steps=abc",
+        ["trainer.total_training_steps='abc'", "a whole number of at least 1 or null"],
+    ),
+    ("trainer.total_training_steps=0", ["trainer.total_training_steps=0", "at least 1"]),
+    ("trainer.total_training_steps=-5", ["trainer.total_training_steps=-5", "at least 1"]),
+    ("trainer.total_training_steps=2.5", ["trainer.total_training_steps=2.5", "whole number"]),
+    ("trainer.resume_mode=never", ["trainer.resume_mode='never'", "one of auto, disable, resume_path, force"]),
+    ("trainer.logger=[file,wadnb]", ["trainer.logger=['file', 'wadnb']", "wandb"]),
+    ("trainer.logger=wadnb", ["trainer.logger='wadnb'", "tensorboard"]),
+    ("trainer.n_gpus_per_node=0", ["trainer.n_gpus_per_node=0", "at least 1"]),
+    ("trainer.max_actor_ckpt_to_keep=-1", ["trainer.max_actor_ckpt_to_keep=-1", "at least 0"]),
+    ("trainer.max_actor_ckpt_to_keep=1.5", ["trainer.max_actor_ckpt_to_keep=1.5", "whole number"]),
+    ("trainer.ref_update_alpha=True", ["trainer.ref_update_alpha=True", "a number above 0 and at most 1"]),
+    (f"{ROLLOUT}.val_kwargs=null", [f"{ROLLOUT}.val_kwargs=None", "a section of keys"]),
+    ("data.seed=one", ["data.seed='one'", "a whole number of at least 0 or null"]),
+    ("data.train_files=5", ["data.train_files=5", "name a file"]),
+    ("data.train_files=[]", ["data.train_files=[]", "name a file"]),
+    ("data.val_files=[5]", ["data.val_files=[5]", "a list, each a text"]),
+    ("data.max_response_length=8.0", ["data.max_response_length=8.0", "whole number"]),
+    ("data.dataloader_num_workers=-1", ["data.dataloader_num_workers=-1", "at least 0"]),
+    ("reward.num_workers=0", ["reward.num_workers=0", "at least 1"]),
+    ("actor_rollout_ref.model.lora_rank=null", ["actor_rollout_ref.model.lora_rank=None", "whole number"]),
+    ("actor_rollout_ref.model.override_config=null", ["override_config=None", "a section of keys"]),
+    ("actor_rollout_ref.model.path=5", ["actor_rollout_ref.model.path=5", "name a model"]),
+    (f"{ACTOR}.optim=null", [f"{ACTOR}.optim=None", "a section of keys"]),
+    (f"{ACTOR}.optim.clip_grad=-1", [f"{ACTOR}.optim.clip_grad=-1", "above 0", "turn them round"]),
+    (f"{ACTOR}.optim.lr=inf", [f"{ACTOR}.optim.lr=inf", "at least 0"]),
+    (f"{ACTOR}.optim.lr=nan", [f"{ACTOR}.optim.lr=nan", "a number"]),
+    (f"{ROLLOUT}.agent.num_workers=0", [f"{ROLLOUT}.agent.num_workers=0", "at least 1"]),
+    (f"{ROLLOUT}.max_model_len=2k", [f"{ROLLOUT}.max_model_len='2k'", "a whole number of at least 1 or null"]),
+    (f"{ROLLOUT}.mode=sync", [f"{ROLLOUT}.mode='sync'", "must be async"]),
+    (f"{ROLLOUT}.seed=-1", [f"{ROLLOUT}.seed=-1", "at least 0"]),
+    (f"{ROLLOUT}.top_p=0", [f"{ROLLOUT}.top_p=0", "above 0 and at most 1"]),
+    (f"{ROLLOUT}.top_p=1.5", [f"{ROLLOUT}.top_p=1.5", "at most 1"]),
+    (f"{ROLLOUT}.top_k=-2", [f"{ROLLOUT}.top_k=-2", "at least -1"]),
+    (f"{ROLLOUT}.val_kwargs.top_p=0", [f"{ROLLOUT}.val_kwargs.top_p=0", "above 0"]),
+    (f"{ROLLOUT}.gpu_memory_utilization=1.2", ["gpu_memory_utilization=1.2", "at most 1"]),
+    (f"{ROLLOUT}.do_sample=False", [f"{ROLLOUT}.do_sample=False", "must be sampled"]),
+    # taken by verl, and without effect here
+    (f"{ACTOR}.grad_clip=0.5", [f"{ACTOR}.grad_clip=0.5", "set optim.clip_grad"]),
+    (f"{ACTOR}.entropy_coeff=0.01", [f"{ACTOR}.entropy_coeff=0.01", "SPIN does not use it; set it to 0"]),
+    (f"{ACTOR}.loss_agg_mode=token-sum", [f"{ACTOR}.loss_agg_mode='token-sum'", "set it to token-mean"]),
+    (f"{ACTOR}.clip_ratio=0.3", [f"{ACTOR}.clip_ratio=0.3", "set it to 0.2"]),
+    (f"{ACTOR}.use_kl_loss=True", [f"{ACTOR}.use_kl_loss=True", "set it to False"]),
+    (f"{ACTOR}.ppo_micro_batch_size=8", [f"{ACTOR}.ppo_micro_batch_size=8", "set it to None"]),
+    ("algorithm.adv_estimator=grpo", ["algorithm.adv_estimator='grpo'", "set it to gae"]),
+    ("algorithm.use_kl_in_reward=True", ["algorithm.use_kl_in_reward=True", "set it to False"]),
+    ("trainer.critic_warmup=10", ["trainer.critic_warmup=10", "set it to 0"]),
+]
+
+
+@pytest.mark.parametrize(("override", "words"), BAD)
+def test_setting_is_refused_by_itself(run, override, words):
+    message = run.refusal(override)
+    assert "\n" not in message, "one fault brings no other"
+    assert [word for word in words if word not in message] == [], message
+
+
+def test_all_faults_are_told_at_once(run):
+    message = run.refusal("data.seed=one", f"{ROLLOUT}.top_p=0", "algorithm.dpo_loss_type=stf", f"{ROLLOUT}.n=1")
+    assert message.startswith("4 faults\n  1. ")
+    assert all(key in message for key in ("data.seed", f"{ROLLOUT}.top_p", "dpo_loss_type", f"{ROLLOUT}.n=1"))
