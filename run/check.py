@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from recipe.spin.core_algos import LOSSES, PAIRINGS, PREFERENCE_SOURCES, TIE_POLICIES, beta_at, check_loss_settings
+from recipe.spin.core_algos import LOSSES, PAIRINGS, TIE_POLICIES, beta_at, check_loss_settings
+from recipe.spin.preferences.source import source_class
 
 CONFIGURATION = ("config.json",)
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -106,8 +107,14 @@ def _check_kinds(config: DictConfig) -> None:
 
 def _check_preferences(config: DictConfig) -> None:
     source = config.algorithm.preference_source
-    known = ", ".join(PREFERENCE_SOURCES)
-    _require(source in PREFERENCE_SOURCES, "algorithm.preference_source", config, f"choose one of {known}")
+    try:
+        found = source_class(source)
+    except ValueError as error:
+        raise ConfigError(f"algorithm.preference_source={source!r}: {error}") from error
+    try:
+        found.check(config)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     n = config.actor_rollout_ref.rollout.n
     if source == "self_play":
         _require(_is_int(n) and n >= 1, f"{ROLLOUT}.n", config, "the opponent must give at least 1 response")
