@@ -37,10 +37,6 @@ class TaskRunner:
     @staticmethod
     def trainer_class(config: DictConfig) -> type:
         """The trainer that the config asks for; a recipe of yours may give its own."""
-        if config.algorithm.preference_source == "self_play":
-            from recipe.spin.preferences.self_play import SelfPlayTrainer
-
-            return SelfPlayTrainer
         from recipe.spin.spin_trainer import SpinTrainer
 
         return SpinTrainer

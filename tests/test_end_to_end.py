@@ -20,6 +20,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from benchmarks.rule_judge import RuleJudge
+
 pytestmark = pytest.mark.slow
 
 MARK = "SPIN_TEST_RUN"  # set in the environment of a run
@@ -316,6 +318,39 @@ def test_dynamic_sampling_gives_up_on_a_reward_that_always_ties(task, tiny_llama
         "trainer.val_before_train=False",
     )
     assert "algorithm.filter_groups.max_num_gen_batches=2" in error and "8 prompts" in error
+
+
+def test_judges_prefer(task, tiny_llama, tmp_path):
+    """A server that counts vowels, and the policy itself, whose random answers nobody can read: ties, to be outvoted.
+
+    The reward's function, which every judge could contradict, is for the reports alone."""
+
+    def vowels(request: str, response: str) -> float:
+        assert request.startswith("user: ")
+        return sum(letter in "aeiou" for letter in response) - 0.01 * len(response)
+
+    run = tmp_path / "run"
+    with RuleJudge(vowels) as server:
+        succeed(
+            task,
+            tiny_llama,
+            run,
+            "algorithm.preference_source=judge",
+            f"algorithm.judge.servers=[{server.address},policy]",
+            "algorithm.judge.max_tokens=4",
+            "algorithm.judge.max_unreadable=0.6",
+            "reward.custom_reward_function.name=compute_the_same",
+            "actor_rollout_ref.rollout.max_model_len=512",
+            "actor_rollout_ref.rollout.max_num_batched_tokens=4096",
+            "trainer.total_training_steps=2",
+            "trainer.val_before_train=False",
+        )
+    history = metrics(run)
+    for step in (1, 2):
+        assert history[step]["pairs/used"] == 4 and history[step]["pairs/score_margin"] > 0.5
+        assert history[step]["judge/unreadable_rate"] == pytest.approx(0.5, abs=0.05)
+    asked = sum(history[step]["judge/asked"] for step in (1, 2))
+    assert asked == 2 * len(server.questions)
 
 
 def test_lora_against_the_base_model(task, tiny_llama, tmp_path):

@@ -11,7 +11,7 @@ from worker_harness import nest
 
 from recipe.spin.rollout.agent_loop import GREEDY, SAMPLING_SEED
 from recipe.spin.rollout.held_out import HeldOutRows
-from recipe.spin.spin_trainer import SpinTrainer
+from recipe.spin.spin_trainer import SpinTrainer, _named_rewards
 
 
 @pytest.fixture
@@ -40,6 +40,12 @@ def test_dynamic_sampling_has_a_limit(trainer, enable, limit, fetched, stops):
         return
     with pytest.raises(RuntimeError, match=r"(?s)step 7: 12 prompts .*max_num_gen_batches=3"):
         trainer._check_filtering(fetched)
+
+
+def test_rewards_are_in_the_metrics_by_their_names():
+    info = [{"score": 1.0, "acc": 1.0, "brief": -2, "right": True, "why": "a"}, {"score": 0.0, "brief": -4, "why": ""}]
+    assert _named_rewards(info) == {"reward/brief": -3.0}
+    assert _named_rewards([{}, {}]) == {}
 
 
 def held_out(trainer, temperature: float):
