@@ -94,6 +94,13 @@ def _check_kinds(config: DictConfig) -> None:
         _require(_is_number(value) and 0 <= value < math.inf, key, config, "must be a number of at least 0")
     for key in WHOLE:
         _require(_is_int(OmegaConf.select(config, key)), key, config, "must be a whole number")
+    keep = config.trainer.max_actor_ckpt_to_keep
+    _require(
+        keep is None or _is_int(keep),
+        "trainer.max_actor_ckpt_to_keep",
+        config,
+        "must be a whole number; null, or one below 1, keeps all checkpoints",
+    )
     for key in FLAGS:
         _require(isinstance(OmegaConf.select(config, key), bool), key, config, "must be True or False")
     for key in UNUSED:
