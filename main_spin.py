@@ -9,6 +9,7 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
+from recipe.spin.run import resume
 from recipe.spin.run.check import ConfigError, check_config
 
 FOLDER = Path(__file__).resolve().parent
@@ -139,6 +140,7 @@ def main(config: DictConfig) -> None:
     try:
         OmegaConf.resolve(config)
         check_config(config)
+        resume.prepare(config)
     except ConfigError as error:
         sys.exit(f"error: {error}")
     try:
