@@ -9,8 +9,10 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
+from recipe.spin.run import resume
 from recipe.spin.run.check import ConfigError, check_config
 from recipe.spin.run.model_files import fit_weight_bucket
+from recipe.spin.run.pinned_model import fetch_pinned_model
 
 FOLDER = Path(__file__).resolve().parent
 OmegaConf.register_new_resolver("spin_folder", lambda name: str(FOLDER / name), replace=True)
@@ -135,8 +137,10 @@ def main(config: DictConfig) -> None:
     """Entry point: settings that cannot work end in one clear message, before Ray starts."""
     try:
         OmegaConf.resolve(config)
+        fetch_pinned_model(config)
         check_config(config)
         fit_weight_bucket(config)
+        resume.prepare(config)
     except ConfigError as error:
         sys.exit(f"error: {error}")
     try:

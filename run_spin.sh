@@ -11,10 +11,11 @@ first call, unless the active Python has verl and vLLM. KEY=VALUE are Hydra over
 example  algorithm.dpo_beta=0.2 trainer.total_training_steps=40
 
 Without a GPU a model of 135 million parameters learns to add numbers; with GPUs Qwen2.5-3B-Instruct trains on GSM8K.
-The same command continues an unfinished run; after a finished one it begins another in the next free folder.
+The same command continues an unfinished run; after a finished one it begins another in the next free folder. Other
+settings go with another RUN_DIR: an unfinished run is not continued with them (trainer.resume_mode=force insists).
 
 Environment variables:
-  MODEL_PATH            model folder or hub name
+  MODEL_PATH            model folder or hub name; owner/name@revision is the model at that commit, tag or branch
   DATA_DIR              folder with train.parquet and test.parquet in verl's format
   REWARD_PATH           file with compute_score(data_source, solution_str, ground_truth, extra_info);
                         without it DATA_DIR/reward.py, then the example's, then verl's own for the data source

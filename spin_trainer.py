@@ -3,8 +3,8 @@
 refresh the reference -> generate -> score -> prefer -> reference log-probs -> update -> weights to vLLM
 """
 
+import math
 import os
-import shutil
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +24,7 @@ from verl.utils.metric import reduce_metrics
 from verl.utils.py_functional import rename_dict
 from verl.workers.rollout.replica import RolloutReplicaRegistry
 
-from recipe.spin import verl_patches
+from recipe.spin import run_folder, verl_patches
 from recipe.spin.core_algos import PreferencePairs, beta_at, penalize_missing_eos
 from recipe.spin.dp_actor import DPOSettings
 from recipe.spin.engine.plan import plan_mini_batches
@@ -97,17 +97,35 @@ class SpinTrainer(OpponentInVLLM, HeldOutValidation, PPOTrainerSync):
         self.role_worker_mapping[role] = ray.remote(SpinWorker)
         self.mapping[role] = "global_pool"
 
+    def _init_dataloader(self):
+        """verl ends with its epochs however many steps were asked for: here the epochs follow from the steps."""
+        super()._init_dataloader()
+        needed = math.ceil(self.total_training_steps / self.steps_per_epoch)
+        self.config.trainer.total_epochs = max(needed, self.config.trainer.total_epochs)
+
     def on_init_end(self):
-        """After a resume the held-out prompts were answered already, and the metrics go on in a file of their own."""
+        """After a resume the held-out prompts were answered already, and the metrics go on in a file of their own.
+
+        Unless a kill cut that validation off, which follows the checkpoint of its step: then it comes first.
+        """
         super().on_init_end()
         self.progress |= {"step": self.global_steps, "total": self.total_training_steps}
-        folder = Path(self.config.trainer.default_local_dir) / "metrics"
-        folder.mkdir(parents=True, exist_ok=True)
-        os.environ["VERL_FILE_LOGGER_PATH"] = str(folder / f"from_step_{self.global_steps:08d}.jsonl")
+        trainer = self.config.trainer
+        folder = Path(trainer.default_local_dir)
+        os.environ["VERL_FILE_LOGGER_PATH"] = str(run_folder.next_metrics_file(folder, self.global_steps))
+        loggers = [trainer.logger] if isinstance(trainer.logger, str) else trainer.logger or []
+        trainer.logger = [*loggers, *({"file"} - set(loggers))]  # the report is made of the file
         if self.global_steps > 0:
-            self.config.trainer.val_before_train = False
+            trainer.val_before_train = trainer.val_only or self._validation_is_missing(folder)
         adapter = self.config.actor_rollout_ref.model.lora_adapter_path  # trained before, unlike the reference
         self._reference_equals_actor = self.global_steps == 0 and not adapter
+
+    def _validation_is_missing(self, folder: Path) -> bool:
+        frequency = self.config.trainer.test_freq
+        is_last = self.global_steps >= self.total_training_steps
+        due = frequency > 0 and (is_last or self.global_steps % frequency == 0)
+        history, _ = run_folder.read_history(folder)
+        return due and not any(name.startswith("val-") for name in history.get(self.global_steps, {}))
 
     def on_validate_begin(self):
         self.progress["doing"] = "answering the held-out prompts"
@@ -370,11 +388,7 @@ class SpinTrainer(OpponentInVLLM, HeldOutValidation, PPOTrainerSync):
             super()._save_checkpoint()
         finally:
             self.config.trainer.max_actor_ckpt_to_keep = keep
-        folders = sorted(
-            Path(self.config.trainer.default_local_dir).glob("global_step_*"), key=lambda path: int(path.name[12:])
-        )
-        for folder in folders[: -keep or None] if keep else []:
-            shutil.rmtree(folder)
+        run_folder.prune(Path(self.config.trainer.default_local_dir), self.global_steps, keep)
 
 
 def _named_rewards(info: list[dict]) -> dict[str, float]:

@@ -9,7 +9,8 @@ class OpponentInVLLM:
     source: RewardSource
 
     def on_init_end(self):
-        self.actor_rollout_wg.choose_rollout_model(self.source.rollout_model)
+        if self.source.rollout_model != "actor":
+            self.actor_rollout_wg.choose_rollout_model(self.source.rollout_model)
         super().on_init_end()
 
     def on_step_end(self):
