@@ -32,6 +32,7 @@ from recipe.spin.engine.rows import arrange, build_rows, nest, pad_rows, pair_to
 from recipe.spin.fsdp_workers import SpinWorker
 from recipe.spin.rollout.agent_loop import SAMPLING_SEED, RolloutClient, WholeRounds
 from recipe.spin.rollout.held_out import HeldOutValidation
+from recipe.spin.rollout.weights import has_own_sockets
 
 RESPONSE_FIELDS = ["prompts", "responses", "response_mask", "rollout_log_probs"]
 
@@ -45,8 +46,9 @@ class SpinTrainer(HeldOutValidation, PPOTrainerSync):
         super().__init__(config)
         self.use_reference_policy = True
         self._sends_rounds = sends_rounds(config.actor_rollout_ref.rollout)
-        if self._sends_rounds:
+        if has_own_sockets(config.actor_rollout_ref.rollout):
             RolloutReplicaRegistry.register("vllm", _load_replica)
+        if self._sends_rounds:
             verl_patches.without_load_balancer()
         self.progress = {"doing": "loading the model into FSDP and vLLM", "step": 0, "total": 0, "metrics": {}}
         self._fetched = (0, 0)  # step, and the prompts fetched in it so far
@@ -370,7 +372,7 @@ class SpinTrainer(HeldOutValidation, PPOTrainerSync):
 
 def sends_rounds(rollout) -> bool:
     """Whether requests go to vLLM's replicas as rounds: not to SGLang's, split engines or a router of the user's."""
-    return rollout.name == "vllm" and not rollout.disaggregation.enabled and not rollout.router_config_path
+    return has_own_sockets(rollout) and not rollout.router_config_path
 
 
 def _load_replica() -> type:

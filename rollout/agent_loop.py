@@ -20,6 +20,8 @@ from verl.workers.rollout.replica import TokenOutput
 from recipe.spin import verl_patches
 from recipe.spin.rollout.rounds import Request, Round, Session
 
+verl_patches.own_transfer_queue()
+
 # Columns that SpinTrainer adds to a batch of prompts
 GREEDY = "spin_greedy"  # answer greedily, whatever the sampling parameters say
 SAMPLING_SEED = "spin_sampling_seed"  # names the prompt within the run

@@ -9,7 +9,10 @@ from recipe.spin.rollout.rounds import RoundServing
 
 
 class RolloutServer(RoundServing, vLLMHttpServer):
-    """verl's vLLM server with a call for a whole round."""
+    """verl's vLLM server with a call for a whole round; its workers take weights from this run alone."""
+
+    def _get_worker_extension_cls(self) -> str:
+        return "recipe.spin.rollout.vllm_worker.RolloutWorkerExtension"
 
     async def generate(self, prompt_ids, sampling_params, request_id, **options) -> TokenOutput:
         """As verl's. vLLM reports each answer once, complete and as tokens: verl asks for neither parts nor text."""

@@ -8,10 +8,11 @@ from omegaconf import DictConfig
 PLOT = "learning_curve.png"
 
 
-def write(config: DictConfig, seconds: float, peak_memory_gb: float) -> dict:
+def write(config: DictConfig, seconds: float, peak_memory_gb: float | None) -> dict:
     """Writes the report of a finished run into its folder, prints it and returns the summary.
 
-    `seconds` and `peak_memory_gb` are those of this process; a resumed run adds up the seconds of its parts.
+    `seconds` and `peak_memory_gb` are those of this process; a resumed run adds up the seconds of its parts. No peak is
+    known of a run on a cluster that it joined.
     """
     folder = Path(config.trainer.default_local_dir)
     history = read_history(folder / "metrics")
@@ -20,7 +21,7 @@ def write(config: DictConfig, seconds: float, peak_memory_gb: float) -> dict:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
     summary = summarize(history) | {
         "seconds": round(seconds, 1),
-        "peak_memory_gb": round(peak_memory_gb, 2),
+        "peak_memory_gb": peak_memory_gb and round(peak_memory_gb, 2),
         "checkpoint": latest_checkpoint(folder),
     }
     plot(history, folder / PLOT)
@@ -130,8 +131,9 @@ def print_summary(summary: dict, folder: Path) -> None:
     for kind in summary["before"]:
         before, after = summary["before"][kind], summary["after"].get(kind, float("nan"))
         lines.append(f"  held-out accuracy, {kind + ':':9} {before:.3f} before, {after:.3f} after")
+    if summary["peak_memory_gb"] is not None:
+        lines.append(f"  peak memory of all processes: {summary['peak_memory_gb']} GB")
     lines += [
-        f"  peak memory of all processes: {summary['peak_memory_gb']} GB",
         f"  checkpoint (from_pretrained): {summary['checkpoint'] or 'none was saved (trainer.save_freq)'}",
         f"  metrics: {folder / 'metrics.jsonl'}",
         f"  plot:    {folder / PLOT}",
