@@ -1,5 +1,8 @@
 """verl's vLLM server and replica, for rounds."""
 
+import os
+import secrets
+
 import ray
 from verl.workers.rollout.replica import TokenOutput
 from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, vLLMReplica
@@ -10,6 +13,11 @@ from recipe.spin.rollout.rounds import RoundServing
 
 class RolloutServer(RoundServing, vLLMHttpServer):
     """verl's vLLM server with a call for a whole round; its workers take weights from this run alone."""
+
+    def __init__(self, *args, **kwargs):
+        # Requests come through Ray; the HTTP server that verl starts beside it answers nobody without the key
+        os.environ.setdefault("VLLM_API_KEY", secrets.token_hex(16))
+        super().__init__(*args, **kwargs)
 
     def _get_worker_extension_cls(self) -> str:
         return "recipe.spin.rollout.vllm_worker.RolloutWorkerExtension"

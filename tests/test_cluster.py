@@ -1,5 +1,6 @@
 """What a run brings along to a Ray cluster of its own, and to one that it joins."""
 
+import copy
 import os
 import tempfile
 import threading
@@ -40,7 +41,10 @@ def environment(monkeypatch) -> dict[str, str]:
 
 
 def config(*overrides: str) -> DictConfig:
-    result = override(composed("cpu"), list(overrides))
+    result = copy.deepcopy(composed("cpu"))
+    OmegaConf.set_struct(result, False)  # as Hydra's "+key=value" adds a key
+    result = override(result, list(overrides))
+    OmegaConf.set_struct(result, True)
     OmegaConf.resolve(result)
     return result
 

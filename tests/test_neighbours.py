@@ -105,7 +105,7 @@ def test_a_transfer_within_the_limit_is_as_before(limited, tmp_path):
     sender.join(10)
 
 
-def test_vllms_worker_and_the_trainers_rank_are_given_the_runs_socket(monkeypatch, tmp_path):
+def test_vllms_worker_receives_on_the_runs_socket(monkeypatch, tmp_path):
     from recipe.spin.rollout.server import RolloutServer
     from recipe.spin.rollout.vllm_worker import RolloutWorkerExtension
 
@@ -113,9 +113,21 @@ def test_vllms_worker_and_the_trainers_rank_are_given_the_runs_socket(monkeypatc
     assert name == f"{RolloutWorkerExtension.__module__}.{RolloutWorkerExtension.__qualname__}"
     monkeypatch.setenv("VERL_REPLICA_RANK", "1")
     expected = address_of("spin-1", monkeypatch, tmp_path)
-    worker = SimpleNamespace(local_rank=0, model_runner=SimpleNamespace(vllm_config=None))
-    worker.__class__ = type("Worker", (RolloutWorkerExtension,), {"__new__": object.__new__})
+    worker = object.__new__(RolloutWorkerExtension)  # verl's own makes it a worker of the machine's platform
+    worker.local_rank, worker.model_runner = 0, SimpleNamespace(vllm_config=None)
     assert worker._get_zmq_handle() == expected
+
+
+def test_vllms_http_server_has_a_key_that_nobody_knows(monkeypatch):
+    from recipe.spin.rollout import server
+
+    monkeypatch.setattr(os, "environ", {})
+    monkeypatch.setattr(server.vLLMHttpServer, "__init__", lambda self: None)
+    keys = set()
+    for _ in range(2):
+        server.RolloutServer()
+        keys.add(os.environ.pop("VLLM_API_KEY"))
+    assert len(keys) == 2 and all(len(key) == 32 for key in keys)
 
 
 # ---- TransferQueue ---------------------------------------------------------------------------------------------------
