@@ -17,9 +17,7 @@ from verl.workers.engine_workers import ActorRolloutRefWorker
 
 from recipe.spin import verl_patches
 from recipe.spin.dp_actor import DataParallelPPOActor, RowWorker
-from recipe.spin.rollout.weights import RUN_NAME, has_own_sockets, own_socket
-
-LOOPBACK = "127.0.0.1"
+from recipe.spin.rollout.weights import ONE_MACHINE, RUN_NAME, has_own_sockets, own_socket
 
 verl_patches.ignore_trl()
 verl_patches.own_transfer_queue()
@@ -110,7 +108,7 @@ def meet_in_a_file(environment: MutableMapping[str, str]) -> None:
 
     The server that torch would start for it listens on every interface.
     """
-    if environment.get("MASTER_ADDR") == LOOPBACK and RUN_NAME in environment:
+    if ONE_MACHINE in environment:
         name = f"{environment[RUN_NAME]}-ranks-{environment['MASTER_PORT']}"
         environment.setdefault("DIST_INIT_METHOD", f"file://{tempfile.gettempdir()}/{name}")
 

@@ -3,7 +3,9 @@
 import os
 import tempfile
 
-RUN_NAME = "SPIN_RUN_NAME"  # set in the environment of all processes of a run
+# Set in the environment of all processes of a run
+RUN_NAME = "SPIN_RUN_NAME"
+ONE_MACHINE = "SPIN_ONE_MACHINE"  # where it has a cluster and a temporary folder of its own
 
 
 def has_own_sockets(rollout) -> bool:

@@ -8,7 +8,7 @@ from uuid import uuid4
 
 from omegaconf import DictConfig, open_dict
 
-from recipe.spin.rollout.weights import RUN_NAME
+from recipe.spin.rollout.weights import ONE_MACHINE, RUN_NAME
 
 # What processes on other nodes need of the driver's environment; those of this machine inherit it
 PASSED_ON = ("GLOO_", "HF_", "MALLOC_", "NCCL_", "OMP_", "PYTORCH_", "TORCH_", "TRANSFORMERS_", "VERL_", "VLLM_")
@@ -18,14 +18,14 @@ SECRET = re.compile(r"_(KEY|TOKEN|SECRET|PASSWORD)$")
 # What the services want that metrics are logged to; only the process that drives the run talks to them
 LOGGING = ("CLEARML_", "MLFLOW_", "SWANLAB_", "WANDB_")
 
-LOOPBACK = "127.0.0.1"
-# Nothing of a run on one machine listens on the network
+# Nothing of a run on one machine listens on the network, unless the user names an interface
 ON_LOOPBACK = {
+    ONE_MACHINE: "1",
     # Ray's own switch for systems whose firewall asks about every listening process
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "GLOO_SOCKET_IFNAME": "lo",
     "NCCL_SOCKET_IFNAME": "lo",
-    "VLLM_HOST_IP": LOOPBACK,
+    "VLLM_HOST_IP": "127.0.0.1",
 }
 
 
@@ -84,5 +84,6 @@ def keep_to_loopback() -> None:
     """Makes Ray, TransferQueue, vLLM, gloo and NCCL of a run on one machine listen on loopback alone."""
     from ray._private import ray_constants
 
-    os.environ.update(ON_LOOPBACK)
+    for name, value in ON_LOOPBACK.items():
+        os.environ.setdefault(name, value)
     ray_constants.ENABLE_RAY_CLUSTER = False  # Ray read its switch when Hydra, looking for verl's config, imported it

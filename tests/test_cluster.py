@@ -14,7 +14,7 @@ from ray._private import ray_constants
 
 from recipe.spin import fsdp_workers
 from recipe.spin.main_spin import TaskRunner
-from recipe.spin.rollout.weights import RUN_NAME
+from recipe.spin.rollout.weights import ONE_MACHINE, RUN_NAME
 from recipe.spin.run import cluster
 from recipe.spin.run import monitor as run_monitor
 from recipe.spin.run.monitor import RunMonitor
@@ -59,7 +59,8 @@ def test_a_run_on_one_machine_has_a_cluster_of_its_own_on_loopback(environment):
     assert not joins and ray_init["address"] == "local"  # never one that somebody else started on the machine
     assert ray_init["num_gpus"] == 1 and ray_init["object_store_memory"] == 500000000
     assert list(ray_init["runtime_env"]["env_vars"]) == [RUN_NAME]  # the rest is inherited
-    assert environment.items() >= cluster.ON_LOOPBACK.items()
+    assert environment.items() >= (cluster.ON_LOOPBACK | SETTINGS).items()  # what the user names is kept
+    assert environment["GLOO_SOCKET_IFNAME"] == "lo" and environment["NCCL_SOCKET_IFNAME"] == "eth1"
     assert not ray_constants.ENABLE_RAY_CLUSTER
 
 
@@ -136,9 +137,9 @@ def test_on_a_joined_cluster_nothing_is_claimed_that_only_a_part_is_seen_of(tmp_
 
 def test_ranks_of_one_machine_meet_without_a_server(monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", "/private")
-    alone = {RUN_NAME: "spin-1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "4000"}
+    alone = {ONE_MACHINE: "1", RUN_NAME: "spin-1", "MASTER_PORT": "4000"}
     fsdp_workers.meet_in_a_file(alone)
     assert alone["DIST_INIT_METHOD"] == "file:///private/spin-1-ranks-4000"
-    several = {RUN_NAME: "spin-1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "4000"}
+    several = {RUN_NAME: "spin-1", "MASTER_PORT": "4000"}
     fsdp_workers.meet_in_a_file(several)
     assert "DIST_INIT_METHOD" not in several
