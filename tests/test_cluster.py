@@ -15,7 +15,7 @@ from ray._private import ray_constants
 from recipe.spin import fsdp_workers
 from recipe.spin.main_spin import TaskRunner
 from recipe.spin.rollout.weights import ONE_MACHINE, RUN_NAME
-from recipe.spin.run import cluster
+from recipe.spin.run import cluster, report
 from recipe.spin.run import monitor as run_monitor
 from recipe.spin.run.monitor import RunMonitor
 
@@ -133,6 +133,14 @@ def test_on_a_joined_cluster_nothing_is_claimed_that_only_a_part_is_seen_of(tmp_
         assert looked.wait(10)
     assert monitor.peak_memory_gb is None
     assert "each node" in monitor.logs and str(tmp_path) not in monitor.logs
+
+
+def test_the_report_of_a_joined_run_tells_no_memory(capsys):
+    summary = {"steps": 4, "seconds": 60, "before": {}, "after": {}, "peak_memory_gb": None, "checkpoint": None}
+    report.print_summary(summary, Path("run"))
+    assert "4 steps" in (told := capsys.readouterr().out) and "memory" not in told
+    report.print_summary(summary | {"peak_memory_gb": 1.5}, Path("run"))
+    assert "memory of all processes: 1.5 GB" in capsys.readouterr().out
 
 
 def test_ranks_of_one_machine_meet_without_a_server(monkeypatch):

@@ -184,3 +184,12 @@ def test_a_folder_is_free_when_its_command_was_killed(holder, tmp_path):
     os.kill(holder.pid, signal.SIGKILL)
     holder.wait(10)
     hold_run_folder(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_second_run_ends_before_ray_starts(holder, run, tmp_path):
+    command = [sys.executable, "-m", "recipe.spin.main_spin", "device=cpu", *run.overrides()]
+    command.append(f"trainer.default_local_dir={tmp_path}/run")
+    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert told.returncode == 1 and "another command is training in this folder" in told.stderr
+    assert "starting Ray" not in told.stderr and [file.name for file in (tmp_path / "run").iterdir()] == [".lock"]

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,7 @@ def run_spin(task: Path, model: Path, run: Path, address: str, steps: int) -> st
         "N_GPUS_PER_NODE": "1",
         "RAY_ADDRESS": address,
         "SPIN_PROFILE": "cpu",
+        "PYTHON": sys.executable,
         "MODEL_PATH": str(model),
         "DATA_DIR": str(task),
         "RUN_DIR": str(run),
