@@ -35,6 +35,7 @@ from recipe.spin.rollout.agent_loop import SAMPLING_SEED, RolloutClient, WholeRo
 from recipe.spin.rollout.held_out import HeldOutValidation
 from recipe.spin.rollout.opponent import OpponentInVLLM
 from recipe.spin.rollout.reward_worker import use_reward_worker
+from recipe.spin.rollout.weights import has_own_sockets
 
 RESPONSE_FIELDS = ["prompts", "responses", "response_mask", "rollout_log_probs"]
 
@@ -47,8 +48,9 @@ class SpinTrainer(OpponentInVLLM, HeldOutValidation, PPOTrainerSync):
         self.use_reference_policy = True
         use_reward_worker()
         self._sends_rounds = sends_rounds(config.actor_rollout_ref.rollout)
-        if self._sends_rounds:
+        if has_own_sockets(config.actor_rollout_ref.rollout):
             RolloutReplicaRegistry.register("vllm", _load_replica)
+        if self._sends_rounds:
             verl_patches.without_load_balancer()
         self.progress = {"doing": "loading the model into FSDP and vLLM", "step": 0, "total": 0, "metrics": {}}
         self._fetched = (0, 0)  # step, and the prompts fetched in it so far
@@ -404,7 +406,7 @@ def _named_rewards(info: list[dict]) -> dict[str, float]:
 
 def sends_rounds(rollout) -> bool:
     """Whether requests go to vLLM's replicas as rounds: not to SGLang's, split engines or a router of the user's."""
-    return rollout.name == "vllm" and not rollout.disaggregation.enabled and not rollout.router_config_path
+    return has_own_sockets(rollout) and not rollout.router_config_path
 
 
 def _load_replica() -> type:

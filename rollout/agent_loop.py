@@ -23,6 +23,8 @@ from recipe.spin.preferences.source import Group, RewardSource, Score, load_sour
 from recipe.spin.rollout.groups import GroupScoring
 from recipe.spin.rollout.rounds import Request, Round, Session
 
+verl_patches.own_transfer_queue()
+
 # Columns that SpinTrainer adds to a batch of prompts
 GREEDY = "spin_greedy"  # answer greedily, whatever the sampling parameters say
 SAMPLING_SEED = "spin_sampling_seed"  # names the prompt within the run

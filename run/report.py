@@ -12,10 +12,11 @@ PLOT = "learning_curve.png"
 History = dict[int, dict[str, float | None]]  # metrics by step; None is no number
 
 
-def write(config: DictConfig, seconds: float, peak_memory_gb: float) -> dict:
+def write(config: DictConfig, seconds: float, peak_memory_gb: float | None) -> dict:
     """Writes the report of a finished run into its folder, prints it and returns the summary.
 
-    `seconds` and `peak_memory_gb` are those of this process; a resumed run adds up the seconds of its parts.
+    `seconds` and `peak_memory_gb` are those of this process; a resumed run adds up the seconds of its parts. No peak is
+    known of a run on a cluster that it joined.
     """
     folder = Path(config.trainer.default_local_dir)
     history, unreadable = read_history(folder)
@@ -24,7 +25,7 @@ def write(config: DictConfig, seconds: float, peak_memory_gb: float) -> dict:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
     summary = summarize(history) | {
         "seconds": round(seconds, 1),
-        "peak_memory_gb": round(peak_memory_gb, 2),
+        "peak_memory_gb": peak_memory_gb and round(peak_memory_gb, 2),
         "checkpoint": latest_checkpoint(folder),
         "unreadable_metrics_lines": unreadable,
     }
@@ -149,8 +150,9 @@ def print_summary(summary: dict, folder: Path, picture: str) -> None:
     for kind in before | after:
         values = f"{_shown(before, kind)} before, {_shown(after, kind)} after"
         lines.append(f"  held-out {summary['measure']}, {kind + ':':9} {values}")
+    if summary["peak_memory_gb"] is not None:
+        lines.append(f"  peak memory of all processes: {summary['peak_memory_gb']} GB")
     lines += [
-        f"  peak memory of all processes: {summary['peak_memory_gb']} GB",
         f"  checkpoint (from_pretrained): {summary['checkpoint'] or 'none was saved (trainer.save_freq)'}",
         f"  metrics: {folder / 'metrics.jsonl'}",
         f"  plot:    {picture}",

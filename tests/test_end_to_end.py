@@ -4,6 +4,7 @@ A run of four steps refreshes its reference at steps 2 and 4 and saves at 2 and 
 stale copy of the weights anywhere would show at once.
 """
 
+import ipaddress
 import json
 import math
 import os
@@ -12,6 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -128,16 +130,27 @@ def metrics(run: Path) -> dict[int, dict]:
     return {entry["step"]: entry for entry in map(json.loads, lines)}
 
 
-def processes(run: Path) -> list[str]:
+def processes(run: Path, describe=lambda process: " ".join(process.cmdline()) or process.name()) -> list:
     """The processes that a run started, Ray's and vLLM's among them: they inherit its environment."""
     found = []
     for process in psutil.process_iter():
         try:
             if process.environ().get(MARK) == str(run):
-                found.append(" ".join(process.cmdline()) or process.name())
+                found.append(describe(process))
         except psutil.Error:
             continue
     return found
+
+
+def listening(process: psutil.Process) -> set[tuple[str, str]]:
+    """The addresses on which a process takes connections, with its name."""
+    sockets = process.net_connections(kind="tcp")
+    return {(socket.laddr.ip, process.name()) for socket in sockets if socket.status == psutil.CONN_LISTEN}
+
+
+def watch_listening(run: Path, found: set, ended: threading.Event) -> None:
+    while not ended.wait(2):
+        found.update(*processes(run, listening))
 
 
 def files() -> set[str]:
@@ -152,9 +165,14 @@ def files() -> set[str]:
 def one_rank(task, tiny_llama, tmp_path_factory) -> Path:
     """The folder of a finished run on one rank, and beside it what it printed and left."""
     run = tmp_path_factory.mktemp("one_rank") / "run"
-    before = files()
+    before, found, ended = files(), set(), threading.Event()
     process = start(task, tiny_llama, run)
+    watcher = threading.Thread(target=watch_listening, args=(run, found, ended), daemon=True)
+    watcher.start()
     output = finish(process)
+    ended.set()
+    watcher.join()
+    (run.parent / "listening.json").write_text(json.dumps(sorted(found)))
     (run.parent / "output.txt").write_text(output)
     assert process.returncode == 0, output[-5000:]
     time.sleep(3)
@@ -204,6 +222,12 @@ def test_the_checkpoint_is_the_trained_model(one_rank, tiny_llama):
 
 def test_a_run_leaves_nothing_behind(one_rank):
     assert json.loads((one_rank.parent / "left.json").read_text()) == []
+
+
+def test_nothing_of_a_run_listens_on_the_network(one_rank):
+    found = json.loads((one_rank.parent / "listening.json").read_text())
+    assert {"gcs_server", "raylet"} < {name for _, name in found}
+    assert [(ip, name) for ip, name in found if not ipaddress.ip_address(ip).is_loopback] == []
 
 
 def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(one_rank, task, tiny_llama, tmp_path):

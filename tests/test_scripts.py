@@ -384,14 +384,16 @@ class Installation:
             write_program(checkout.bin / name, FAKE_BASE_PYTHON)
         write_program(checkout.bin / "venv-python", FAKE_VENV_PYTHON)
 
-    def __call__(self, failures: int = 0, says: str = "", **variables: str) -> tuple[int, str, list[str]]:
+    def __call__(
+        self, *arguments: str, failures: int = 0, says: str = "", **variables: str
+    ) -> tuple[int, str, list[str]]:
         """Exit code, output, and pip's calls."""
         out = self.checkout.out
         for file in out.iterdir():
             file.unlink()
         (out / "failures").write_text(str(failures))
         result = subprocess.run(
-            ["bash", str(self.checkout.root / "run_spin.sh")],
+            ["bash", str(self.checkout.root / "run_spin.sh"), *arguments],
             env=self.checkout.environment(
                 FAKE_VENV_PYTHON=str(self.checkout.bin / "venv-python"), FAKE_PIP_SAYS=says, **variables
             ),
@@ -400,7 +402,7 @@ class Installation:
             timeout=60,
         )
         calls = (out / "pip").read_text().splitlines() if (out / "pip").exists() else []
-        assert (out / "trained").exists() == (result.returncode == 0)
+        assert (out / "trained").exists() == (result.returncode == 0 and "--install" not in arguments)
         return result.returncode, result.stdout + result.stderr, calls
 
 
@@ -424,6 +426,17 @@ def test_installs_once(install: Installation) -> None:
     with (install.checkout.root / "constraints/cpu.txt").open("a") as file:
         file.write("# changed\n")
     assert install()[2] != []
+
+
+def test_install_makes_the_environment_and_nothing_else(install: Installation) -> None:
+    """For the nodes of a cluster, which need .venv before Ray starts there."""
+    root = install.checkout.root
+    code, output, calls = install("--install")
+    assert code == 0 and calls, output
+    assert f"{root}/.venv/bin/ray start" in output
+    assert not (root / "data").exists() and not (root / ".cache/models").exists() and not (root / "outputs").exists()
+    assert install("--install")[2] == []
+    assert install()[2] == []  # a run on that node finds it done
 
 
 def test_torch_index_is_for_torch_alone(install: Installation) -> None:
