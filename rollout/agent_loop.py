@@ -19,6 +19,7 @@ from verl.workers.rollout.replica import TokenOutput
 
 from recipe.spin import verl_patches
 from recipe.spin.rollout.rounds import Request, Round, Session
+from recipe.spin.rollout.scoring import Scoring
 
 # Columns that SpinTrainer adds to a batch of prompts
 GREEDY = "spin_greedy"  # answer greedily, whatever the sampling parameters say
@@ -114,7 +115,11 @@ class RolloutClient(LLMServerClient):
 # ---------------------------------------------------------------------- verl's agent loop worker and manager
 
 
-class RolloutWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class.__ray_actor_class__):  # the class that verl wrote
+# The class that verl wrote, before Ray made an actor class of it
+VerlWorker = AgentLoopWorkerTQ.__ray_metadata__.modified_class.__ray_actor_class__
+
+
+class RolloutWorker(Scoring, VerlWorker):
     """verl's agent loop worker; what it is asked for in one call makes a round."""
 
     def __init__(self, *args, **kwargs):

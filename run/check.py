@@ -30,6 +30,7 @@ COUNTS = (
     f"{ROLLOUT}.val_kwargs.n",
     "trainer.n_gpus_per_node",
     "trainer.nnodes",
+    "trainer.max_skipped_steps",
 )
 NOT_NEGATIVE = ("algorithm.dpo_min_margin", f"{ACTOR}.optim.lr", f"{ROLLOUT}.val_kwargs.temperature")
 WHOLE = ("trainer.ref_update_freq", "trainer.save_freq", "trainer.test_freq")
@@ -122,6 +123,13 @@ def _check_preferences(config: DictConfig) -> None:
     )
     for key, known in (("algorithm.dpo_pairing", PAIRINGS), ("algorithm.dpo_tie_policy", TIE_POLICIES)):
         _require(OmegaConf.select(config, key) in known, key, config, f"choose one of {', '.join(known)}")
+    _require(
+        config.algorithm.reward_error in ("raise", "skip"), "algorithm.reward_error", config, "choose raise or skip"
+    )
+    limit = config.algorithm.reward_timeout_s
+    _require(
+        _is_number(limit) and limit > 0, "algorithm.reward_timeout_s", config, "must be a number of seconds above 0"
+    )
     penalty = config.algorithm.missing_eos_penalty or 0
     _require(
         _is_number(penalty) and penalty >= 0,

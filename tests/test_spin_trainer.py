@@ -11,6 +11,7 @@ from worker_harness import nest
 
 from recipe.spin.rollout.agent_loop import GREEDY, SAMPLING_SEED
 from recipe.spin.rollout.held_out import HeldOutRows
+from recipe.spin.rollout.scoring import FAULT, RewardError
 from recipe.spin.spin_trainer import SpinTrainer
 
 
@@ -77,3 +78,41 @@ def test_greedy_answers_have_metrics_of_their_own(trainer):
     assert metrics["val-core/sums/acc/mean@3"] == pytest.approx(2 / 6)
     assert metrics["val-greedy-core/sums/acc/mean@1"] == 1
     assert metrics["val-aux/num_turns/mean"] == metrics["val-greedy-aux/num_turns/mean"] == 2
+
+
+# ---------------------------------------------------------------------- rewards that fail, steps that are skipped
+NAN = float("nan")
+
+
+def test_metrics_of_scores_leave_out_responses_without_one(trainer):
+    rewards = torch.tensor([[0.0, 1.0], [0.0, NAN], [3.0, 0.0]])
+    mask = torch.tensor([[1, 1], [1, 1], [1, 0]])
+    extra = [{"reward_extra_info": {"acc": 1.0}}, {FAULT: "broken"}, {"reward_extra_info": {"acc": 0.0}}]
+    metrics = trainer._response_metrics(rewards, mask, torch.ones(3), TensorDict({}, batch_size=3), extra)
+    assert metrics["score/mean"] == 2.0 and metrics["score/std"] == 1.0 and metrics["score/accuracy"] == 0.5
+    assert metrics["response_length/mean"] == pytest.approx(5 / 3)
+    assert trainer._count_missing(rewards, extra) == 1
+
+
+def test_a_reward_that_gives_no_score_at_all_stops_the_run(trainer):
+    with pytest.raises(RewardError, match="step 7: no response has a score. The first: broken"):
+        trainer._count_missing(torch.tensor([[NAN], [NAN]]), [{FAULT: "broken"}, {FAULT: "too"}])
+
+
+def test_held_out_prompts_without_a_score_are_left_out_and_counted(trainer):
+    trainer._held_out = types.SimpleNamespace(greedy=[False, True, False, True])
+    expected = {("sums", "a"): 2, ("sums", "a+"): 1, ("sums", "b"): 2, ("sums", "b+"): 1}
+    infos = {"reward": [1.0, NAN, 1.0, 0.0, 1.0, NAN], "acc": [1, None, 1, 0, 1, None]}
+    uids = ["a", "a", "a+", "b", "b", "b+"]
+    metrics = trainer._val_metrics_update(["sums"] * 6, uids, infos, [2] * 6, expected_acc_counts=expected)
+    assert metrics["val-core/sums/acc/mean@2"] == 0.5 and metrics["val-greedy-core/sums/acc/mean@1"] == 1
+    assert metrics["val-aux/prompts_without_score"] == 2
+
+
+def test_skipped_steps_in_a_row_stop_the_run(trainer):
+    trainer.config = OmegaConf.create({"trainer": {"max_skipped_steps": 3}})
+    trainer._skipped_in_a_row = 0
+    for skipped in ([True, True, False], [False, True], [True, False], [True, True]):
+        trainer._check_skipped(skipped)
+    with pytest.raises(FloatingPointError, match=r"step 7: .* 3 optimizer steps in a row .*max_skipped_steps=3"):
+        trainer._check_skipped([True])
