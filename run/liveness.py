@@ -112,7 +112,8 @@ class Liveness:
         if not dead:
             return None
         actor = min(dead, key=lambda actor: actor["EndTime"])  # others may have died of it
-        words = self._last_words(f"worker-*-{actor['Pid']}.*")
+        here = actor["Address"]["IPAddress"] == ray_worker._global_node.node_ip_address
+        words = self._last_words(f"worker-*-{actor['Pid']}.*") if here else ""
         return Lost(in_words(actor, actors), actor["Pid"], _ending(actor), words)
 
     @staticmethod

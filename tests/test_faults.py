@@ -6,23 +6,45 @@ long"`.
 
 import os
 import shutil
+import signal
+import time
 from functools import partial
 from pathlib import Path
 
 import pytest
-from test_end_to_end import REWARD, finish, processes, start, task, tiny_llama  # noqa: F401 - fixtures
+from test_end_to_end import finish, metrics, processes, start, task, tiny_llama  # noqa: F401 - fixtures
 
 ROOT = Path(__file__).resolve().parent.parent
-SLOW_REWARD = (
-    REWARD
-    + """
-def compute_slowly(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
-    import time
+REWARDS = """
+import asyncio
+import time
 
+def compute_slowly(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
     time.sleep(3)
-    return compute_score(data_source, solution_str, ground_truth)
+    return float(len(solution_str))
+
+def compute_none(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
+    return None
+
+def compute_for_ever(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
+    while True:
+        time.sleep(1)
+
+def compute_without_pause(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
+    while True:
+        pass
+
+async def compute_later(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
+    await asyncio.sleep(1e6)
+
+async def compute_alone(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
+    time.sleep(1e6)  # nor does anything else in this reward's process go on
+
+def compute_sometimes(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
+    if sum(map(ord, solution_str)) % 4 == 0:
+        raise ValueError("of no use")
+    return float(len(solution_str))
 """
-)
 NAMES = {
     "engine": "vLLM's server 0",  # which ends with its engine
     "server": "vLLM's server 0",
@@ -55,19 +77,73 @@ def run(request, monkeypatch):
     shutil.rmtree(folder)
 
 
+def reward(folder: Path, name: str) -> list[str]:
+    (folder / "reward.py").write_text(REWARDS)
+    function = "reward.custom_reward_function"
+    return [f"{function}.path={folder}/reward.py", f"{function}.name={name}"]
+
+
+def last_lines(process, folder: Path) -> list[str]:
+    """What a run said in the end that failed as it should."""
+    output = finish(process, timeout=240)
+    assert process.returncode == 1 and "Traceback" not in output, output[-5000:]
+    lines = output[output.index("error: ") :].splitlines()
+    assert "same command" in lines[-2] and lines[-1].startswith(f"logs: {folder}"), output[-5000:]
+    return lines
+
+
 @pytest.mark.parametrize(("component", "moment"), CASES)
 def test_a_killed_process_is_named_and_ends_the_run(component, moment, run, tmp_path, monkeypatch):
     start, temporary = run
     monkeypatch.setenv("SPIN_FAULT", f"{component}:{moment}")
     overrides = [f"trainer.val_before_train={moment == 'validation'}"]
     if moment == "scoring":
-        (tmp_path / "reward.py").write_text(SLOW_REWARD)
-        overrides += [f"reward.custom_reward_function.path={tmp_path}/reward.py"]
-        overrides += ["reward.custom_reward_function.name=compute_slowly"]
+        overrides += reward(tmp_path, "compute_slowly")
     process = start(tmp_path / "run", *overrides, program=["-m", "faulty_run"])
-    output = finish(process, timeout=240)
-    assert process.returncode == 1, output[-5000:]
-    last = output[output.index("error: ") :].splitlines()
-    assert last[0].startswith(f"error: {NAMES[component]} (process "), output[-5000:]
-    assert "same command" in last[-2] and last[-1].startswith(f"logs: {tmp_path}") and "Traceback" not in output
+    assert last_lines(process, tmp_path)[0].startswith(f"error: {NAMES[component]} (process ")
+    assert processes(tmp_path / "run") == [] and list(temporary.iterdir()) == []
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("compute_none", "returned None"),
+        ("compute_for_ever", "did not return within algorithm.reward_timeout_s=5 s"),
+        ("compute_without_pause", "did not return within algorithm.reward_timeout_s=5 s"),
+        ("compute_later", "did not return within algorithm.reward_timeout_s=5 s"),
+        ("compute_alone", "did not return within algorithm.reward_timeout_s=5 s"),
+        ("compute_sometimes", "raised ValueError: of no use"),
+    ],
+)
+def test_a_reward_that_fails_is_named_and_ends_the_run(name, words, run, tmp_path):
+    start, temporary = run
+    overrides = ["algorithm.reward_timeout_s=5", "trainer.val_before_train=False", *reward(tmp_path, name)]
+    process = start(tmp_path / "run", *overrides)
+    (error, *_) = last_lines(process, tmp_path)
+    assert f"{name} of {tmp_path}/reward.py {words} for response" in error and "to the prompt 'train " in error
+    assert processes(tmp_path / "run") == [] and list(temporary.iterdir()) == []
+
+
+@pytest.mark.long
+def test_a_reward_that_fails_now_and_then_can_be_tolerated(run, tmp_path):
+    start, _ = run
+    process = start(tmp_path / "run", "algorithm.reward_error=skip", *reward(tmp_path, "compute_sometimes"))
+    output = finish(process)
+    assert process.returncode == 0, output[-5000:]
+    missing = [entry["score/missing"] for step, entry in metrics(tmp_path / "run").items() if step]
+    assert len(missing) == 4 and 0 < sum(missing) < 4 * 8
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_run_can_be_stopped_while_ray_starts(number, run, tmp_path):
+    start, temporary = run
+    process = start(tmp_path / "run")
+    deadline = time.monotonic() + 120
+    while not list(temporary.glob("spin-*/ray/session_*")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(number)
+    output = finish(process, timeout=120)
+    assert process.returncode == 128 + number and "the same command goes on" in output, output[-5000:]
     assert processes(tmp_path / "run") == [] and list(temporary.iterdir()) == []

@@ -23,7 +23,8 @@ def actor(
         cause.actor_died_error_context.error_message = "Worker exits. There are some potential root causes. (1) memory"
     if oom:
         cause.oom_context.error_message = oom
-    row = {"ActorID": str(number), "ActorClassName": kind, "Name": name, "Pid": 100 + number, "StartTime": number}
+    row = {"Address": {"IPAddress": "here"}}
+    row |= {"ActorID": str(number), "ActorClassName": kind, "Name": name, "Pid": 100 + number, "StartTime": number}
     return row | {"State": state, "EndTime": end, "DeathCause": cause}
 
 
@@ -33,7 +34,8 @@ def table(monkeypatch, tmp_path) -> list[dict]:
     rows: list[dict] = []
     monkeypatch.setattr(liveness, "_actors_of_this_job", lambda: rows)
     monkeypatch.setattr(liveness, "ray_logs", lambda: tmp_path)
-    monkeypatch.setattr(liveness.ray_worker, "_global_node", None)
+    node = types.SimpleNamespace(node_ip_address="here", dead_processes=lambda: [])
+    monkeypatch.setattr(liveness.ray_worker, "_global_node", node)
     return rows
 
 
@@ -47,6 +49,15 @@ def test_the_first_that_died_is_named_with_its_last_words(table, tmp_path):
     watch._look()
     assert watch.lost.component == "TransferQueue's storage 0" and watch.lost.how == "Worker exits."
     assert "line 8" in watch.lost.last_words and "line 2" not in watch.lost.last_words
+
+
+def test_the_log_of_another_machines_process_is_not_there(table, tmp_path):
+    row = actor(1, "RewardLoopWorker", "DEAD", reason=ActorDiedErrorContext.WORKER_DIED)
+    table.append(row | {"Address": {"IPAddress": "elsewhere"}})
+    (tmp_path / "worker-a-01000000-101.err").write_text("of a process here with the same number")
+    watch = Liveness()
+    watch._look()
+    assert watch.lost.component == "reward worker 0" and watch.lost.last_words == ""
 
 
 @pytest.mark.parametrize("reason", [ActorDiedErrorContext.RAY_KILL, ActorDiedErrorContext.OUT_OF_SCOPE, None])
