@@ -14,17 +14,19 @@ from ray._private import worker as ray_worker
 from ray.core.generated.common_pb2 import ActorDiedErrorContext
 
 from recipe.spin.run.failure import ComponentDied, ray_logs
+from recipe.spin.run.monitor import TASK_RUNNER
 
 LOOK_SECONDS = 2.0
 GRACE_SECONDS = 10.0  # in which a run that noticed by itself ends by itself, its loggers told
 LAST_LINES = 6
 LINE_LENGTH = 240
+# Empty lines, those by which Ray marks whose log it is, and Python's about shared memory of processes that were killed
+NO_WORDS = re.compile(r"\s*$|:\w+:|.*resource_tracker|\s*warnings\.warn\(")
 
 # An actor that ended for another reason was meant to, or failed by an exception that whoever called it gets
 UNEXPECTED = (ActorDiedErrorContext.WORKER_DIED, ActorDiedErrorContext.NODE_DIED)
 RAYS_PROCESSES = {"gcs_server": "Ray's control service (gcs_server)", "raylet": "Ray's node manager (raylet)"}
 COMPONENTS = {
-    "TaskRunner": "the run's task runner",
     "WorkerDict": "the trainer's rank {number}",
     "SpinWorker": "the trainer's rank {number}",
     "RolloutServer": "vLLM's server {number}",
@@ -47,7 +49,8 @@ class Lost:
 
     def __str__(self) -> str:
         said = f"; its last words:\n{self.last_words}" if self.last_words else ""
-        return f"{self.component} (process {self.pid}) died: {self.how}{said}"
+        memory = " A process that just ends was often killed for want of memory (dmesg tells)"
+        return f"{self.component} (process {self.pid}) died: {self.how}{memory}{said}"
 
 
 class Liveness:
@@ -102,7 +105,7 @@ class Liveness:
         node = ray_worker._global_node
         for name, process in node.dead_processes() if node else ():
             if name in RAYS_PROCESSES:
-                how = f"it ended with code {process.returncode}"
+                how = f"it ended with code {process.returncode}."
                 return Lost(RAYS_PROCESSES[name], process.pid, how, self._last_words(f"{name}.*"))
         return None
 
@@ -121,7 +124,7 @@ class Liveness:
         """The last lines of the newest log of that name that says anything."""
         files = sorted(ray_logs().glob(pattern), key=lambda file: file.stat().st_mtime, reverse=True)
         for file in files:
-            lines = [line[:LINE_LENGTH] for line in _end_of(file).splitlines() if line.strip()]
+            lines = [line[:LINE_LENGTH] for line in _end_of(file).splitlines() if not NO_WORDS.match(line)]
             if lines:
                 return "\n".join(f"  {line}" for line in lines[-LAST_LINES:])
         return ""
@@ -129,10 +132,17 @@ class Liveness:
 
 def in_words(actor: dict, actors: list[dict]) -> str:
     """What an actor is to the run; of several of a class by their number."""
-    kind = actor["ActorClassName"]
-    alike = sorted((other for other in actors if other["ActorClassName"] == kind), key=_place)
+    if actor["Name"] == TASK_RUNNER:  # of a class of its own in a recipe built on this one
+        return "the run's task runner"
+    kind = class_of(actor)
+    alike = sorted((other for other in actors if class_of(other) == kind), key=_place)
     number = [other["ActorID"] for other in alike].index(actor["ActorID"])
     return COMPONENTS.get(kind, f"{kind} {{number}}").format(number=number)
+
+
+def class_of(actor: dict) -> str:
+    """The name of an actor's class, without the function that verl may have defined it in."""
+    return actor["ActorClassName"].rpartition(".")[2]
 
 
 def _place(actor: dict) -> tuple:
@@ -158,8 +168,9 @@ def _ending(actor: dict) -> str | None:
 
 
 def _first_sentences(text: str) -> str:
-    """Ray's message without the list of possible causes that follows it."""
-    return " ".join(text.split(" There are some potential root causes")[0].split())
+    """Of Ray's message what happened, without the kinds before and the list of possible causes after it."""
+    told = re.split(r"There are some potential root causes|Some common causes", text)[0]
+    return " ".join(told.rpartition("Worker exit detail:")[2].split())
 
 
 def _end_of(file: Path) -> str:

@@ -11,7 +11,7 @@ import threading
 import psutil
 
 from recipe.spin import main_spin
-from recipe.spin.run.liveness import _actors_of_this_job
+from recipe.spin.run.liveness import _actors_of_this_job, class_of
 
 STEP = 2
 ACTORS = {  # by the classes of the actors
@@ -26,7 +26,7 @@ ACTORS = {  # by the classes of the actors
 
 def process_of(component: str) -> int:
     if component in ACTORS:
-        return next(row["Pid"] for row in _actors_of_this_job() if row["ActorClassName"] == ACTORS[component])
+        return next(row["Pid"] for row in _actors_of_this_job() if class_of(row) == ACTORS[component])
     if component == "engine":
         children = psutil.Process(process_of("server")).children(recursive=True)
         return next(child.pid for child in children if "EngineCore" in " ".join(child.cmdline()))

@@ -8,9 +8,13 @@ import types
 from pathlib import Path
 
 import pytest
+from checkable_run import composed, override
+from omegaconf import OmegaConf
 from ray.exceptions import RayTaskError
 
+from recipe.spin.main_spin import _check_by_verl
 from recipe.spin.run import failure, signals
+from recipe.spin.run.check import ConfigError
 from recipe.spin.run.failure import RunFailed, explained
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -66,6 +70,14 @@ def test_logs_that_cannot_be_written_hide_nothing(tmp_path, ray_logs):
 def test_a_stop_is_no_failure(tmp_path):
     with pytest.raises(KeyboardInterrupt), explained(tmp_path):
         raise KeyboardInterrupt
+
+
+def test_what_verl_refuses_is_one_message():
+    """verl's own checks are assertions and errors of its dataclasses."""
+    config = override(composed("cpu"), ["actor_rollout_ref.actor.loss_agg_mode=nonsense", "data.train_batch_size=4"])
+    OmegaConf.resolve(config)
+    with pytest.raises(ConfigError, match=r"verl refuses these settings: (?s:.*)nonsense"):
+        _check_by_verl(config)
 
 
 # ---------------------------------------------------------------------- signals

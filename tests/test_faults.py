@@ -45,6 +45,15 @@ def compute_sometimes(data_source, solution_str, ground_truth, extra_info=None, 
         raise ValueError("of no use")
     return float(len(solution_str))
 """
+NEVER = "did not return within algorithm.reward_timeout_s=5 s"
+FAILING_REWARDS = {
+    "compute_none": "returned None, which is no finite number,",
+    "compute_for_ever": NEVER,
+    "compute_without_pause": NEVER,
+    "compute_later": NEVER,
+    "compute_alone": NEVER,
+    "compute_sometimes": "raised ValueError: of no use",
+}
 NAMES = {
     "engine": "vLLM's server 0",  # which ends with its engine
     "server": "vLLM's server 0",
@@ -105,17 +114,7 @@ def test_a_killed_process_is_named_and_ends_the_run(component, moment, run, tmp_
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("compute_none", "returned None"),
-        ("compute_for_ever", "did not return within algorithm.reward_timeout_s=5 s"),
-        ("compute_without_pause", "did not return within algorithm.reward_timeout_s=5 s"),
-        ("compute_later", "did not return within algorithm.reward_timeout_s=5 s"),
-        ("compute_alone", "did not return within algorithm.reward_timeout_s=5 s"),
-        ("compute_sometimes", "raised ValueError: of no use"),
-    ],
-)
+@pytest.mark.parametrize(("name", "words"), FAILING_REWARDS.items(), ids=FAILING_REWARDS)
 def test_a_reward_that_fails_is_named_and_ends_the_run(name, words, run, tmp_path):
     start, temporary = run
     overrides = ["algorithm.reward_timeout_s=5", "trainer.val_before_train=False", *reward(tmp_path, name)]

@@ -20,7 +20,8 @@ def actor(
     cause = ActorDeathCause()
     if reason is not None:
         cause.actor_died_error_context.reason = reason
-        cause.actor_died_error_context.error_message = "Worker exits. There are some potential root causes. (1) memory"
+        detail = "Worker exits. There are some potential root causes. (1) memory"
+        cause.actor_died_error_context.error_message = f"The actor is dead. Worker exit detail: {detail}"
     if oom:
         cause.oom_context.error_message = oom
     row = {"Address": {"IPAddress": "here"}}
@@ -44,11 +45,13 @@ def test_the_first_that_died_is_named_with_its_last_words(table, tmp_path):
     table += [actor(1, "RolloutServer"), actor(2, "RewardLoopWorker", "DEAD", reason=died, end=20)]
     table += [actor(3, "SimpleStorageUnit", "DEAD", reason=died, end=10)]
     (tmp_path / "worker-a-01000000-103.out").write_text("")
-    (tmp_path / "worker-a-01000000-103.err").write_text("".join(f"line {i}\n\n" for i in range(9)))
+    tracker = "  x/resource_tracker.py:254: UserWarning: resource_tracker: leaked\n    warnings.warn('%d '\n" * 9
+    text = ":actor_name:SimpleStorageUnit\n" + "".join(f"line {i}\n\n" for i in range(9)) + tracker
+    (tmp_path / "worker-a-01000000-103.err").write_text(text)
     watch = Liveness()
     watch._look()
     assert watch.lost.component == "TransferQueue's storage 0" and watch.lost.how == "Worker exits."
-    assert "line 8" in watch.lost.last_words and "line 2" not in watch.lost.last_words
+    assert watch.lost.last_words.splitlines() == [f"  line {i}" for i in range(3, 9)]
 
 
 def test_the_log_of_another_machines_process_is_not_there(table, tmp_path):
@@ -76,10 +79,13 @@ def test_a_process_that_ray_ended_for_want_of_memory_is_lost(table):
 
 
 def test_components_are_named_in_words():
-    ranks = [actor(9 - i, "WorkerDict", name=f"x3WorkerDict_{i // 2}:{i % 2}") for i in range(4)]
+    kind = "create_colocated_worker_cls.<locals>.WorkerDict"
+    ranks = [actor(9 - i, kind, name=f"x3WorkerDict_{i // 2}:{i % 2}") for i in range(4)]
     assert [in_words(rank, ranks) for rank in ranks] == [f"the trainer's rank {i}" for i in range(4)]
     servers = [actor(i, "RolloutServer", name=f"vllm_server_{i}_0") for i in (0, 2, 10)]
     assert [in_words(server, servers) for server in servers] == [f"vLLM's server {i}" for i in range(3)]
+    runner = actor(1, "MyRunner", name="spin_task_runner")
+    assert in_words(runner, [runner]) == "the run's task runner"
     other = actor(1, "Mine")
     assert in_words(other, [other]) == "Mine 0"
 
