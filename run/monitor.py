@@ -1,5 +1,6 @@
 """Around a run: its progress, the peak memory of its processes, a folder of its own, and nothing left behind."""
 
+import math
 import os
 import re
 import shutil
@@ -50,7 +51,7 @@ class RunMonitor:
         self._shared_memory: set[str] = set()
         self._looks: Counter[str] = Counter()
         self._peak_resident = 0
-        self._looked = 0.0  # at the processes' memory
+        self._looked = -math.inf  # at the processes' memory
         self._unmeasured = 0  # looks since
 
     def __enter__(self) -> "RunMonitor":
@@ -64,7 +65,7 @@ class RunMonitor:
     def __exit__(self, exception_type, exception, traceback) -> None:
         self.seconds = time.monotonic() - self._started
         self._stop.set()
-        self._thread.join()
+        self._thread.join(timeout=3 * POLL_SECONDS)  # a question to a Ray that died is answered late or never
         self._console.close(_ask_task_runner() if exception_type is None else None)
         processes = process_tree()[1:]
         ray.shutdown()

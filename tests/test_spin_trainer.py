@@ -7,6 +7,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from tensordict import TensorDict
+from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
+from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from worker_harness import nest
 
 from recipe.spin.rollout.agent_loop import GREEDY, SAMPLING_SEED
@@ -41,6 +43,14 @@ def test_dynamic_sampling_has_a_limit(trainer, enable, limit, fetched, stops):
         return
     with pytest.raises(RuntimeError, match=r"(?s)step 7: 12 prompts .*max_num_gen_batches=3"):
         trainer._check_filtering(fetched)
+
+
+@pytest.mark.parametrize(("buffer", "seconds"), [(ReplayBuffer, 0.05), (type("Sampler", (ReplayBuffer,), {}), 0.25)])
+def test_a_buffer_that_asks_all_the_time_does_so_four_times_a_second(trainer, monkeypatch, buffer, seconds):
+    """The recipe's own waits for the answers and asks once; thousands of keys make a question long."""
+    built = buffer.__new__(buffer)
+    monkeypatch.setattr(PPOTrainerSync, "_build_replay_buffer", lambda self: built)
+    assert trainer._build_replay_buffer().poll_interval == seconds
 
 
 def held_out(trainer, temperature: float):
