@@ -40,6 +40,7 @@ def compute_onlineDPO_pref(
     pairing: str = "best_worst",
     tie_policy: str = "drop",
     min_margin: float = 0.0,
+    scored: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> PreferencePairs:
     """Pair the responses of each prompt by score: the higher is chosen, the lower rejected.
@@ -50,6 +51,7 @@ def compute_onlineDPO_pref(
     untied pairs, each as likely, by `generator` (on the CPU); "all", every untied pair.
     Scores tie if they are equal or less than min_margin apart. Without an untied pair, a prompt gives none by
     tie_policy="drop"; by "first" its first response is preferred to its last.
+    scored (B*n,) bool, false where a response has no score: it takes part in no pair. None: all have one.
     Errors: ValueError naming the setting, shape or row.
     Source: online DPO, arXiv 2402.04792, Algorithm 1; best against worst, ties dropped: arXiv 2401.10020, Section 2."""
     if n < 2:
@@ -59,9 +61,12 @@ def compute_onlineDPO_pref(
             raise ValueError(f"{key} (algorithm.dpo_{key}) is {value!r}: choose one of {', '.join(known)}.")
     if not (_is_number(min_margin) and min_margin >= 0):
         raise ValueError(f"min_margin (algorithm.dpo_min_margin) is {min_margin!r}: give a number >= 0.")
+    if scored is not None:
+        token_level_rewards = torch.where(scored[:, None], token_level_rewards, 0.0)
     scores = _grouped_scores(token_level_rewards, response_mask, n)
+    scored = torch.ones_like(scores, dtype=torch.bool) if scored is None else scored.view(-1, n)
     gap = scores[:, :, None] - scores[:, None, :]  # (B, n, n): by how much response i leads response j
-    untied = (gap > 0) & (gap >= min_margin)
+    untied = (gap > 0) & (gap >= min_margin) & scored[:, :, None] & scored[:, None, :]
 
     if pairing == "all":
         keep = untied.clone()
@@ -70,7 +75,9 @@ def compute_onlineDPO_pref(
         first_largest = rank.masked_fill(~untied, -1.0).flatten(1).argmax(1)
         keep = untied & F.one_hot(first_largest, n * n).bool().view_as(gap)
     if tie_policy == "first":
-        keep[~keep.any(dim=(1, 2)), 0, n - 1] = True
+        tied = ~keep.any(dim=(1, 2)) & (scored.sum(1) >= 2)
+        first, last = scored.long().argmax(1), n - 1 - scored.flip(1).long().argmax(1)
+        keep[tied, first[tied], last[tied]] = True
 
     prompt, better, worse = keep.nonzero(as_tuple=True)
     return PreferencePairs(
@@ -99,6 +106,11 @@ def compute_self_play_pref(differs: Tensor, n: int = 1) -> PreferencePairs:
         margin=torch.ones(len(rejected)),
         weight=1.0 / keep.sum(dim=1)[prompt].float(),
     )
+
+
+def has_score(token_level_rewards: Tensor) -> Tensor:
+    """Which responses (N,) have a score: those of finite rewards (N, T); a reward that failed gave NaN."""
+    return token_level_rewards.isfinite().all(-1)
 
 
 def penalize_missing_eos(scores: Tensor, ended: Tensor, penalty: float) -> Tensor:

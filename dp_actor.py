@@ -1,5 +1,7 @@
 """The DPO update of the actor: optimizer steps over rows of prompts with their responses (engine/rows.py)."""
 
+import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -67,7 +69,8 @@ class DataParallelPPOActor(RowWorker):
 
         Besides rows `data` carries `ref_logps` (an entry a response; none where the reference is the policy), and for
         the whole batch `dpo` (DPOSettings), `mini_batches` (list of MiniBatch, this rank's share) and `epochs`.
-        Returns the metrics, each a list with one value per optimizer step.
+        Returns the metrics, each a list with one value per optimizer step that was taken, and `skipped`: per step
+        whether it was skipped, because its loss or its gradient was not finite. Then nothing has changed.
         """
         settings: DPOSettings = tu.pop(data, "dpo")
         mini_batches: list[MiniBatch] = tu.pop(data, "mini_batches")
@@ -125,7 +128,10 @@ class DataParallelPPOActor(RowWorker):
     def _collect(self, metrics: dict[str, list], output: TensorDict | None) -> None:
         if output is None:  # a rank that holds a copy of another's output (sequence parallelism)
             return
-        for name, value in tu.get(output, "metrics").items():
+        found = tu.get(output, "metrics")
+        skipped = not math.isfinite(found["grad_norm"])  # of all ranks' gradients
+        metrics.setdefault("skipped", []).append(skipped)
+        for name, value in found.items() if not skipped else ():
             if isinstance(value, list) and isinstance(value[0], Metric):  # one Metric a rank
                 value = Metric.aggregate_dp(value)
             elif isinstance(value, Metric):
@@ -196,9 +202,6 @@ def dpo_loss(model_output, data: TensorDict, dp_group=None, *, settings: DPOSett
 
     Returns:
         The loss and metrics over pairs; both weigh a pair by its `pair_weight` (0 for copies).
-
-    Raises:
-        FloatingPointError: when the loss is not finite.
     """
     mini_batch: MiniBatch = tu.get(data, "mini_batch")
     pairs = pairs_of(data, model_output["logps"].values().float())
@@ -212,11 +215,11 @@ def dpo_loss(model_output, data: TensorDict, dp_group=None, *, settings: DPOSett
     else:
         loss = (_pair_losses(pairs, mini_batch.mean_chosen_length, settings) * scale).sum()
     if not torch.isfinite(loss):
-        raise FloatingPointError(
-            f"the DPO loss of the pairs of prompts {data['prompt'].tolist()} is {loss.item()}; log-probs of their "
-            f"chosen and rejected responses: {pairs.logps.tolist()}. Lower actor_rollout_ref.actor.optim.lr or check "
-            "the model's weights."
+        sys.stderr.write(  # to the worker's log, whatever libraries do to logging
+            f"the DPO loss of prompts {data['prompt'].tolist()} is {loss.item()}, and their optimizer step "
+            f"is skipped; log-probs of the chosen and rejected responses: {pairs.logps.tolist()}\n"
         )
+        loss = loss * math.nan  # and with it every gradient on every rank, by which verl's engine skips the step
     with torch.no_grad():
         metrics = pair_metrics(pairs, scale, settings)
         if "entropy" in model_output:  # actor.calculate_entropy

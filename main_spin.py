@@ -10,8 +10,10 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from recipe.spin.run import resume
+from recipe.spin.run import resume, signals
 from recipe.spin.run.check import ConfigError, check_config
+from recipe.spin.run.console import without_chatter
+from recipe.spin.run.failure import RunFailed
 from recipe.spin.run.lock import hold_run_folder
 from recipe.spin.run.model_files import fit_weight_bucket
 from recipe.spin.run.pinned_model import fetch_pinned_model
@@ -26,10 +28,6 @@ OmegaConf.register_new_resolver(
 OmegaConf.register_new_resolver(
     "spin_by_source", lambda source, reward, self_play: self_play if source == "self_play" else reward, replace=True
 )
-
-
-class RunFailed(RuntimeError):
-    """A run that had started and could not go on."""
 
 
 class TaskRunner:
@@ -86,32 +84,40 @@ def run_spin(config: DictConfig) -> None:
     """Runs a checked and resolved config on a Ray cluster and reports what came of it.
 
     Raises:
-        RunFailed: when a step, a worker or the cluster failed; the message has the first cause on top.
+        ConfigError: when verl refuses the settings.
+        RunFailed: when a step, a worker or the cluster failed; the message has the cause on top.
     """
-    import ray
     from verl.trainer.main_ppo import run_ppo
-    from verl.utils.config import validate_config
 
     from recipe.spin.run import cluster, report
+    from recipe.spin.run.failure import explained
+    from recipe.spin.run.liveness import Liveness
     from recipe.spin.run.monitor import TASK_RUNNER, RunMonitor
 
-    validate_config(config, use_reference_policy=True, use_critic=False)
+    _check_by_verl(config)
     runner = TaskRunnerClass(name=TASK_RUNNER, num_cpus=1, max_concurrency=2)
     logs = Path(config.trainer.default_local_dir).absolute() / "logs"
-    monitor = RunMonitor(logs, joins=cluster.prepare(config))
-    try:
-        with monitor:
+    memory_seconds = 2.0 if config.trainer.device == "cpu" else 10.0  # a GPU's processes map terabytes
+    monitor = RunMonitor(logs, memory_seconds, joins=cluster.prepare(config))
+    with explained(logs):
+        with monitor, explained(logs, monitor.logs), Liveness(), signals.kept_from_ray():
             run_ppo(config, task_runner_class=runner)
-    except ray.exceptions.RayError as error:
-        raise RunFailed(f"{report.first_cause(str(error), logs)}\n\n{error}\n\nlogs: {monitor.logs}") from error
-    report.write(config, seconds=monitor.seconds, peak_memory_gb=monitor.peak_memory_gb)
+        report.write(config, seconds=monitor.seconds, peak_memory_gb=monitor.peak_memory_gb)
+
+
+def _check_by_verl(config: DictConfig) -> None:
+    from verl.utils.config import validate_config
+
+    try:
+        validate_config(config, use_reference_policy=True, use_critic=False)
+    except Exception as error:  # assertions, and whatever its dataclasses raise
+        raise ConfigError(f"verl refuses these settings: {error}") from error
 
 
 class TaskRunnerClass:
     """TaskRunner as verl's run_ppo wants it: a class that it makes remote once it has started or joined Ray.
 
-    That moment is used to take the signals back: Ray's own handler of SIGTERM ends the process at once, and with it
-    the chance to clean up.
+    Keeps the actor alive, so that the run's last progress can be asked for.
     """
 
     def __init__(self, **options):
@@ -125,25 +131,16 @@ class TaskRunnerClass:
 
         from recipe.spin.run.cluster import logging_settings
 
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, _stop)
-        return ray.remote(TaskRunner).options(**self._options).remote(logging_settings(dict(os.environ)))
-
-
-_received: list[int] = []  # Ray's calls turn whatever a handler raises into a bare KeyboardInterrupt
-
-
-def _stop(number: int, frame) -> None:
-    """Ends the run by an exception, so that Ray is shut down and the run's files are removed; no signal cuts that."""
-    for ignored in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(ignored, signal.SIG_IGN)
-    _received.append(number)
-    raise KeyboardInterrupt
+        signals.raise_received()
+        environment = logging_settings(dict(os.environ))
+        self._actor = ray.remote(TaskRunner).options(**self._options).remote(environment)
+        return self._actor
 
 
 @hydra.main(config_path="config", config_name="spin_trainer", version_base=None)
 def main(config: DictConfig) -> None:
     """Entry point: settings that cannot work end in one clear message, before Ray starts."""
+    signals.honor()
     try:
         OmegaConf.resolve(config)
         fetch_pinned_model(config)
@@ -151,15 +148,13 @@ def main(config: DictConfig) -> None:
         fit_weight_bucket(config)
         hold_run_folder(config.trainer.default_local_dir)
         resume.prepare(config)
-    except ConfigError as error:
-        sys.exit(f"error: {error}")
-    try:
-        run_spin(config)
-    except RunFailed as error:
+        with without_chatter():
+            run_spin(config)
+    except (ConfigError, RunFailed) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.stderr.write("stopped; the same command goes on from the last checkpoint\n")
-        sys.exit(128 + (_received or [signal.SIGINT])[0])
+        sys.exit(128 + (signals.received or [signal.SIGINT])[0])
 
 
 if __name__ == "__main__":

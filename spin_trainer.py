@@ -25,7 +25,7 @@ from verl.utils.py_functional import rename_dict
 from verl.workers.rollout.replica import RolloutReplicaRegistry
 
 from recipe.spin import run_folder, verl_patches
-from recipe.spin.core_algos import PreferencePairs, beta_at, penalize_missing_eos
+from recipe.spin.core_algos import PreferencePairs, beta_at, has_score, penalize_missing_eos
 from recipe.spin.dp_actor import DPOSettings
 from recipe.spin.engine.plan import plan_mini_batches
 from recipe.spin.engine.rows import arrange, build_rows, make_rows, nest, pad_rows, pair_totals, trajectory_place
@@ -35,6 +35,7 @@ from recipe.spin.rollout.agent_loop import SAMPLING_SEED, RolloutClient, WholeRo
 from recipe.spin.rollout.held_out import HeldOutValidation
 from recipe.spin.rollout.opponent import OpponentInVLLM
 from recipe.spin.rollout.reward_worker import use_reward_worker
+from recipe.spin.rollout.scoring import FAULT, RewardError
 from recipe.spin.rollout.weights import has_own_sockets
 
 RESPONSE_FIELDS = ["prompts", "responses", "response_mask", "rollout_log_probs"]
@@ -55,6 +56,7 @@ class SpinTrainer(OpponentInVLLM, HeldOutValidation, PPOTrainerSync):
         self.progress = {"doing": "loading the model into FSDP and vLLM", "step": 0, "total": 0, "metrics": {}}
         self._fetched = (0, 0)  # step, and the prompts fetched in it so far
         self._reference_equals_actor = False  # to the bit: as loaded, or just refreshed
+        self._skipped_in_a_row = 0  # optimizer steps
 
     # ------------------------------------------------------------------ setup
 
@@ -68,7 +70,8 @@ class SpinTrainer(OpponentInVLLM, HeldOutValidation, PPOTrainerSync):
         if type(buffer) is ReplayBuffer:  # not a sampler that the config names; ours has methods more, no state
             buffer.__class__ = WholeRounds
             buffer.settle = lambda seconds: self.agent_loop_manager.settle(seconds)
-        buffer.poll_interval = 0.05  # verl's 2 s would be a floor under every small step
+        # verl's 2 s would be a floor under every small step. WholeRounds looks once a round, others all the time
+        buffer.poll_interval = 0.05 if isinstance(buffer, WholeRounds) else 0.25
         return buffer
 
     def get_llm_client(self):
@@ -197,6 +200,8 @@ class SpinTrainer(OpponentInVLLM, HeldOutValidation, PPOTrainerSync):
         rewards = pad_rows(responses.pop("rm_scores"))
         mask = pad_rows(responses["response_mask"])
         ended = self._ended(responses)
+        if self.config.algorithm.reward_error == "skip":
+            metrics["score/missing"] = self._count_missing(rewards, extra)
         metrics.update(self._response_metrics(rewards, mask, ended, responses, extra))
         metrics.update(self.source.metrics([one.get("preference", {}) for one in extra]))
         penalty = self.config.algorithm.missing_eos_penalty
@@ -226,6 +231,14 @@ class SpinTrainer(OpponentInVLLM, HeldOutValidation, PPOTrainerSync):
                 f"{int((counts == n).sum())} of them all {n}: generating or scoring the others failed"
             )
 
+    def _count_missing(self, rewards: torch.Tensor, extra: list[dict]) -> int:
+        """How many responses the reward gave no score; a few may lack one, but not all."""
+        missing = ~has_score(rewards)
+        if missing.all():
+            faults = [fields[FAULT] for fields in extra if FAULT in fields]
+            raise RewardError(f"step {self.global_steps}: no response has a score. The first: {' '.join(faults[:1])}")
+        return int(missing.sum())
+
     @cached_property
     def _end_tokens(self) -> set[int]:
         """The tokens at which generation stops: those of the model's generation config and the tokenizer's."""
@@ -240,6 +253,8 @@ class SpinTrainer(OpponentInVLLM, HeldOutValidation, PPOTrainerSync):
     def _response_metrics(rewards, mask, ended, responses: TensorDict, extra: list[dict]) -> dict[str, float]:
         """What the rollout looks like, over all responses."""
         scores, lengths = (rewards * mask).sum(-1), mask.sum(-1)
+        scored = has_score(rewards)
+        scores = scores[scored]
         metrics = {
             "score/mean": scores.mean().item(),
             "score/std": scores.std(correction=0).item(),
@@ -251,8 +266,8 @@ class SpinTrainer(OpponentInVLLM, HeldOutValidation, PPOTrainerSync):
             # the mean of -log p over sampled tokens estimates the entropy per token without another forward pass
             log_probs = pad_rows(responses["rollout_log_probs"])
             metrics["rollout/entropy"] = (-(log_probs * mask).sum() / mask.sum()).item()
-        info = [fields.get("reward_extra_info", {}) for fields in extra]
-        if all("acc" in one and "score" in one for one in info):  # verl calls a plain number `acc` as well
+        info = [fields.get("reward_extra_info", {}) for fields, found in zip(extra, scored, strict=True) if found]
+        if info and all("acc" in one and "score" in one for one in info):  # verl calls a plain number `acc` as well
             metrics["score/accuracy"] = float(np.mean([one["acc"] for one in info]))
         return metrics | _named_rewards(info)
 
@@ -315,13 +330,31 @@ class SpinTrainer(OpponentInVLLM, HeldOutValidation, PPOTrainerSync):
         tu.assign_non_tensor(rows, dpo=settings, epochs=actor.ppo_epochs, calculate_entropy=actor.calculate_entropy)
         output = self.actor_rollout_wg.update_actor(rows)
         self._reference_equals_actor = False
-        update = reduce_metrics(tu.get(output, "metrics"))
+        update = tu.get(output, "metrics")
+        skipped = update.pop("skipped")
+        metrics["actor/skipped_steps"] = sum(skipped)
+        self._check_skipped(skipped)
+        if all(skipped):
+            return
+        update = reduce_metrics(update)
         metrics.update(rename_dict({k: v for k, v in update.items() if "/" not in k}, "actor/"))
         metrics.update({k: v for k, v in update.items() if "/" in k})
         metrics["kl/token"] = metrics["kl/sequence"] / (
             (metrics["response_length/chosen"] + metrics["response_length/rejected"]) / 2
         )
         metrics["actor/beta"] = settings.beta
+
+    def _check_skipped(self, skipped: list[bool]) -> None:
+        """Stops a run whose optimizer steps are skipped one after the other, none of them having a finite gradient."""
+        limit = self.config.trainer.max_skipped_steps
+        for one in skipped:
+            self._skipped_in_a_row = self._skipped_in_a_row + 1 if one else 0
+            if self._skipped_in_a_row >= limit:
+                raise FloatingPointError(
+                    f"step {self.global_steps}: the loss or the gradient of {limit} optimizer steps in a row was not "
+                    f"finite (trainer.max_skipped_steps={limit}); they were skipped. Lower "
+                    "actor_rollout_ref.actor.optim.lr or check the model's weights"
+                )
 
     def _dpo_settings(self) -> DPOSettings:
         algorithm = self.config.algorithm
@@ -395,7 +428,7 @@ class SpinTrainer(OpponentInVLLM, HeldOutValidation, PPOTrainerSync):
 
 def _named_rewards(info: list[dict]) -> dict[str, float]:
     """Means of the numbers that a reward function returned beside `score` and `acc`, by its names for them."""
-    names = set.intersection(*map(set, info)) - {"score", "acc"}
+    names = set.intersection(*map(set, info)) - {"score", "acc"} if info else set()
     values = {name: [one[name] for one in info] for name in sorted(names)}
     return {
         f"reward/{name}": float(np.mean(found))

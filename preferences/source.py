@@ -9,7 +9,7 @@ import torch
 from omegaconf import DictConfig
 from tensordict import TensorDict
 
-from recipe.spin.core_algos import PreferencePairs, compute_onlineDPO_pref
+from recipe.spin.core_algos import PreferencePairs, compute_onlineDPO_pref, has_score
 
 SOURCES = {
     "reward": "recipe.spin.preferences.source:RewardSource",
@@ -97,6 +97,7 @@ class RewardSource:
             pairing=algorithm.dpo_pairing,
             tie_policy=algorithm.dpo_tie_policy,
             min_margin=algorithm.dpo_min_margin,
+            scored=has_score(rewards) if algorithm.reward_error == "skip" else None,
             generator=torch.Generator().manual_seed(rollout.seed + step),
         )
         return Pairing(responses, pairs, torch.arange(len(responses)) // rollout.n)

@@ -22,6 +22,7 @@ from recipe.spin import verl_patches
 from recipe.spin.preferences.source import Group, RewardSource, Score, load_source
 from recipe.spin.rollout.groups import GroupScoring
 from recipe.spin.rollout.rounds import Request, Round, Session
+from recipe.spin.rollout.scoring import Scoring
 
 verl_patches.own_transfer_queue()
 
@@ -120,7 +121,11 @@ class RolloutClient(LLMServerClient):
 # ---------------------------------------------------------------------- verl's agent loop worker and manager
 
 
-class RolloutWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class.__ray_actor_class__):  # the class that verl wrote
+# The class that verl wrote, before Ray made an actor class of it
+VerlWorker = AgentLoopWorkerTQ.__ray_metadata__.modified_class.__ray_actor_class__
+
+
+class RolloutWorker(Scoring, VerlWorker):
     """verl's agent loop worker; what it is asked for in one call makes a round.
 
     Where the source of preferences scores a prompt's responses together, they wait for each other before they are

@@ -1,5 +1,7 @@
 """How held-out prompts are answered: samples and one greedy answer each, in one pass of verl's validation."""
 
+import math
+
 import numpy as np
 import torch
 
@@ -21,24 +23,30 @@ class HeldOutValidation:
     def _val_metrics_update(self, data_sources, sample_uids, infos, turns, expected_acc_counts=None):
         """verl's metrics of the answers that `val_kwargs` ask for, and of the greedy ones under names of their own.
 
+        Prompts with a response that the reward gave no score (`algorithm.reward_error=skip`) are left out and counted.
+
         Raises:
             RuntimeError: when more answers failed than `trainer.max_failed_validation` allows.
         """
         infos = without_made_up_accuracy(infos)
+        unscored = {uid for uid, reward in zip(sample_uids, infos["reward"], strict=True) if math.isnan(reward)}
         uids = [uid for _, uid in expected_acc_counts]  # one a row, in the rows' order
         greedy_prompts = {uid for uid, greedy in zip(uids, self._held_out.greedy, strict=True) if greedy}
         metrics = {"val-failed/answers": self._failed_share(len(sample_uids), sum(expected_acc_counts.values()))}
         for greedy, prefix in ((False, "val-"), (True, "val-greedy-")):
-            places = [place for place, uid in enumerate(sample_uids) if (uid in greedy_prompts) == greedy]
+            kept = {uid for uid in uids if (uid in greedy_prompts) == greedy} - unscored
+            places = [place for place, uid in enumerate(sample_uids) if uid in kept]
             if places:
                 part = super()._val_metrics_update(
                     [data_sources[place] for place in places],
                     [sample_uids[place] for place in places],
                     {name: [values[place] for place in places] for name, values in infos.items()},
                     [turns[place] for place in places],
-                    {key: n for key, n in expected_acc_counts.items() if (key[1] in greedy_prompts) == greedy},
+                    {key: n for key, n in expected_acc_counts.items() if key[1] in kept},
                 )
                 metrics |= {name.replace("val-", prefix, 1): value for name, value in part.items()}
+        if unscored:
+            metrics["val-aux/prompts_without_score"] = len(unscored)
         return metrics
 
     def _failed_share(self, answers: int, expected: int) -> float:

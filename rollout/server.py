@@ -1,7 +1,10 @@
-"""verl's vLLM server and replica, for rounds."""
+"""verl's vLLM server and replica, for rounds; a server ends with its engine."""
 
 import os
 import secrets
+import sys
+import threading
+import time
 
 import ray
 from verl.workers.rollout.replica import TokenOutput
@@ -9,6 +12,8 @@ from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, 
 from vllm.sampling_params import RequestOutputKind
 
 from recipe.spin.rollout.rounds import RoundServing
+
+ENGINE_POLL_SECONDS = 1.0
 
 
 class RolloutServer(RoundServing, vLLMHttpServer):
@@ -21,6 +26,18 @@ class RolloutServer(RoundServing, vLLMHttpServer):
 
     def _get_worker_extension_cls(self) -> str:
         return "recipe.spin.rollout.vllm_worker.RolloutWorkerExtension"
+
+    async def run_server(self, args) -> None:
+        await super().run_server(args)
+        threading.Thread(target=self._end_with_engine, name="end-with-engine", daemon=True).start()
+
+    def _end_with_engine(self) -> None:
+        """vLLM lets requests to an engine that died wait for ever; that a server is gone Ray tells everybody."""
+        while not self.engine.errored:
+            time.sleep(ENGINE_POLL_SECONDS)
+        sys.stderr.write("vLLM's engine, a process of this server's, died; the server ends with it\n")
+        sys.stderr.flush()
+        os._exit(1)
 
     async def generate(self, prompt_ids, sampling_params, request_id, **options) -> TokenOutput:
         """As verl's. vLLM reports each answer once, complete and as tokens: verl asks for neither parts nor text."""

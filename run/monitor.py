@@ -1,10 +1,10 @@
-"""Around a run: a progress bar, the peak memory of its processes, a folder of its own, and nothing left behind."""
+"""Around a run: its progress, the peak memory of its processes, a folder of its own, and nothing left behind."""
 
+import math
 import os
 import re
 import shutil
 import sys
-import tempfile
 import threading
 import time
 from collections import Counter
@@ -12,14 +12,15 @@ from pathlib import Path
 
 import psutil
 import ray
-from tqdm import tqdm
+
+from recipe.spin.run import private_folder
+from recipe.spin.run.console import Console
 
 TASK_RUNNER = "spin_task_runner"
 POLL_SECONDS = 2.0
 MEMORY_STEP = 1.005
-MEMORY_SECONDS = 10.0
+MEMORY_LOOKS = 5  # at the processes' memory, then it is measured anyway
 LOOKS = 5  # a file that no process of the run has mapped by then is another's
-SHOWN = {"accuracy": "score/accuracy", "score": "score/mean", "margin": "rewards/margins", "pairs": "pairs/used"}
 SHARED_MEMORY = re.compile(r"/dev/shm/(?:psm|verl_weights)_\w+")
 LOGS_OF_A_CLUSTER = "on each node, in /tmp/ray/session_latest/logs (below --temp-dir where Ray was started with one)"
 
@@ -40,25 +41,30 @@ class RunMonitor:
             None on a cluster that the run joins.
     """
 
-    def __init__(self, log_folder: Path, joins: bool = False):
+    def __init__(self, log_folder: Path, memory_seconds: float = POLL_SECONDS, joins: bool = False):
+        """log_folder: gets Ray's logs if the run fails, in place of an older run's. memory_seconds: between two looks
+        at the processes' memory."""
         self._joins = joins
         self.peak_memory_gb: float | None = None if joins else 0.0
         self.logs = LOGS_OF_A_CLUSTER if joins else str(log_folder)
         self.seconds = 0.0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="run-monitor", daemon=True)
-        self._bar: tqdm | None = None
-        self._told = ""
+        self._console = Console()
+        self._memory_seconds = memory_seconds
         self._log_folder = log_folder
+        self._folder: Path | None = None
         self._shared_memory: set[str] = set()
         self._looks: Counter[str] = Counter()
         self._peak_resident = 0
-        self._measured = 0.0
+        self._looked = -math.inf  # at the processes' memory
+        self._unmeasured = 0  # looks since
 
     def __enter__(self) -> "RunMonitor":
         self._started = time.monotonic()
+        shutil.rmtree(self._log_folder, ignore_errors=True)
         if not self._joins:
-            self._folder = Path(tempfile.mkdtemp(prefix="spin-"))
+            self._folder, self._lock = private_folder.make()
             os.environ.update(TMPDIR=str(self._folder), VLLM_RPC_BASE_PATH=str(self._folder))
         self._thread.start()
         return self
@@ -66,9 +72,8 @@ class RunMonitor:
     def __exit__(self, exception_type, exception, traceback) -> None:
         self.seconds = time.monotonic() - self._started
         self._stop.set()
-        self._thread.join()
-        if self._bar is not None:
-            self._bar.close()
+        self._thread.join(timeout=3 * POLL_SECONDS)  # a question to a Ray that died is answered late or never
+        self._console.close(_ask_task_runner() if exception_type is None else None)
         processes = process_tree()[1:]
         ray.shutdown()
         _, alive = psutil.wait_procs(processes, timeout=10)
@@ -79,59 +84,51 @@ class RunMonitor:
             if exception_type is not None:
                 self._keep_logs()
             shutil.rmtree(self._folder, ignore_errors=True)
+            os.close(self._lock)
         for file in self._shared_memory:
             Path(file).unlink(missing_ok=True)
 
     def _keep_logs(self) -> None:
         logs = self._folder / "ray" / "session_latest" / "logs"
-        if logs.is_dir():
+        if not logs.is_dir():
+            return
+        try:
             shutil.copytree(logs, self._log_folder, dirs_exist_ok=True, ignore_dangling_symlinks=True)
+        except OSError as error:  # a full disk, which must not hide what the run failed by
+            sys.stderr.write(f"[spin] not all logs could be kept in {self._log_folder}: {str(error)[:200]}\n")
 
     def _watch(self) -> None:
+        has_started = False
         while not self._stop.wait(POLL_SECONDS):
             processes = process_tree()
-            if not self._joins:
+            if not self._joins and time.monotonic() >= self._looked + self._memory_seconds:
                 self._measure_memory(processes)
             self._find_shared_memory(processes)
             progress = _ask_task_runner()
-            if progress is None:
-                self._tell("starting Ray")
-            else:
-                self._show(progress)
+            if progress is not None:
+                has_started = True
+                self._console.show(progress)
+            elif not has_started:
+                self._console.waits_for("starting the task runner" if ray.is_initialized() else "starting Ray")
 
     def _measure_memory(self, processes: list[psutil.Process]) -> None:
+        self._looked = time.monotonic()
+        self._unmeasured += 1
         resident = sum(map(_own_resident, processes))
-        if resident > MEMORY_STEP * self._peak_resident or time.monotonic() > self._measured + MEMORY_SECONDS:
+        if resident > MEMORY_STEP * self._peak_resident or self._unmeasured > MEMORY_LOOKS:
             self.peak_memory_gb = max(self.peak_memory_gb, sum(map(_proportional_set_size, processes)) / 1e9)
             self._peak_resident = max(resident, self._peak_resident)
-            self._measured = time.monotonic()
+            self._unmeasured = 0
 
     def _find_shared_memory(self, processes: list[psutil.Process]) -> None:
         """Notes the files in shared memory that are this run's; asks the processes only while there are new ones."""
         unknown = set(filter(SHARED_MEMORY.fullmatch, map(str, Path("/dev/shm").iterdir()))) - self._shared_memory
         self._looks.update(unknown)
         if any(self._looks[file] <= LOOKS for file in unknown):
+            known = len(self._shared_memory)
             self._shared_memory.update(*map(_shared_memory, processes))
-
-    def _show(self, progress: dict) -> None:
-        if self._bar is None:
-            if progress["doing"] != "training":
-                self._tell(progress["doing"])
-                return
-            self._bar = tqdm(total=progress["total"], initial=progress["step"], unit="step", dynamic_ncols=True)
-        self._bar.set_description(progress["doing"], refresh=False)
-        metrics = progress["metrics"]
-        shown = {label: f"{metrics[name]:.3g}" for label, name in SHOWN.items() if name in metrics}
-        self._bar.set_postfix(shown, refresh=False)
-        if progress["step"] > self._bar.n:
-            self._bar.update(progress["step"] - self._bar.n)
-        elif sys.stderr.isatty():  # the clock goes on within a step
-            self._bar.refresh()
-
-    def _tell(self, doing: str) -> None:
-        if doing != self._told:
-            self._told = doing
-            sys.stderr.write(f"[spin] {doing} ...\n")
+            if self._folder and len(self._shared_memory) > known:
+                private_folder.note_shared_memory(self._folder, set(filter(os.path.exists, self._shared_memory)))
 
 
 def _ask_task_runner() -> dict | None:

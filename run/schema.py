@@ -121,6 +121,11 @@ class Algorithm(Section):
     dpo_min_margin: NotNegative = own(0.0, "scores closer than this are equal")
     filter_groups: FilterGroups
     missing_eos_penalty: NotNegative | None = own(None, "taken off the score of a response without an end token")
+    reward_error: Literal["raise", "skip"] = own(
+        "raise",
+        "a reward that fails stops the run; `skip` leaves the response out ([docs/faults.md](docs/faults.md))",
+    )
+    reward_timeout_s: Positive = own(300, "seconds without any score after which the reward has failed")
     adv_estimator: unused("gae")
     gamma: unused(1.0)
     lam: unused(1.0)
@@ -136,6 +141,9 @@ class Trainer(Section):
     ref_update_freq: int = own(5, "steps between refreshes of the reference; 0: it stays as loaded")
     ref_update_alpha: TopP = own(1.0, "share of the actor in a refreshed reference (below 1: TR-DPO's soft update)")
     max_failed_validation: Share = own(0.0, "share of the held-out answers that may fail before the run stops")
+    max_skipped_steps: Count = own(
+        3, "optimizer steps in a row without a finite gradient after which the run stops; each is skipped"
+    )
     use_v1: Literal[True]
     v1: V1
     device: Text

@@ -121,6 +121,24 @@ def test_all_pairs_of_four_with_min_margin_and_a_tied_prompt():
     ]
 
 
+def test_a_response_without_a_score_takes_part_in_no_pair():
+    nan = float("nan")
+    # prompt 0: of 1, 3, 2 and none; prompt 1: one score alone; prompt 2: none at all
+    scores = [1.0, 3.0, nan, 2.0] + [nan, 5.0, nan, nan] + [nan] * 4
+    scored = ~torch.tensor(scores).isnan()
+    assert prefer(scores, n=4, scored=scored) == [[1], [0], [2.0], [1.0]]
+    assert prefer(scores, n=4, scored=scored, pairing="all")[:3] == [[1, 1, 3], [0, 3, 0], [2.0, 1.0, 1.0]]
+
+
+def test_of_ties_the_first_scored_response_is_preferred_to_the_last():
+    nan = float("nan")
+    scores = [nan, 1.0, 1.0, nan] + [nan, 1.0, nan, nan]
+    scored = ~torch.tensor(scores).isnan()
+    assert prefer(scores, n=4, tie_policy="first", scored=scored) == [[1], [2], [0.0], [1.0]]
+    with pytest.raises(ValueError, match="finite"):
+        prefer(scores, n=4)
+
+
 def test_random_draws_every_untied_pair_equally_often():
     prompts = 3000
     scores = torch.tensor([1.0, 0.0, 1.0, 2.0]).repeat(prompts)[:, None]

@@ -1,6 +1,7 @@
 """What RunMonitor measures of a run's processes, and how seldom it asks for what costs much."""
 
 import os
+import types
 from multiprocessing import shared_memory
 
 import psutil
@@ -22,8 +23,8 @@ def test_memory_is_measured_when_the_processes_hold_more_than_ever(monitor, monk
     for resident["now"] in (100, 50, 100, 100.2, 101, 60):
         monitor._measure_memory(["a", "b"])
     assert len(asked) == 4 and monitor.peak_memory_gb == 4.0
-    monitor._measured -= run_monitor.MEMORY_SECONDS
-    monitor._measure_memory(["a", "b"])  # shared memory may have grown meanwhile
+    for _ in range(run_monitor.MEMORY_LOOKS):
+        monitor._measure_memory(["a", "b"])  # shared memory may have grown meanwhile
     assert len(asked) == 6
 
 
@@ -35,6 +36,26 @@ def test_slow_growth_is_not_missed(monitor, monkeypatch):
         now["bytes"] *= 1.001
         monitor._measure_memory(["a"])
     assert monitor.peak_memory_gb == pytest.approx(now["bytes"] / 1e9, rel=0.01)
+
+
+@pytest.mark.parametrize(("seconds", "looks"), [(0.0, 5), (1e6, 1)])
+def test_memory_is_looked_at_as_often_as_asked_for(monitor, monkeypatch, seconds, looks):
+    looked, waits = [], []
+
+    def wait(doing: str) -> None:
+        waits.append(doing)
+        if len(waits) == 5:
+            monitor._stop.set()
+
+    monkeypatch.setattr(run_monitor, "POLL_SECONDS", 0.0)
+    monkeypatch.setattr(run_monitor, "process_tree", lambda: ["a"])
+    monkeypatch.setattr(run_monitor, "_ask_task_runner", lambda: None)
+    monkeypatch.setattr(run_monitor, "_own_resident", lambda process: looked.append(process) or 0)
+    monkeypatch.setattr(run_monitor, "_proportional_set_size", lambda process: 0)
+    monitor._memory_seconds, monitor._find_shared_memory = seconds, lambda processes: None
+    monitor._console = types.SimpleNamespace(waits_for=wait)
+    monitor._watch()
+    assert len(looked) == looks and set(waits) == {"starting Ray"}
 
 
 def test_a_process_holds_what_it_does_not_share():

@@ -11,12 +11,14 @@ import torch
 from omegaconf import OmegaConf
 from tensordict import TensorDict
 from verl.trainer.ppo.v1 import trainer_base
+from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from worker_harness import nest
 
 from recipe.spin.preferences.source import RewardSource
 from recipe.spin.rollout.agent_loop import GREEDY, SAMPLING_SEED
 from recipe.spin.rollout.held_out import HeldOutRows
+from recipe.spin.rollout.scoring import FAULT, RewardError
 from recipe.spin.run import report
 from recipe.spin.run_folder import TRACKER, checkpoints, tracked_step
 from recipe.spin.spin_trainer import SpinTrainer, _named_rewards
@@ -54,6 +56,14 @@ def test_rewards_are_in_the_metrics_by_their_names():
     info = [{"score": 1.0, "acc": 1.0, "brief": -2, "right": True, "why": "a"}, {"score": 0.0, "brief": -4, "why": ""}]
     assert _named_rewards(info) == {"reward/brief": -3.0}
     assert _named_rewards([{}, {}]) == {}
+
+
+@pytest.mark.parametrize(("buffer", "seconds"), [(ReplayBuffer, 0.05), (type("Sampler", (ReplayBuffer,), {}), 0.25)])
+def test_a_buffer_that_asks_all_the_time_does_so_four_times_a_second(trainer, monkeypatch, buffer, seconds):
+    """The recipe's own waits for the answers and asks once; thousands of keys make a question long."""
+    built = buffer.__new__(buffer)
+    monkeypatch.setattr(PPOTrainerSync, "_build_replay_buffer", lambda self: built)
+    assert trainer._build_replay_buffer().poll_interval == seconds
 
 
 def held_out(trainer, temperature: float):
@@ -271,3 +281,44 @@ def test_a_save_removes_old_checkpoints_as_told(train, tmp_path, keep, left):
     trainer = train(5, max_actor_ckpt_to_keep=keep)
     assert list(checkpoints(tmp_path)) == left and (tmp_path / "global_step_best").exists()
     assert trainer.config.trainer.max_actor_ckpt_to_keep == keep
+
+
+# ---------------------------------------------------------------------- rewards that fail, steps that are skipped
+NAN = float("nan")
+
+
+def test_metrics_of_scores_leave_out_responses_without_one(trainer):
+    rewards = torch.tensor([[0.0, 1.0], [0.0, NAN], [3.0, 0.0]])
+    mask = torch.tensor([[1, 1], [1, 1], [1, 0]])
+    graded = [{"reward_extra_info": {"score": value, "acc": value}} for value in (1.0, 0.0)]
+    extra = [graded[0], {FAULT: "broken"}, graded[1]]
+    metrics = trainer._response_metrics(rewards, mask, torch.ones(3), TensorDict({}, batch_size=3), extra)
+    assert metrics["score/mean"] == 2.0 and metrics["score/std"] == 1.0 and metrics["score/accuracy"] == 0.5
+    assert metrics["response_length/mean"] == pytest.approx(5 / 3)
+    assert trainer._count_missing(rewards, extra) == 1
+
+
+def test_a_reward_that_gives_no_score_at_all_stops_the_run(trainer):
+    with pytest.raises(RewardError, match="step 7: no response has a score. The first: broken"):
+        trainer._count_missing(torch.tensor([[NAN], [NAN]]), [{FAULT: "broken"}, {FAULT: "too"}])
+
+
+def test_held_out_prompts_without_a_score_are_left_out_and_counted(trainer):
+    trainer._held_out = types.SimpleNamespace(greedy=[False, True, False, True])
+    expected = {("sums", "a"): 2, ("sums", "a+"): 1, ("sums", "b"): 2, ("sums", "b+"): 1}
+    trainer.config = OmegaConf.create({"trainer": {"max_failed_validation": 0.0}})
+    right = [1, None, 1, 0, 1, None]
+    infos = {"reward": [1.0, NAN, 1.0, 0.0, 1.0, NAN], "score": right, "acc": right}
+    uids = ["a", "a", "a+", "b", "b", "b+"]
+    metrics = trainer._val_metrics_update(["sums"] * 6, uids, infos, [2] * 6, expected_acc_counts=expected)
+    assert metrics["val-core/sums/acc/mean@2"] == 0.5 and metrics["val-greedy-core/sums/acc/mean@1"] == 1
+    assert metrics["val-aux/prompts_without_score"] == 2
+
+
+def test_skipped_steps_in_a_row_stop_the_run(trainer):
+    trainer.config = OmegaConf.create({"trainer": {"max_skipped_steps": 3}})
+    trainer._skipped_in_a_row = 0
+    for skipped in ([True, True, False], [False, True], [True, False], [True, True]):
+        trainer._check_skipped(skipped)
+    with pytest.raises(FloatingPointError, match=r"step 7: .* 3 optimizer steps in a row .*max_skipped_steps=3"):
+        trainer._check_skipped([True])

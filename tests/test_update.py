@@ -14,7 +14,16 @@ from functools import cache
 import pytest
 import torch
 from plain_model import load_model, response_entropy, response_logp
-from worker_jobs import MAX_PROMPT, MAX_RESPONSE, PROMPTS, STEPS, make_batches, train, train_with_ulysses
+from worker_jobs import (
+    MAX_PROMPT,
+    MAX_RESPONSE,
+    PROMPTS,
+    STEPS,
+    make_batches,
+    train,
+    train_over_a_bad_step,
+    train_with_ulysses,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -289,6 +298,32 @@ def test_worker_trains_like_plain_pytorch(case, tiny_models, ranks):
         assert gaps["parameters"] < 2e-6
         assert gaps["change"] < 1e-4
         assert max(gaps[name] for name in COMPARED) < 5e-5
+
+
+@pytest.mark.parametrize(
+    ("case", "bad"),
+    [
+        (Case("1-rank"), math.nan),
+        (Case("2-ranks", **TWO), math.inf),  # in the rows of one of them
+        (Case("2-ranks-fsdp1", **TWO, strategy="fsdp"), math.nan),
+    ],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_an_optimizer_step_whose_loss_is_not_finite_is_skipped(case, bad, tiny_models, ranks):
+    """Nothing changes in it, and it is counted; the next one starts from the weights and the optimizer before it."""
+    first, skipped, third, *_ = make_batches()
+    overrides = case.all_overrides(tiny_models[case.model])
+    outputs = ranks[case.world_size].run(train_over_a_bad_step, overrides, [first, skipped, third], bad)
+    others = ranks[case.world_size].run(train_over_a_bad_step, overrides, [first, third], None)
+    for worker, without in zip(outputs, others, strict=True):
+        before, after, end = ({n: torch.from_numpy(a) for n, a in p.items()} for p in worker["parameters"])
+        expected = {name: torch.from_numpy(array) for name, array in without["parameters"][-1].items()}
+        assert all(torch.equal(before[name], after[name]) for name in before)
+        assert any(not torch.equal(after[name], end[name]) for name in after)
+        assert all(torch.equal(end[name], expected[name]) for name in end)
+        assert [step["actor/skipped_steps"] for step in worker["metrics"]] == [0, 1, 0]
+        assert "actor/loss" not in worker["metrics"][1]
+        assert math.isfinite(worker["metrics"][2]["actor/grad_norm"])
 
 
 def test_plain_version_exercises_what_it_should(tiny_models):

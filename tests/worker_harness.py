@@ -192,7 +192,7 @@ def make_trainer(*overrides: str):
     OmegaConf.resolve(trainer.config)
     trainer.actor_rollout_wg = LocalWorkerGroup(make_worker(*overrides))
     trainer.global_steps, trainer.total_training_steps, trainer.steps_per_epoch = 1, 100, 100
-    trainer._reference_equals_actor = True
+    trainer._reference_equals_actor, trainer._skipped_in_a_row = True, 0
     return trainer
 
 

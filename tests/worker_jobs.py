@@ -88,6 +88,26 @@ def train(rank: int, overrides: list[str], batches: list[Batch], reference_passe
     return {"steps": group.updates, "parameters": full_parameters(group.worker.actor.engine)}
 
 
+def train_over_a_bad_step(rank: int, overrides: list[str], batches: list[Batch], bad: float | None) -> dict:
+    """Trains on a few batches; gives the second a reference log-prob that is `bad`.
+
+    Returns the trainer's metrics of each step, and the parameters after each.
+    """
+    trainer = make_trainer(*overrides)
+    trainer._reference_equals_actor = False
+    seen, parameters = [], []
+    for number, batch in enumerate(batches):
+        rows = lay_out(trainer, batch)
+        trainer._compute_ref_logps(rows)
+        if number == 1 and bad is not None:
+            rows["ref_logps"].values()[0] = bad
+        metrics = {}
+        trainer._update_actor(rows, metrics)
+        seen.append(metrics)
+        parameters.append(full_parameters(trainer.actor_rollout_wg.worker.actor.engine))
+    return {"metrics": seen, "parameters": parameters}
+
+
 def train_with_ulysses(rank: int, *args) -> dict:
     """`train` where the ranks share sequences."""
     with ulysses_on_gloo():

@@ -1,0 +1,94 @@
+"""A run that failed, for its user: the cause, the remedy and where to read on."""
+
+import contextlib
+import shutil
+import tempfile
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+WHOLE_ERROR = "error.txt"  # among the logs
+FULL_BYTES = 10_000_000
+GO_ON = "When the cause is removed the same command goes on from the last checkpoint."
+
+
+class RunFailed(RuntimeError):
+    """A run that had started and could not go on; the message is for its user."""
+
+
+class ComponentDied(RuntimeError):
+    """The run could not go on without a process that died; the message names it."""
+
+
+@contextmanager
+def explained(logs: Path, workers_logs: str | None = None) -> Iterator[None]:
+    """Turns an exception that ends a run into a RunFailed, and writes the whole of it to a file in `logs`.
+
+    The message says where the workers' logs are, by default there too.
+    To be left before Ray is shut down, whose files hold a cause that reaches nobody else.
+    """
+    try:
+        yield
+    except RunFailed:
+        raise
+    except Exception as error:
+        lines = [
+            cause_of(error),
+            *full_disks(logs),
+            GO_ON,
+            f"logs: {workers_logs or logs} (the whole error: {logs / WHOLE_ERROR})",
+        ]
+        try:
+            logs.mkdir(parents=True, exist_ok=True)
+            (logs / WHOLE_ERROR).write_text("".join(traceback.format_exception(error)))
+        except OSError as unwritable:
+            lines[-1] = f"logs: none, {logs} cannot be written ({unwritable})"
+        raise RunFailed("\n".join(lines)) from error
+
+
+def cause_of(error: Exception) -> str:
+    """The line that says why a run failed, the last words of a process that died below it."""
+    import ray
+
+    if isinstance(error, ComponentDied):
+        return str(error)
+    if isinstance(error, ray.exceptions.RayError):
+        return first_cause(str(error), ray_logs())
+    return "".join(traceback.format_exception_only(error)).strip()
+
+
+def ray_logs() -> Path | None:
+    """Where the Ray that runs writes the logs of this machine's processes."""
+    from ray._private import worker
+
+    return Path(worker._global_node.get_logs_dir_path()) if worker._global_node else None
+
+
+def first_cause(error: str, logs: Path | None) -> str:
+    """The innermost exception of a run's error, or what made prompts fail in the agent loop.
+
+    verl's agent loop logs the exception of a failed prompt and goes on, so it stands in the workers' logs alone.
+    """
+    for file in sorted(logs.glob("worker-*")) if logs else ():
+        _, found, block = file.read_text(errors="replace").partition("Error in _run_prompt")
+        if found:
+            return _last_exception(block.split("ERROR:")[0])
+    return _last_exception(error)
+
+
+def _last_exception(text: str) -> str:
+    lines = [line for line in text.strip().splitlines() if line and not line.startswith((" ", "\t", "During handling"))]
+    return lines[-1] if lines else text
+
+
+def full_disks(run_folder: Path) -> list[str]:
+    """A line for each place that the run writes to and that has no room left: torch, for one, does not say so."""
+    lines = []
+    existing = next(path for path in (run_folder, *run_folder.parents) if path.exists())
+    for place in (existing, tempfile.gettempdir(), "/dev/shm"):
+        with contextlib.suppress(OSError):
+            free = shutil.disk_usage(place).free
+            if free < FULL_BYTES:
+                lines.append(f"No space is left on the disk of {place} ({free / 1e6:.0f} MB): make room there.")
+    return lines

@@ -1,0 +1,179 @@
+"""Whether the processes of a run live: what asks a dead one often waits for ever, and the run would with it."""
+
+import _thread
+import re
+import signal
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import ray
+from ray._private import state as ray_state
+from ray._private import worker as ray_worker
+from ray.core.generated.common_pb2 import ActorDiedErrorContext
+
+from recipe.spin.run.failure import ComponentDied, ray_logs
+from recipe.spin.run.monitor import TASK_RUNNER
+
+LOOK_SECONDS = 2.0
+GRACE_SECONDS = 10.0  # in which a run that noticed by itself ends by itself, its loggers told
+LAST_LINES = 6
+LINE_LENGTH = 240
+# Empty lines, those by which Ray marks whose log it is, and Python's about shared memory of processes that were killed
+NO_WORDS = re.compile(r"\s*$|:\w+:|.*resource_tracker|\s*warnings\.warn\(")
+
+# An actor that ended for another reason was meant to, or failed by an exception that whoever called it gets
+UNEXPECTED = (ActorDiedErrorContext.WORKER_DIED, ActorDiedErrorContext.NODE_DIED)
+RAYS_PROCESSES = {"gcs_server": "Ray's control service (gcs_server)", "raylet": "Ray's node manager (raylet)"}
+COMPONENTS = {
+    "WorkerDict": "the trainer's rank {number}",
+    "SpinWorker": "the trainer's rank {number}",
+    "RolloutServer": "vLLM's server {number}",
+    "vLLMHttpServer": "vLLM's server {number}",
+    "RolloutWorker": "agent loop worker {number}",
+    "RewardWorker": "reward worker {number}",
+    "TransferQueueController": "TransferQueue's controller",
+    "SimpleStorageUnit": "TransferQueue's storage {number}",
+}
+
+
+@dataclass(frozen=True)
+class Lost:
+    """A process of the run that died before the run ended."""
+
+    component: str  # in words
+    pid: int
+    how: str  # what Ray knows of its end
+    last_words: str  # the end of its log, lines; empty where the log is another machine's
+
+    def __str__(self) -> str:
+        said = f"; its last words:\n{self.last_words}" if self.last_words else ""
+        memory = " A process that just ends was often killed for want of memory (dmesg tells)"
+        return f"{self.component} (process {self.pid}) died: {self.how}{memory}{said}"
+
+
+class Liveness:
+    """Context manager around a run in the driver's main thread; a thread of its own looks at Ray's table of actors.
+
+    A run that has not ended by itself a while after the death of one of its processes is interrupted. What the run ends
+    by, if one of its processes died before, is a ComponentDied.
+
+    Attributes:
+        lost: the first process found dead.
+    """
+
+    def __init__(self):
+        self.lost: Lost | None = None
+        self._found = self._patience = 0.0
+        self._interrupted = False
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="liveness", daemon=True)
+
+    def __enter__(self) -> "Liveness":
+        self._thread.start()
+        return self
+
+    def __exit__(self, exception_type, exception, traceback) -> None:
+        self._stop.set()
+        self._thread.join(timeout=2 * LOOK_SECONDS)  # Ray's dead control service lets a question wait
+        if exception_type is None or (issubclass(exception_type, KeyboardInterrupt) and not self._interrupted):
+            return
+        if self.lost is None:
+            self._look()
+        if self.lost is not None:
+            raise ComponentDied(str(self.lost)) from exception
+
+    def _watch(self) -> None:
+        while not self._stop.wait(LOOK_SECONDS):
+            if self.lost is None:
+                self._look()
+            elif time.monotonic() > self._found + self._patience:
+                self._interrupted = True
+                _thread.interrupt_main(signal.SIGTERM)  # which signals.py handles
+                return
+
+    def _look(self) -> None:
+        self.lost = self._lost_process_of_ray()
+        if self.lost is None:
+            self.lost = self._lost_actor()
+            self._patience = GRACE_SECONDS
+        self._found = time.monotonic()
+
+    def _lost_process_of_ray(self) -> Lost | None:
+        """Of a Ray that this run started for itself."""
+        node = ray_worker._global_node
+        for name, process in node.dead_processes() if node else ():
+            if name in RAYS_PROCESSES:
+                how = f"it ended with code {process.returncode}."
+                return Lost(RAYS_PROCESSES[name], process.pid, how, self._last_words(f"{name}.*"))
+        return None
+
+    def _lost_actor(self) -> Lost | None:
+        actors = _actors_of_this_job()
+        dead = [actor for actor in actors if actor["State"] == "DEAD" and _ending(actor)]
+        if not dead:
+            return None
+        actor = min(dead, key=lambda actor: actor["EndTime"])  # others may have died of it
+        here = actor["Address"]["IPAddress"] == ray_worker._global_node.node_ip_address
+        words = self._last_words(f"worker-*-{actor['Pid']}.*") if here else ""
+        return Lost(in_words(actor, actors), actor["Pid"], _ending(actor), words)
+
+    @staticmethod
+    def _last_words(pattern: str) -> str:
+        """The last lines of the newest log of that name that says anything."""
+        files = sorted(ray_logs().glob(pattern), key=lambda file: file.stat().st_mtime, reverse=True)
+        for file in files:
+            lines = [line[:LINE_LENGTH] for line in _end_of(file).splitlines() if not NO_WORDS.match(line)]
+            if lines:
+                return "\n".join(f"  {line}" for line in lines[-LAST_LINES:])
+        return ""
+
+
+def in_words(actor: dict, actors: list[dict]) -> str:
+    """What an actor is to the run; of several of a class by their number."""
+    if actor["Name"] == TASK_RUNNER:  # of a class of its own in a recipe built on this one
+        return "the run's task runner"
+    kind = class_of(actor)
+    alike = sorted((other for other in actors if class_of(other) == kind), key=_place)
+    number = [other["ActorID"] for other in alike].index(actor["ActorID"])
+    return COMPONENTS.get(kind, f"{kind} {{number}}").format(number=number)
+
+
+def class_of(actor: dict) -> str:
+    """The name of an actor's class, without the function that verl may have defined it in."""
+    return actor["ActorClassName"].rpartition(".")[2]
+
+
+def _place(actor: dict) -> tuple:
+    """Orders actors of a class by the numbers in their names (WorkerDict_1:0, vllm_server_2_0), or as they started."""
+    return [int(number) for number in re.findall(r"\d+", actor["Name"].rpartition("Dict_")[2])], actor["StartTime"]
+
+
+def _actors_of_this_job() -> list[dict]:
+    """Ray's table; `ray.util.state` would ask a dashboard, which a run does without. Empty before Ray has started."""
+    if not ray.is_initialized():
+        return []
+    return list(ray_state.actors(job_id=ray_worker.global_worker.current_job_id).values())
+
+
+def _ending(actor: dict) -> str | None:
+    """How an actor ended that was not meant to; None for the others."""
+    cause = actor["DeathCause"]
+    if cause.HasField("oom_context"):
+        return cause.oom_context.error_message
+    if cause.HasField("actor_died_error_context") and cause.actor_died_error_context.reason in UNEXPECTED:
+        return _first_sentences(cause.actor_died_error_context.error_message)
+    return None
+
+
+def _first_sentences(text: str) -> str:
+    """Of Ray's message what happened, without the kinds before and the list of possible causes after it."""
+    told = re.split(r"There are some potential root causes|Some common causes", text)[0]
+    return " ".join(told.rpartition("Worker exit detail:")[2].split())
+
+
+def _end_of(file: Path) -> str:
+    with open(file, "rb") as log:
+        log.seek(max(0, file.stat().st_size - 20_000))
+        return log.read().decode(errors="replace")

@@ -1,0 +1,96 @@
+"""A run in which one process is killed: SPIN_FAULT=COMPONENT:MOMENT python -m faulty_run KEY=VALUE ...
+
+The TaskRunner kills it, at the given moment of step 2 (of the first validation for the moment `validation`). A module
+of its own, so that Ray's workers can import it.
+"""
+
+import os
+import signal
+import threading
+
+import psutil
+
+from recipe.spin import main_spin
+from recipe.spin.run.liveness import _actors_of_this_job, class_of
+
+STEP = 2
+ACTORS = {  # by the classes of the actors
+    "server": "RolloutServer",
+    "rank": "WorkerDict",
+    "agent": "RolloutWorker",
+    "reward": "RewardWorker",
+    "controller": "TransferQueueController",
+    "storage": "SimpleStorageUnit",
+}
+
+
+def process_of(component: str) -> int:
+    if component in ACTORS:
+        return next(row["Pid"] for row in _actors_of_this_job() if class_of(row) == ACTORS[component])
+    if component == "engine":
+        children = psutil.Process(process_of("server")).children(recursive=True)
+        return next(child.pid for child in children if "EngineCore" in " ".join(child.cmdline()))
+    runner = psutil.Process()
+    raylet = next(parent for parent in runner.parents() if parent.name() == "raylet")
+    if component == "gcs_server":
+        return next(child.pid for child in raylet.parent().children() if child.name() == "gcs_server")
+    return {"runner": runner, "raylet": raylet}[component].pid
+
+
+def faulty(trainer: type) -> type:
+    """A trainer class that kills."""
+    component, moment = os.environ["SPIN_FAULT"].split(":")
+
+    class Faulty(trainer):
+        def _strike(self, now: str, after: float = 0.0) -> None:
+            if now != moment or (self.global_steps != STEP and now != "validation"):
+                return
+            pid = process_of(component)
+            if after:
+                threading.Timer(after, os.kill, (pid, signal.SIGKILL)).start()
+            else:
+                os.kill(pid, signal.SIGKILL)
+
+        def on_sample_begin(self):  # the prompts have been sent
+            self._strike("generation")
+            self._strike("scoring", after=1.5)  # where the reward takes longer
+            super().on_sample_begin()
+
+        def _refresh_reference(self):
+            self._strike("refresh")
+            super()._refresh_reference()
+
+        def _update_actor(self, rows, metrics):
+            self._strike("update")
+            super()._update_actor(rows, metrics)
+
+        def _save_checkpoint(self):
+            self._strike("checkpoint")
+            super()._save_checkpoint()
+
+        def on_step_end(self):
+            self._strike("push")
+            super().on_step_end()
+
+        def on_validate_begin(self):
+            self._strike("validation", after=0.2)
+            super().on_validate_begin()
+
+    return Faulty
+
+
+class FaultyRunner(main_spin.TaskRunner):
+    @staticmethod
+    def trainer_class(config) -> type:
+        return faulty(main_spin.TaskRunner.trainer_class(config))
+
+
+def main() -> None:
+    main_spin.TaskRunner = FaultyRunner
+    main_spin.main()
+
+
+if __name__ == "__main__":
+    from faulty_run import main as importable_main
+
+    importable_main()

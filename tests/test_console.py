@@ -1,0 +1,108 @@
+"""What stands on the console, on a terminal and in a file."""
+
+import io
+import logging
+
+import pytest
+
+from recipe.spin.run import console as run_console
+from recipe.spin.run.console import Console, without_chatter
+
+
+class Stream(io.StringIO):
+    def __init__(self, terminal: bool):
+        super().__init__()
+        self._terminal = terminal
+
+    def isatty(self) -> bool:
+        return self._terminal
+
+    @property
+    def lines(self) -> list[str]:
+        """What a person ends up with: of a line that was written over, the last state."""
+        return [line.rsplit("\r", 1)[-1].strip() for line in self.getvalue().split("\n") if line.strip()]
+
+
+def progress(step: int, doing: str = "training") -> dict:
+    metrics = {"score/accuracy": 0.25, "pairs/used": 12, "timing_s/step": 30.0, "other": 1.0}
+    return {"doing": doing, "step": step, "total": 4, "metrics": metrics if step else {}}
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    now = {"s": 100.0}
+    monkeypatch.setattr(run_console.time, "monotonic", lambda: now["s"])
+    return now
+
+
+def follow(console: Console, clock: dict) -> None:
+    """A run of four steps with a validation before and after, seen every two seconds."""
+    for _ in range(5):
+        console.waits_for("starting Ray")
+        clock["s"] += 2
+    for doing in ["loading the model"] * 40 + ["answering the held-out prompts"] * 3:
+        console.show(progress(0, doing))
+        clock["s"] += 2
+    for step in (0, 0, 1, 2, 2, 3):
+        console.show(progress(step))
+        clock["s"] += 2
+    console.show(progress(3, "answering the held-out prompts"))
+
+
+def test_without_a_terminal_a_line_a_step_stays(clock):
+    stream = Stream(terminal=False)
+    console = Console(stream)
+    follow(console, clock)
+    console.close(progress(4))
+    assert stream.lines == [
+        "[spin] starting Ray ...",
+        "[spin] starting Ray took 10 s; loading the model ...",
+        "[spin] still loading the model: 60 s",
+        "[spin] loading the model took 80 s; answering the held-out prompts ...",
+        "[spin] step 1 of 4, accuracy 0.25, pairs 12 (30.0 s, 2 min left)",
+        "[spin] step 2 of 4, accuracy 0.25, pairs 12 (30.0 s, 1 min left)",
+        "[spin] step 3 of 4, accuracy 0.25, pairs 12 (30.0 s, 0 min left)",
+        "[spin] answering the held-out prompts ...",
+        "[spin] step 4 of 4, accuracy 0.25, pairs 12 (30.0 s, 0 min left)",
+    ]
+    assert "\r" not in stream.getvalue()
+
+
+def test_on_a_terminal_the_bar_ends_full(clock):
+    stream = Stream(terminal=True)
+    console = Console(stream)
+    follow(console, clock)
+    console.close(progress(4))
+    assert stream.lines[0] == "[spin] starting Ray ... 10 s"
+    assert stream.lines[1] == "[spin] loading the model ... 80 s"
+    assert stream.lines[2].startswith("[spin] answering the held-out prompts ... 6 s")
+    assert "4/4" in stream.lines[-1] and "100%" in stream.lines[-1] and "accuracy=0.25" in stream.lines[-1]
+
+
+def test_a_failed_run_leaves_the_bar_where_it_was(clock):
+    stream = Stream(terminal=True)
+    console = Console(stream)
+    follow(console, clock)
+    console.close()
+    assert "3/4" in stream.lines[-1]
+
+
+def test_a_run_that_ends_before_its_first_step_shows_no_bar(clock):
+    stream = Stream(terminal=True)
+    console = Console(stream)
+    console.waits_for("starting Ray")
+    console.close()
+    assert stream.getvalue() == "[spin] starting Ray ...\n"
+
+
+def test_chatter_is_dropped_and_everything_else_stays(capsys):
+    with without_chatter():
+        print("ray init kwargs: {'num_cpus': 4}")
+        print("[validate_config] All configuration checks passed successfully!")
+        print("WARNING: val_batch_size is deprecated.")
+        print("ray init", end=" ")
+        print("said something")
+        logging.getLogger("verl").info("Platform override")
+        logging.getLogger("verl").warning("of use")
+    assert capsys.readouterr().out == "WARNING: val_batch_size is deprecated.\nray init said something\n"
+    assert not logging.root.manager.disable
