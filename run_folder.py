@@ -15,7 +15,7 @@ def checkpoints(folder: Path) -> dict[int, Path]:
     found = {}
     for path in folder.glob("global_step_*"):
         name = CHECKPOINT.fullmatch(path.name)
-        if name and path.is_dir() and not path.is_symlink():
+        if name and path.is_dir():
             found[int(name[1])] = path
     return dict(sorted(found.items()))
 
@@ -35,14 +35,14 @@ def tracked_step(folder: Path) -> int | None:
 def prune(folder: Path, step: int, keep: int | None) -> None:
     """Removes all but the newest `keep` checkpoints up to `step`; none where keep is None or below 1.
 
-    The one that the tracker names stays in any case, and so do those above `step`, which are not of this run's making.
+    The one that the tracker names stays in any case, and so do links and those above `step`, which are not this run's.
     """
     if keep is None or keep < 1:
         return
     tracked = tracked_step(folder)
     past = {number: path for number, path in checkpoints(folder).items() if number <= step}
     for number in sorted(past)[:-keep]:
-        if number != tracked:
+        if number != tracked and not past[number].is_symlink():
             shutil.rmtree(past[number])
 
 

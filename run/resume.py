@@ -152,6 +152,7 @@ def _beginning(config: DictConfig, folder: Path) -> tuple[int, Path]:
                 f"trainer.resume_from_path={config.trainer.resume_from_path!r}: there is no such checkpoint; name a "
                 "folder global_step_N"
             )
+        config.trainer.resume_from_path = str(checkpoint)  # verl stumbles over a slash at the end
         return step, checkpoint.parent
     return _latest(folder), folder
 
@@ -241,6 +242,16 @@ def _store(settings: dict, folder: Path) -> None:
     unfinished.rename(folder / SETTINGS)
 
 
+def _read(file: Path) -> dict:
+    try:
+        settings = yaml.safe_load(file.read_text())
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{file}: not readable ({error}); correct it, or delete it to go on uncompared") from error
+    if not isinstance(settings, dict) or "trainer" not in settings:
+        raise ConfigError(f"{file} holds no settings; correct it, or delete it to go on uncompared")
+    return settings
+
+
 def differences(old: dict, new: dict, prefix: str = "") -> list[Difference]:
     """(key, old value, new value) of each setting that differs, NOT_COMPARED ones left out."""
     found: list[Difference] = []
@@ -280,7 +291,7 @@ def _compare(settings: dict, origin: Path, step: int, config: DictConfig) -> Non
     if not file.exists():
         _say(f"{origin} does not hold its settings ({SETTINGS}): they are not compared with this command's")
         return
-    old = yaml.safe_load(file.read_text())
+    old = _read(file)
     found = differences(old, settings)
     if _ranks(old) != _ranks(settings):
         found.append((RANKS, _ranks(old), _ranks(settings)))

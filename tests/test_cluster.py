@@ -140,7 +140,7 @@ def test_the_report_of_a_joined_run_tells_no_memory(capsys):
     summary |= {"measure": "accuracy", "unreadable_metrics_lines": 0}
     report.print_summary(summary, Path("run"), picture="none")
     assert "4 steps" in (told := capsys.readouterr().out) and "memory" not in told
-    report.print_summary(summary | {"peak_memory_gb": 1.5}, Path("run"))
+    report.print_summary(summary | {"peak_memory_gb": 1.5}, Path("run"), picture="none")
     assert "memory of all processes: 1.5 GB" in capsys.readouterr().out
 
 

@@ -236,14 +236,33 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(one_rank, task, tiny_lla
     run = tmp_path / "run"
     run.mkdir()
     shutil.copytree(one_rank / "global_step_2", run / "global_step_2")
+    shutil.copy(one_rank / "settings.yaml", run)
     (run / "latest_checkpointed_iteration.txt").write_text("2")
     (run / "global_step_3" / "actor").mkdir(parents=True)
     succeed(task, tiny_llama, run)
+    assert (run / "set_aside_1" / "global_step_3").is_dir() and not (run / "global_step_3").exists()
     through, resumed = metrics(one_rank), metrics(run)
     assert sorted(resumed) == [3, 4]
     for step in (3, 4):
         for name in ("actor/loss", "score/mean", "logps/chosen", "logps/rejected", "kl/sequence", "actor/grad_norm"):
             assert resumed[step][name] == pytest.approx(through[step][name], rel=1e-4, abs=1e-5), (step, name)
+
+
+def test_a_last_validation_that_was_cut_off_is_made_up_for(one_rank, task, tiny_llama, tmp_path):
+    """Killed behind the last checkpoint: the next start answers the held-out prompts, and trains nothing."""
+    run = tmp_path / "run"
+    shutil.copytree(one_rank / "global_step_4", run / "global_step_4")
+    shutil.copy(one_rank / "settings.yaml", run)
+    (run / "latest_checkpointed_iteration.txt").write_text("4")
+    (run / "metrics").mkdir()
+    name = "metrics/from_step_00000000.jsonl"
+    (run / name).write_text("".join((one_rank / name).read_text().splitlines(keepends=True)[:-1]))
+    succeed(task, tiny_llama, run)
+    through, resumed = (json.loads((folder / "summary.json").read_text()) for folder in (one_rank, run))
+    assert through["after"] and [resumed[key] for key in ("before", "after", "steps")] == [
+        through[key] for key in ("before", "after", "steps")
+    ]
+    assert "actor/loss" not in metrics(run)[4]
 
 
 def test_two_ranks_do_what_one_does(one_rank, task, tiny_llama, tmp_path):

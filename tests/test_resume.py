@@ -204,6 +204,18 @@ def test_a_checkpoint_without_settings_is_taken_and_that_is_said(stopped, capsys
     assert "does not hold its settings" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("text", ["", "[1, 2]", "a: b: c"])
+def test_settings_that_cannot_be_read_are_named(stopped, text):
+    (stopped.path / resume.SETTINGS).write_text(text)
+    assert f"{stopped.path / resume.SETTINGS}" in stopped.refusal()
+
+
+def test_a_checkpoint_may_lie_elsewhere(stopped, tmp_path):
+    (stopped.path / "global_step_6").rename(tmp_path / "moved")
+    (stopped.path / "global_step_6").symlink_to(tmp_path / "moved")
+    assert "sigmoid -> ipo" in stopped.refusal("algorithm.dpo_loss_type=ipo")
+
+
 def test_secrets_are_not_stored(folder):
     config = folder.run.check()
     with open_dict(config):
@@ -249,9 +261,10 @@ def test_starting_over_sets_everything_aside(stopped):
 
 
 def test_going_back_to_an_earlier_checkpoint(stopped, capsys):
-    path = f"trainer.resume_from_path={stopped.path}/global_step_3"
+    path = f"trainer.resume_from_path={stopped.path}/global_step_3/"
     config = stopped.start("trainer.resume_mode=resume_path", path, "algorithm.dpo_loss_type=ipo")
     assert config.trainer.resume_mode == "resume_path"
+    assert config.trainer.resume_from_path == f"{stopped.path}/global_step_3"
     assert "sigmoid -> ipo" in capsys.readouterr().err
     assert list(checkpoints(stopped.path)) == [3] and (stopped.path / TRACKER).read_text() == "3"
 
