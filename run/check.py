@@ -8,7 +8,15 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from recipe.spin.core_algos import LOSSES, PAIRINGS, PREFERENCE_SOURCES, TIE_POLICIES, beta_at, check_loss_settings
+from recipe.spin.core_algos import (
+    LOSSES,
+    PAIRINGS,
+    PREFERENCE_SOURCES,
+    TIE_POLICIES,
+    LossOptions,
+    beta_at,
+    check_loss_settings,
+)
 
 CONFIGURATION = ("config.json",)
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -141,6 +149,8 @@ def _check_loss(config: DictConfig) -> None:
             algorithm["dpo_label_smoothing"],
             algorithm["dpo_loss_weights"],
             average_log_prob=algorithm["dpo_average_log_prob"],
+            reference_free=algorithm["dpo_reference_free"],
+            options=LossOptions.of(algorithm),
         )
     except (TypeError, ValueError) as error:
         raise ConfigError(f"algorithm.dpo_*: {error}") from error
