@@ -14,6 +14,8 @@ import psutil
 import ray
 from tqdm import tqdm
 
+from recipe.spin.run.drift import Drift
+
 TASK_RUNNER = "spin_task_runner"
 POLL_SECONDS = 2.0
 MEMORY_STEP = 1.005
@@ -43,6 +45,7 @@ class RunMonitor:
         self._thread = threading.Thread(target=self._watch, name="run-monitor", daemon=True)
         self._bar: tqdm | None = None
         self._told = ""
+        self._drift = Drift()
         self._log_folder = log_folder
         self._shared_memory: set[str] = set()
         self._looks: Counter[str] = Counter()
@@ -112,6 +115,8 @@ class RunMonitor:
             self._bar = tqdm(total=progress["total"], initial=progress["step"], unit="step", dynamic_ncols=True)
         self._bar.set_description(progress["doing"], refresh=False)
         metrics = progress["metrics"]
+        for warning in self._drift.see(progress["step"], metrics):
+            tqdm.write(f"[spin] warning: {warning}", file=sys.stderr)
         shown = {label: f"{metrics[name]:.3g}" for label, name in SHOWN.items() if name in metrics}
         self._bar.set_postfix(shown, refresh=False)
         if progress["step"] > self._bar.n:
