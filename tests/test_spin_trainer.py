@@ -7,8 +7,10 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from tensordict import TensorDict
+from verl.utils import tensordict_utils as tu
 from worker_harness import nest
 
+from recipe.spin.dp_actor import DPOSettings
 from recipe.spin.rollout.agent_loop import GREEDY, SAMPLING_SEED
 from recipe.spin.rollout.held_out import HeldOutRows
 from recipe.spin.spin_trainer import SpinTrainer
@@ -40,6 +42,21 @@ def test_dynamic_sampling_has_a_limit(trainer, enable, limit, fetched, stops):
         return
     with pytest.raises(RuntimeError, match=r"(?s)step 7: 12 prompts .*max_num_gen_batches=3"):
         trainer._check_filtering(fetched)
+
+
+@pytest.mark.parametrize(("average", "per_token"), [(False, -0.5), (True, -6.0)])
+def test_metrics_that_show_likelihood_and_length_going(trainer, average, per_token):
+    """The log-prob a token, which the mean is already, and by how much the chosen responses are longer."""
+    trainer.config = OmegaConf.create({"actor_rollout_ref": {"actor": {"ppo_epochs": 1, "calculate_entropy": False}}})
+    trainer._dpo_settings = lambda: DPOSettings(beta=0.1, average_log_prob=average)
+    lengths = {"response_length/chosen": [12.0], "response_length/rejected": [9.0]}
+    update = {"loss": [0.5], "logps/chosen": [-6.0], "kl/sequence": [2.1], **lengths}
+    output = tu.get_tensordict(tensor_dict={}, non_tensor_dict={"metrics": update})
+    trainer._actor_rollout_wg = types.SimpleNamespace(update_actor=lambda rows: output)
+    metrics = {}
+    trainer._update_actor(TensorDict({}, batch_size=1), metrics)
+    assert metrics["logps/chosen_token"] == per_token and metrics["logps/chosen"] == -6.0
+    assert metrics["response_length/gap"] == 3.0 and metrics["kl/token"] == pytest.approx(0.2)
 
 
 def held_out(trainer, temperature: float):
