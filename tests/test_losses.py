@@ -1,9 +1,11 @@
 """Losses and their settings against numbers worked out by hand and formulas written down from the papers."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from recipe.spin.core_algos import (
     LOSSES,
@@ -14,6 +16,9 @@ from recipe.spin.core_algos import (
     f_score,
     register_loss,
 )
+
+ROOT = Path(__file__).resolve().parents[1]
+
 
 # ---- losses
 
@@ -322,6 +327,17 @@ def test_f_divergences_stay_finite(name, kind):
     )
     gradients = torch.autograd.grad(losses.sum(), [chosen, rejected])
     assert losses.isfinite().all() and all(gradient.isfinite().all() for gradient in gradients)
+
+
+def test_docs_and_config_name_every_loss_and_option():
+    document, config = ((ROOT / name).read_text() for name in ("docs/losses.md", "config/spin_trainer.yaml"))
+    assert [name for name in LOSSES if f"`{name}`" not in document or name not in config] == []
+    assert [name for name in vars(LossOptions()) if f"`dpo_{name}`" not in document] == []
+
+
+def test_the_configs_defaults_are_the_options_own():
+    config = yaml.safe_load((ROOT / "config/spin_trainer.yaml").read_text())
+    assert LossOptions.of(config["algorithm"]) == LossOptions()
 
 
 def test_options_have_the_configs_names():
