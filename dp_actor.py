@@ -2,8 +2,8 @@
 
 import math
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -13,7 +13,13 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.metric.utils import AggregationType, Metric
 from verl.workers.engine_workers import TrainingWorker
 
-from recipe.spin.core_algos import LOSSES, compute_online_dpo_loss, implicit_rewards
+from recipe.spin.core_algos import (
+    LOSSES,
+    LossOptions,
+    compute_online_dpo_loss,
+    implicit_rewards,
+    length_desensitized_logps,
+)
 from recipe.spin.engine.plan import MiniBatch
 from recipe.spin.engine.row_engine import SeparateEngine, SharedPromptEngine
 from recipe.spin.engine.rows import pad_parts, row_lists
@@ -29,6 +35,7 @@ class DPOSettings:
     label_smoothing: float = 0.0
     reference_free: bool = False
     average_log_prob: bool = False
+    options: LossOptions = field(default_factory=LossOptions)
 
     @property
     def batch_coupled(self) -> bool:
@@ -44,7 +51,8 @@ class RowWorker(TrainingWorker):
         super().__init__(replace(config, model_type=engine.MODEL_TYPE))
 
     def response_logps(self, data: TensorDict) -> TensorDict | None:
-        """`logps` of the rows' responses, an entry a response; None on a rank that holds a copy of another's output."""
+        """`logps` of the rows' responses, an entry a response, and with `calculate_token_logps` `token_logps`, an entry
+        a response token; None on a rank that holds a copy of another's output."""
         tu.assign_non_tensor(data, compute_loss=False)
         if not self.engine_config.use_dynamic_bsz:
             rows = largest_divisor(len(data), self.engine_config.infer_micro_batch_size_per_gpu)
@@ -52,7 +60,8 @@ class RowWorker(TrainingWorker):
         output = self.infer_batch(data)
         if output is None:
             return None
-        return TensorDict({"logps": tu.get(output, "logps")}, batch_size=len(data))
+        names = [name for name in ("logps", "token_logps") if name in output]
+        return TensorDict({name: tu.get(output, name) for name in names}, batch_size=len(data))
 
 
 def largest_divisor(number: int, limit: int) -> int:
@@ -67,8 +76,9 @@ class DataParallelPPOActor(RowWorker):
     def train_mini_batch(self, data: TensorDict) -> TensorDict:
         """Runs one optimizer step per mini-batch and epoch over this rank's rows.
 
-        Besides rows `data` carries `ref_logps` (an entry a response; none where the reference is the policy), and for
-        the whole batch `dpo` (DPOSettings), `mini_batches` (list of MiniBatch, this rank's share) and `epochs`.
+        Besides rows `data` carries `ref_logps` (an entry a response; none where the reference is the policy), with
+        ld_alpha `ref_token_logps` (likewise, an entry a response token), and for the whole batch `dpo` (DPOSettings),
+        `mini_batches` (list of MiniBatch, this rank's share) and `epochs`.
         Returns the metrics, each a list with one value per optimizer step that was taken, and `skipped`: per step
         whether it was skipped, because its loss or its gradient was not finite. Then nothing has changed.
         """
@@ -86,6 +96,7 @@ class DataParallelPPOActor(RowWorker):
                     rows,
                     mini_batch=mini_batch,
                     average_log_prob=settings.average_log_prob,
+                    calculate_wpo_weights=settings.options.use_weighting,
                     first_step=index == 0,
                     update_lr_scheduler=index == len(steps) - 1,
                     disable_auto_offload=True,
@@ -106,7 +117,7 @@ class DataParallelPPOActor(RowWorker):
         """
         data = rows.copy()
         tu.assign_non_tensor(data, calculate_entropy=False)
-        pairs = pairs_of(data.cpu(), self.response_logps(data)["logps"].values())
+        pairs = pairs_of(data.cpu(), self.response_logps(data))
         table = torch.stack([*pairs.logps, *pairs.ref_logps, *pairs.lengths, pairs.weight])  # (7, P)
         gathered = gather_columns(table, self.engine.get_data_parallel_group())
         gradient, losses = coupled_gradient(torch.cat(gathered, dim=1), settings)  # (2, all P), (all P,)
@@ -178,18 +189,39 @@ class Pairs:
     lengths: torch.Tensor  # (2, P) tokens that count
     weight: torch.Tensor  # (P,)
     index: torch.Tensor  # (2, P) numbers of the responses among those of the rows
+    compared: tuple[torch.Tensor, torch.Tensor]  # (2, P) each: of policy and reference what the loss looks at
+    wpo_weight: torch.Tensor | None = None  # (P,)
 
 
-def pairs_of(data: TensorDict, logps: torch.Tensor) -> Pairs:
-    """The pairs of rows whose N responses have these log-probs (N,), the reference's too where it is the policy."""
+def pairs_of(data: TensorDict, output: Mapping[str, torch.Tensor], ld_alpha: float | None = None) -> Pairs:
+    """The pairs of rows for which RowEngine gave this output of the policy."""
     responses = [lengths for _, *lengths in row_lists(data["segments"])]
-    first = torch.tensor([0, *map(len, responses[:-1])], device=logps.device).cumsum(0)
+    lengths = [length for row in responses for length in row]
+    mask = pad_parts(data["loss_mask"].values(), lengths)  # (N, T)
+    first = torch.tensor([0, *map(len, responses[:-1])], device=mask.device).cumsum(0)
     index = torch.stack([data[name].values() for name in ("chosen", "rejected")])
     index = index + first.repeat_interleave(data["chosen"].offsets().diff())
-    lengths = pad_parts(data["loss_mask"].values(), [length for row in responses for length in row]).sum(-1)
-    policy = tu.get(data, "mini_batch").reference_is_policy
-    ref_logps = logps.detach() if policy else data["ref_logps"].values()
-    return Pairs(logps[index], ref_logps[index], lengths[index], data["pair_weight"].values(), index)
+    logps, ref_logps = compared = tuple(values[index] for values in _of_both(data, output, "logps"))
+    counted = mask.sum(-1)[index]
+    if ld_alpha is not None:
+        tokens = (pad_parts(values, lengths) for values in _of_both(data, output, "token_logps"))
+        compared = tuple(_length_desensitized(values, mask, index, ld_alpha) for values in tokens)
+    weights = output["wpo_weights"].values()[index].prod(0) if "wpo_weights" in output else None
+    return Pairs(logps, ref_logps, counted, data["pair_weight"].values(), index, compared, weights)
+
+
+def _of_both(data: TensorDict, output: Mapping[str, torch.Tensor], name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """An output of the policy's, flat, and the reference's, which is the same, detached, where it is the policy."""
+    policy = output[name].values().float()
+    same = tu.get(data, "mini_batch").reference_is_policy
+    return policy, policy.detach() if same else data[f"ref_{name}"].values()
+
+
+def _length_desensitized(token_logps: torch.Tensor, mask: torch.Tensor, index: torch.Tensor, alpha: float):
+    """Log-probs (2, P) of responses `index` of tables (N, T), each in its pair: a response may stand in several."""
+    shared = mask.sum(-1)[index].min(0).values.repeat(2)
+    rows = index.flatten()
+    return length_desensitized_logps(token_logps[rows], mask[rows], shared, alpha).view(index.shape)
 
 
 def dpo_loss(model_output, data: TensorDict, dp_group=None, *, settings: DPOSettings) -> tuple[torch.Tensor, dict]:
@@ -204,7 +236,7 @@ def dpo_loss(model_output, data: TensorDict, dp_group=None, *, settings: DPOSett
         The loss and metrics over pairs; both weigh a pair by its `pair_weight` (0 for copies).
     """
     mini_batch: MiniBatch = tu.get(data, "mini_batch")
-    pairs = pairs_of(data, model_output["logps"].values().float())
+    pairs = pairs_of(data, model_output, settings.options.ld_alpha)
     # FSDP averages gradients over the ranks, and verl's engine adds up those of the micro-batches.
     ranks = tu.get(data, "dp_size")
     scale = pairs.weight * (ranks / mini_batch.weight)  # (P,)
@@ -249,7 +281,8 @@ def coupled_gradient(table: torch.Tensor, settings: DPOSettings) -> tuple[torch.
     real = table[6] > 0
     columns = table[:, real].double()
     logps = columns[:2].clone().requires_grad_()
-    pairs = Pairs(logps, columns[2:4], columns[4:6], columns[6], index=torch.empty(0))
+    reference = columns[2:4]
+    pairs = Pairs(logps, reference, columns[4:6], columns[6], torch.empty(0), compared=(logps, reference))
     losses = _pair_losses(pairs, pairs.lengths[0].mean().item(), settings)
     (slope,) = torch.autograd.grad(losses.mean(), logps)
     gradient, all_losses = torch.zeros_like(table[:2]), torch.zeros_like(table[0])
@@ -260,9 +293,10 @@ def coupled_gradient(table: torch.Tensor, settings: DPOSettings) -> tuple[torch.
 
 def _pair_losses(pairs: Pairs, mean_chosen_length: float, settings: DPOSettings) -> torch.Tensor:
     """Losses (P,) of pairs."""
-    return compute_online_dpo_loss(
-        *pairs.logps,
-        *pairs.ref_logps,
+    policy, reference = pairs.compared
+    losses = compute_online_dpo_loss(
+        *policy,
+        *reference,
         beta=settings.beta,
         label_smoothing=settings.label_smoothing,
         loss_type=list(settings.loss_type),
@@ -271,13 +305,16 @@ def _pair_losses(pairs: Pairs, mean_chosen_length: float, settings: DPOSettings)
         chosen_lengths=pairs.lengths[0],
         rejected_lengths=pairs.lengths[1],
         mean_chosen_length=mean_chosen_length,
+        whole_chosen_logps=pairs.logps[0],
+        options=settings.options,
         reduction="none",
     )
+    return losses if pairs.wpo_weight is None else losses * pairs.wpo_weight
 
 
 def pair_metrics(pairs: Pairs, scale: torch.Tensor, settings: DPOSettings) -> dict[str, Metric]:
     """Metrics of a micro-batch as shares, by scale (P,), of the mini-batch's mean over pairs; names as in TRL."""
-    rewards_chosen, rewards_rejected = implicit_rewards(pairs.logps, pairs.ref_logps, settings.beta)
+    rewards_chosen, rewards_rejected = implicit_rewards(*pairs.compared, settings.beta)
     divergence = pairs.logps - pairs.ref_logps
     if settings.average_log_prob:
         divergence = divergence * pairs.lengths
@@ -292,4 +329,6 @@ def pair_metrics(pairs: Pairs, scale: torch.Tensor, settings: DPOSettings) -> di
         "response_length/chosen": pairs.lengths[0].float(),
         "response_length/rejected": pairs.lengths[1].float(),
     }
+    if pairs.wpo_weight is not None:
+        values["pairs/wpo_weight"] = pairs.wpo_weight
     return {name: Metric(AggregationType.SUM, (value * scale).sum()) for name, value in values.items()}

@@ -49,7 +49,8 @@ class SpinWorker(ActorRolloutRefWorker):
     def compute_ref_logps(self, data: TensorDict) -> TensorDict:
         """Log-probs of the responses under the reference: `logps`, jagged, an entry a response of each row.
 
-        `data` are rows (engine/rows.py) with `temperature` and `average_log_prob` (means over tokens instead of sums).
+        `data` are rows (engine/rows.py) with `temperature` and `average_log_prob` (means over tokens instead of sums);
+        with `calculate_token_logps` there are `token_logps` too, an entry a response token.
         """
         tu.assign_non_tensor(data, no_lora_adapter=self.ref is None)
         logps = (self.ref or self.actor).response_logps(data)

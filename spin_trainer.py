@@ -25,7 +25,7 @@ from verl.utils.py_functional import rename_dict
 from verl.workers.rollout.replica import RolloutReplicaRegistry
 
 from recipe.spin import run_folder, verl_patches
-from recipe.spin.core_algos import PreferencePairs, beta_at, has_score, penalize_missing_eos
+from recipe.spin.core_algos import LossOptions, PreferencePairs, beta_at, has_score, penalize_missing_eos
 from recipe.spin.dp_actor import DPOSettings
 from recipe.spin.engine.plan import plan_mini_batches
 from recipe.spin.engine.rows import arrange, build_rows, make_rows, nest, pad_rows, pair_totals, trajectory_place
@@ -297,7 +297,8 @@ class SpinTrainer(OpponentInVLLM, HeldOutValidation, PPOTrainerSync):
     def _compute_ref_logps(self, rows: TensorDict) -> None:
         """Adds the reference's log-probs of the rows' responses, except where they are the policy's own.
 
-        While the reference equals the actor to the bit, the first optimizer step's own log-probs serve as its.
+        While the reference equals the actor to the bit, the first optimizer step's own log-probs serve as its. LD-DPO
+        weighs tokens by pair, so that it takes those of tokens too.
         """
         mini_batches = tu.pop(rows, "mini_batches")
         per_rank = sum(mini_batch.rows_per_rank for mini_batch in mini_batches)
@@ -306,14 +307,18 @@ class SpinTrainer(OpponentInVLLM, HeldOutValidation, PPOTrainerSync):
             own = mini_batches[0].rows_per_rank
             mini_batches = [replace(mini_batches[0], reference_is_policy=True), *mini_batches[1:]]
         others = [number for number in range(len(rows)) if number % per_rank >= own]
-        logps = [torch.zeros(0)] * len(rows)
+        by_token = self.config.algorithm.dpo_ld_alpha is not None
+        found = {}
         if others:
             data = tu.index_select_tensor_dict(rows, others)
-            tu.assign_non_tensor(data, average_log_prob=self.config.algorithm.dpo_average_log_prob)
-            found = self.actor_rollout_wg.compute_ref_logps(data)["logps"].unbind()
-            for number, values in zip(others, found, strict=True):
-                logps[number] = values
-        rows["ref_logps"] = nest(logps)
+            average = self.config.algorithm.dpo_average_log_prob
+            tu.assign_non_tensor(data, average_log_prob=average, calculate_token_logps=by_token)
+            found = self.actor_rollout_wg.compute_ref_logps(data)
+        for name in ("logps", "token_logps") if by_token else ("logps",):
+            values = [torch.zeros(0)] * len(rows)
+            for number, one in zip(others, found[name].unbind() if others else (), strict=True):
+                values[number] = one
+            rows[f"ref_{name}"] = nest(values)
         tu.assign_non_tensor_data(rows, "mini_batches", mini_batches)
 
     def _first_step_is_untrained(self) -> bool:
@@ -342,6 +347,10 @@ class SpinTrainer(OpponentInVLLM, HeldOutValidation, PPOTrainerSync):
         metrics["kl/token"] = metrics["kl/sequence"] / (
             (metrics["response_length/chosen"] + metrics["response_length/rejected"]) / 2
         )
+        metrics["logps/chosen_token"] = metrics["logps/chosen"]
+        if not settings.average_log_prob:
+            metrics["logps/chosen_token"] /= max(metrics["response_length/chosen"], 1)
+        metrics["response_length/gap"] = metrics["response_length/chosen"] - metrics["response_length/rejected"]
         metrics["actor/beta"] = settings.beta
 
     def _check_skipped(self, skipped: list[bool]) -> None:
@@ -366,6 +375,7 @@ class SpinTrainer(OpponentInVLLM, HeldOutValidation, PPOTrainerSync):
             label_smoothing=algorithm.dpo_label_smoothing,
             reference_free=algorithm.dpo_reference_free,
             average_log_prob=algorithm.dpo_average_log_prob,
+            options=LossOptions.of(algorithm),
         )
 
     # ------------------------------------------------------------------ around the step

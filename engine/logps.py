@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from recipe.spin.core_algos import sequence_logps
+from recipe.spin.core_algos import sequence_logps, wpo_weights
 from recipe.spin.engine.rows import pad_parts
 
 CHUNK = 128  # tokens whose logits are in fp32 at a time
@@ -54,9 +54,21 @@ def token_entropies(logits: Tensor, temperature: float = 1.0) -> Tensor:
     return torch.cat(entropies)
 
 
+@torch.no_grad()
+def token_log_expected_probs(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """log sum_v p(v)^2 of p = softmax(logits / temperature), computed in fp32: (R, V) -> (R,)."""
+    parts = [(part.float() / temperature).log_softmax(-1).mul_(2).logsumexp(-1) for part in logits.split(CHUNK)]
+    return torch.cat(parts)
+
+
 def response_values(token_values: Tensor, mask: Tensor, lengths: list[int], average: bool) -> Tensor:
     """Sum, or with `average` the mean, of each response's token values that count: (R,), (R,) -> (N,).
 
     This is where token log-probs become log-probs of responses (core_algos.sequence_logps)."""
     values, counted = (pad_parts(tensor, lengths) for tensor in (token_values, mask))
     return sequence_logps(values, counted, average=average)
+
+
+def response_weights(token_values: Tensor, log_expected_probs: Tensor, mask: Tensor, lengths: list[int]) -> Tensor:
+    """WPO's weight of each response (core_algos.wpo_weights): (R,) each -> (N,)."""
+    return wpo_weights(*(pad_parts(tensor, lengths) for tensor in (token_values, log_expected_probs, mask)))

@@ -17,7 +17,13 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from recipe.spin.engine.attention import NAME as SHARED_PROMPT_ATTENTION
 from recipe.spin.engine.attention import check_model_shares_prompts
-from recipe.spin.engine.logps import response_values, token_entropies, token_logps
+from recipe.spin.engine.logps import (
+    response_values,
+    response_weights,
+    token_entropies,
+    token_log_expected_probs,
+    token_logps,
+)
 from recipe.spin.engine.packing import copy_prompts, pack_rows, split_copies
 from recipe.spin.engine.rows import nest, row_lists
 
@@ -26,8 +32,9 @@ class RowEngine(FSDPEngineWithLMHead):
     """Turns rows (rows.py) into log-probs of their responses; what both engines share.
 
     The model's output is, per row, `logps` (an entry a response; sums over the tokens that count, or means with
-    `average_log_prob`), with `calculate_entropy` `entropy` (likewise, means), and in training `token_logps` (an entry a
-    response token).
+    `average_log_prob`), with `calculate_entropy` `entropy` (likewise, means), with `calculate_wpo_weights`
+    `wpo_weights` (likewise), and in training, or with `calculate_token_logps`, `token_logps` (an entry a response
+    token).
     """
 
     MODEL_TYPE: str  # the engine's name in verl's registry
@@ -92,11 +99,17 @@ class RowEngine(FSDPEngineWithLMHead):
         if tu.get_non_tensor_data(micro_batch, "calculate_entropy", default=False):
             entropies = self._of_all_ranks(token_entropies(logits, temperature), mine)
             model_output["entropy"] = _by_row(response_values(entropies, mask, lengths, average=True), responses)
+        expected = None
+        if tu.get_non_tensor_data(micro_batch, "calculate_wpo_weights", default=False):
+            expected = self._of_all_ranks(token_log_expected_probs(logits, temperature), mine)
         token_values = token_logps(logits, labels if mine is None else labels[mine], temperature)
         token_values = self._of_all_ranks(token_values, mine)
+        if expected is not None:
+            model_output["wpo_weights"] = _by_row(response_weights(token_values, expected, mask, lengths), responses)
         average = tu.get_non_tensor_data(micro_batch, "average_log_prob", default=False)
         model_output["logps"] = _by_row(response_values(token_values, mask, lengths, average), responses)
-        if logits_processor_func is not None:  # in training
+        in_training = logits_processor_func is not None
+        if in_training or tu.get_non_tensor_data(micro_batch, "calculate_token_logps", default=False):
             bounds = micro_batch["loss_mask"].offsets()
             model_output["token_logps"] = torch.nested.nested_tensor_from_jagged(token_values, bounds)
         return model_output

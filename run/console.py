@@ -54,6 +54,10 @@ class Console:
             if not training:
                 self.waits_for(progress["doing"])
 
+    def warn(self, text: str) -> None:
+        """Something to look at, on a line that stays."""
+        tqdm.write(f"[spin] warning: {text}", file=self._stream)
+
     def close(self, progress: dict | None = None) -> None:
         """Ends with what the run reached, unless it failed."""
         if progress is not None and progress["step"]:

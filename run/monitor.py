@@ -15,6 +15,7 @@ import ray
 
 from recipe.spin.run import private_folder
 from recipe.spin.run.console import Console
+from recipe.spin.run.drift import Drift
 
 TASK_RUNNER = "spin_task_runner"
 POLL_SECONDS = 2.0
@@ -52,6 +53,7 @@ class RunMonitor:
         self._thread = threading.Thread(target=self._watch, name="run-monitor", daemon=True)
         self._console = Console()
         self._memory_seconds = memory_seconds
+        self._drift = Drift()
         self._log_folder = log_folder
         self._folder: Path | None = None
         self._shared_memory: set[str] = set()
@@ -107,9 +109,14 @@ class RunMonitor:
             progress = _ask_task_runner()
             if progress is not None:
                 has_started = True
-                self._console.show(progress)
+                self._show(progress)
             elif not has_started:
                 self._console.waits_for("starting the task runner" if ray.is_initialized() else "starting Ray")
+
+    def _show(self, progress: dict) -> None:
+        self._console.show(progress)
+        for warning in self._drift.see(progress["step"], progress["metrics"]):
+            self._console.warn(warning)
 
     def _measure_memory(self, processes: list[psutil.Process]) -> None:
         self._looked = time.monotonic()

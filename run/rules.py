@@ -4,19 +4,21 @@ import math
 import os
 import tempfile
 from collections.abc import Callable
+from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from omegaconf import OmegaConf
 
-from recipe.spin.core_algos import LOSSES, beta_at, check_loss_settings
+from recipe.spin.core_algos import LOSSES, LossOptions, beta_at, check_loss_settings
 from recipe.spin.preferences.source import source_class
 from recipe.spin.run.faults import ConfigError, Settings
 
 ACTOR, REF, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.ref", "actor_rollout_ref.rollout"
 MODEL, SHARE_PROMPT = "actor_rollout_ref.model", "actor_rollout_ref.share_prompt"
 ULYSSES = "fsdp_config.ulysses_sequence_parallel_size"
+LOSS_OPTIONS = [field.name for field in fields(LossOptions)]
 # Packages that verl's loggers import
 LOGGER_PACKAGES = {name: name for name in ("wandb", "tensorboard", "mlflow", "swanlab", "clearml", "trackio")}
 
@@ -69,6 +71,8 @@ def losses_are_known(settings: Settings) -> None:
             label_smoothing=settings["algorithm.dpo_label_smoothing"],
             loss_weights=settings["algorithm.dpo_loss_weights"],
             average_log_prob=settings["algorithm.dpo_average_log_prob"],
+            reference_free=settings["algorithm.dpo_reference_free"],
+            options=LossOptions.of({f"dpo_{name}": settings[f"algorithm.dpo_{name}"] for name in LOSS_OPTIONS}),
         )
     except (TypeError, ValueError) as error:
         raise ConfigError(f"algorithm.dpo_*: {error}") from error

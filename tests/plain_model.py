@@ -21,6 +21,15 @@ def response_logp(model, prompt, response, mask, temperature):
     return token_logps[torch.tensor(mask, dtype=torch.bool)].sum()
 
 
+def response_tokens(model, prompt, response, mask, temperature):
+    """Log-probs of a response's unmasked tokens (T,), with their gradient, and the probability that a token drawn in
+    the place of each would have in the mean (T,)."""
+    counted = torch.tensor(mask, dtype=torch.bool)
+    predictions = _predictions(model, prompt, response, temperature)
+    expected = (predictions.detach().exp() ** 2).sum(-1)
+    return predictions[range(len(response)), response][counted], expected[counted]
+
+
 @torch.no_grad()
 def response_entropy(model, prompt, response, mask, temperature):
     """Mean entropy of the distributions that a response's unmasked tokens were drawn from; 0 without tokens."""

@@ -1,9 +1,12 @@
-"""Our losses against TRL's own code: DPOTrainer._compute_loss and OnlineDPOTrainer.training_step, run for real.
+"""Our losses against TRL's own code: DPOTrainer._compute_loss, CPOTrainer.cpo_loss and OnlineDPOTrainer.training_step,
+run for real.
 
-Both trainers are built without __init__ and get a stand-in model that answers with prepared log-probs; all else is TRL.
+The trainers are built without __init__ and get a stand-in model that answers with prepared log-probs; all else is TRL.
 """
 
+import inspect
 import os
+import re
 from collections import defaultdict
 from types import SimpleNamespace
 
@@ -14,18 +17,23 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 pytest.importorskip("trl", reason="pip install --no-deps trl==1.16.0")
 
 from trl import DPOTrainer  # noqa: E402
+from trl.experimental.cpo import CPOTrainer  # noqa: E402
 from trl.experimental.online_dpo import OnlineDPOTrainer  # noqa: E402
 
 from recipe.spin.core_algos import (  # noqa: E402
     LOSSES,
+    LossOptions,
     compute_online_dpo_loss,
     compute_onlineDPO_pref,
+    length_desensitized_logps,
     penalize_missing_eos,
     sequence_logps,
+    wpo_weights,
 )
 
 TOLERANCE = dict(rtol=1e-10, atol=1e-10)
 PAIRS, PROMPT, RESPONSE = 5, 3, 7
+OURS = {"simpo", "dpop"}  # TRL's DPOTrainer lacks them
 SMOOTHING = {"robust": (0.0, 0.1, 0.4), "exo_pair": (1e-3, 0.1, 0.5), "aot": (0.0, 0.1), "aot_unpaired": (0.0, 0.1)}
 
 
@@ -54,60 +62,85 @@ def random_pairs(seed, pairs=PAIRS):
     return policy.requires_grad_(), reference, torch.arange(RESPONSE) < lengths[:, None]
 
 
-def trl_loss(policy, reference, mask, beta, label_smoothing, loss_types, loss_weights):
+class Model(torch.nn.Module):
+    """Answers with given log-probs (N, RESPONSE) of the responses' tokens, and of what drawn tokens have on average."""
+
+    is_gradient_checkpointing = False
+
+    def __init__(self, log_probs, mask, expected=None):
+        super().__init__()
+        prompt = log_probs.new_zeros(len(mask), PROMPT - 1)  # position t holds the log-prob of token t + 1
+        self.log_probs = torch.cat([prompt, torch.where(mask, log_probs, 0.0)], dim=1)
+        self.expected = None if expected is None else torch.cat([prompt, expected], dim=1)
+
+    def forward(self, **inputs):
+        zeros = torch.zeros_like(self.log_probs)
+        return SimpleNamespace(
+            log_probs=self.log_probs,
+            entropy=zeros,
+            mean_logits=zeros,
+            is_top1=zeros.bool(),
+            log_sum_sq_probs=self.expected,
+        )
+
+
+def trl_loss(policy, reference, mask, beta, label_smoothing, loss_types, loss_weights, expected=None, **settings):
     """DPOTrainer._compute_loss on the given token log-probs."""
     rows = len(policy)
-
-    class Model(torch.nn.Module):
-        def forward(self, **inputs):
-            prompt = torch.zeros(rows, PROMPT - 1)  # position t holds the log-prob of token t + 1
-            log_probs = torch.cat([prompt, torch.where(mask, policy, 0.0)], dim=1)
-            zeros = torch.zeros_like(log_probs)
-            return SimpleNamespace(log_probs=log_probs, entropy=zeros, mean_logits=zeros, is_top1=zeros.bool())
-
     trainer = object.__new__(DPOTrainer)
-    trainer.model, trainer.accelerator, trainer.args = Model(), accelerator(), SimpleNamespace(discopop_tau=0.05)
+    trainer.model, trainer.ref_model = Model(policy, mask, expected), Model(reference, mask)
+    trainer.accelerator = accelerator()
+    trainer.args = SimpleNamespace(discopop_tau=0.05, gradient_checkpointing_kwargs=None)
     trainer.beta, trainer.label_smoothing = beta, label_smoothing
     trainer.loss_types, trainer.loss_weights = loss_types, loss_weights
-    trainer.f_divergence_type, trainer.ld_alpha = "reverse_kl", None
-    trainer.precompute_ref_logps, trainer.use_weighting, trainer.aux_loss_enabled = True, False, False
+    trainer.f_divergence_type, trainer.f_alpha_divergence_coef, trainer.ld_alpha = "reverse_kl", 0.5, None
+    trainer.precompute_ref_logps, trainer.use_weighting, trainer.aux_loss_enabled = False, False, False
+    vars(trainer).update(settings)
     trainer._metrics, trainer._total_train_tokens, trainer._tp_size = defaultdict(lambda: defaultdict(list)), 0, 1
 
     completion_mask = torch.cat([torch.zeros(rows, PROMPT, dtype=torch.long), mask.long()], dim=1)
-    ref_chosen, ref_rejected = torch.where(mask, reference, 0.0).sum(1).chunk(2)
     inputs = {
         "input_ids": torch.ones_like(completion_mask),
         "attention_mask": torch.ones_like(completion_mask),
         "completion_mask": completion_mask,
-        "ref_chosen_logps": ref_chosen,
-        "ref_rejected_logps": ref_rejected,
     }
     return trainer._compute_loss(trainer.model, inputs, return_outputs=False)
 
 
-def our_loss(policy, reference, mask, beta, label_smoothing, loss_types, loss_weights=None, average=False):
+def our_loss(policy, reference, mask, beta, label_smoothing, loss_types, loss_weights=None, average=False, **options):
+    options = LossOptions(**options)
     chosen_lengths, rejected_lengths = mask.sum(1).chunk(2)
+
+    def logps(tokens):
+        if options.ld_alpha is None:
+            return sequence_logps(tokens, mask, average).chunk(2)
+        shared = torch.minimum(chosen_lengths, rejected_lengths).repeat(2)
+        return length_desensitized_logps(tokens, mask, shared, options.ld_alpha).chunk(2)
+
     return compute_online_dpo_loss(
-        *sequence_logps(policy, mask, average).chunk(2),
-        *sequence_logps(reference, mask, average).chunk(2),
+        *logps(policy),
+        *logps(reference),
         beta,
         label_smoothing,
         loss_types,
         loss_weights=loss_weights,
         chosen_lengths=chosen_lengths,
         rejected_lengths=rejected_lengths,
+        whole_chosen_logps=sequence_logps(policy, mask, average).chunk(2)[0],
+        options=options,
+        reduction="none" if options.use_weighting else "mean",
     )
 
 
-def assert_same_value_and_gradient(ours, theirs, leaf):
-    torch.testing.assert_close(ours, theirs, **TOLERANCE)
+def assert_same_value_and_gradient(ours, theirs, leaf, tolerance=TOLERANCE):
+    torch.testing.assert_close(ours, theirs, **tolerance)
     (our_gradient,) = torch.autograd.grad(ours, leaf)
     (their_gradient,) = torch.autograd.grad(theirs, leaf)
     assert their_gradient.abs().max() > 1e-6, "a vanished gradient would compare nothing"
-    torch.testing.assert_close(our_gradient, their_gradient, **TOLERANCE)
+    torch.testing.assert_close(our_gradient, their_gradient, **tolerance)
 
 
-@pytest.mark.parametrize("name", sorted(LOSSES))
+@pytest.mark.parametrize("name", sorted(set(LOSSES) - OURS))
 @pytest.mark.parametrize("beta", [0.05, 0.3, 1.3])
 @pytest.mark.parametrize("seed", range(3))
 def test_every_loss(name, beta, seed):
@@ -149,7 +182,71 @@ def test_every_loss_of_trl_is_here():
     with pytest.raises(ValueError, match="Should be one of") as error:
         trl_loss(policy, reference, mask, 0.1, 0.0, ["no such loss"], [1.0])
     known = str(error.value).split("Should be one of ")[1]
-    assert set(LOSSES) == {name.strip("[]' ") for name in known.split(",")}
+    assert set(LOSSES) - OURS == {name.strip("[]' ") for name in known.split(",")}
+
+
+def takers(option):
+    """The losses that take an option, but ipo, which TRL divides by lengths."""
+    return sorted(name for name, loss in LOSSES.items() if option in loss.takes and name not in OURS | {"ipo"})
+
+
+@pytest.mark.parametrize("name", takers("f_divergence_type"))
+@pytest.mark.parametrize(
+    ("kind", "coef"),
+    [("forward_kl", 0.5), ("js_divergence", 0.5), ("alpha_divergence", 0.3), ("alpha_divergence", 1.0)],
+)
+def test_f_divergences(name, kind, coef):
+    """In float32: TRL's alpha_divergence knows no bound for exponents of more."""
+    policy, reference, mask = random_pairs(3)
+    policy, reference = (tensor.detach().float() for tensor in (policy, reference))
+    policy.requires_grad_()
+    eps = 0.1 if name in ("robust", "exo_pair") else 0.0
+    settings = dict(f_divergence_type=kind, f_alpha_divergence_coef=coef)
+    ours = our_loss(policy, reference, mask, 0.3, eps, name, **settings)
+    theirs = trl_loss(policy, reference, mask, 0.3, eps, [name], [1.0], **settings)
+    assert_same_value_and_gradient(ours, theirs.to(ours), policy, dict(rtol=1e-4, atol=1e-5))
+
+
+def test_f_divergences_are_refused_where_trl_refuses_them():
+    source = inspect.getsource(DPOTrainer.__init__)
+    theirs = re.search(r"f_divergence_loss_types = \{(.*?)\}", source)[1]
+    assert {name.strip(' "') for name in theirs.split(",")} == {*takers("f_divergence_type"), "ipo"}
+
+
+@pytest.mark.parametrize("name", takers("ld_alpha"))
+@pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0])
+def test_length_desensitization(name, alpha):
+    policy, reference, mask = random_pairs(4)
+    eps = 0.1 if name in ("robust", "exo_pair") else 0.0
+    ours = our_loss(policy, reference, mask, 0.3, eps, name, ld_alpha=alpha)
+    theirs = trl_loss(policy, reference, mask, 0.3, eps, [name], [1.0], ld_alpha=alpha)
+    assert_same_value_and_gradient(ours, theirs, policy)
+
+
+@pytest.mark.parametrize("names", [["sigmoid"], ["nca_pair"], ["sigmoid", "bco_pair"]])  # hinge fails in TRL
+def test_wpo_weights(names):
+    policy, reference, mask = random_pairs(5)
+    expected = -torch.rand(policy.shape, generator=torch.Generator().manual_seed(6)).mul(4)
+    losses = our_loss(policy, reference, mask, 0.3, 0.0, names, use_weighting=True)
+    chosen, rejected = wpo_weights(policy, expected, mask).chunk(2)
+    theirs = trl_loss(
+        policy, reference, mask, 0.3, 0.0, names, [1.0] * len(names), expected=expected, use_weighting=True
+    )
+    assert_same_value_and_gradient((losses * chosen * rejected).mean(), theirs, policy)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.6])
+@pytest.mark.parametrize("eps", [0.0, 0.2])
+def test_simpo(gamma, eps):
+    """CPOTrainer gets the mean log-probs, as its concatenated_forward makes them for simpo."""
+    policy, reference, mask = random_pairs(8)
+    trainer = object.__new__(CPOTrainer)
+    trainer.loss_type, trainer.beta, trainer.simpo_gamma = "simpo", 2.0, gamma
+    trainer.alpha, trainer.label_smoothing, trainer.accelerator = 0.0, eps, accelerator()
+    means = (policy * mask).sum(1) / mask.sum(1)
+    theirs, _, _ = trainer.cpo_loss(*means.chunk(2))
+    ours = our_loss(policy, reference, mask, 2.0, eps, "simpo", simpo_gamma=gamma)
+    assert_same_value_and_gradient(ours, theirs.mean(), policy)
 
 
 def trl_online_step(policy, reference, mask, rewards, ended, beta, loss_type, penalty):

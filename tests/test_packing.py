@@ -10,7 +10,13 @@ from torch.nn.attention import varlen
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, LlamaConfig, MistralConfig, Qwen3Config
 
 from recipe.spin.engine import attention
-from recipe.spin.engine.logps import response_values, token_entropies, token_logps
+from recipe.spin.engine.logps import (
+    response_values,
+    response_weights,
+    token_entropies,
+    token_log_expected_probs,
+    token_logps,
+)
 from recipe.spin.engine.packing import common_beginning, copy_prompts, pack_rows, split_copies
 from recipe.spin.engine.rows import make_rows, nest, row_lists
 
@@ -292,6 +298,18 @@ def test_entropies():
     logits = torch.randn(300, 7)
     expected = torch.distributions.Categorical(logits=logits / 0.7).entropy()
     torch.testing.assert_close(token_entropies(logits, 0.7), expected)
+
+
+def test_what_a_drawn_token_has_on_average():
+    logits = torch.randn(300, 7)
+    probs = (logits / 0.7).softmax(-1)
+    torch.testing.assert_close(token_log_expected_probs(logits, 0.7), (probs * probs).sum(-1).log())
+
+
+def test_weights_of_responses_leave_out_what_does_not_count():
+    values, mask = torch.tensor([0.5, 0.25, torch.nan, 0.5]).log(), torch.tensor([1, 1, 0, 1])
+    weights = response_weights(values, torch.full((4,), 0.5).log(), mask, [2, 0, 2])
+    torch.testing.assert_close(weights, torch.tensor([0.5**0.5, 1.0, 1.0]))
 
 
 def test_values_of_responses_leave_out_what_does_not_count():

@@ -12,7 +12,7 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.metric.utils import AggregationType, Metric
 from worker_harness import nest, response_batch
 
-from recipe.spin.core_algos import PreferencePairs
+from recipe.spin.core_algos import LossOptions, PreferencePairs
 from recipe.spin.dp_actor import DPOSettings, dpo_loss, largest_divisor, split_mini_batches
 from recipe.spin.engine.plan import MiniBatch, Plan, plan_mini_batches
 from recipe.spin.engine.rows import arrange, build_rows, make_rows, pad_rows, pair_totals, row_lists
@@ -325,6 +325,67 @@ def test_micro_batches_and_ranks_add_up_to_the_mean(parts, dp_size):
     assert losses == pytest.approx(sum(PAIR_LOSSES) / 3, rel=1e-6)
     assert dict(metrics) == pytest.approx({name: value_of(whole_metrics, name) for name in whole_metrics}, abs=1e-6)
     torch.testing.assert_close(torch.cat([gradient[row] for row in range(3)]), leaf.grad)
+
+
+def length_desensitized(alpha: float) -> list[float]:
+    """The losses of the pairs above if all tokens of a response are as likely, by the token's share of it."""
+    losses = []
+    for (chosen, rejected), lengths, reference in zip(LOGPS, LENGTHS, REF_LOGPS, strict=True):
+        shares = [(min(lengths) + alpha * (length - min(lengths))) / length for length in lengths]
+        h = shares[0] * (chosen - reference[0]) - shares[1] * (rejected - reference[1])
+        losses.append(math.log1p(math.exp(-BETA * h)))
+    return losses
+
+
+def with_reference_tokens(data):
+    """The rows with the reference's log-probs of tokens, all tokens of a response being as likely."""
+    tokens = [
+        [value / length for value, length in zip(REF_LOGPS[i], LENGTHS[i], strict=True) for _ in range(length)]
+        for i in data["prompt"].tolist()
+    ]
+    data["ref_token_logps"] = nest(tokens)
+    return data
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0])
+def test_length_desensitization_cuts_policy_and_reference_alike(alpha):
+    output, data, _ = micro_batch()
+    settings = DPOSettings(beta=BETA, options=LossOptions(ld_alpha=alpha))
+    loss, metrics = dpo_loss(output, with_reference_tokens(data), settings=settings)
+    assert loss.item() == pytest.approx(sum(length_desensitized(alpha)) / 3, rel=1e-6)
+    # what tells of likelihood is of whole responses
+    _, whole = dpo_loss(*micro_batch()[:2], settings=DPOSettings(beta=BETA))
+    for name in ("logps/chosen", "logps/rejected", "kl/sequence"):
+        assert value_of(metrics, name) == value_of(whole, name)
+
+
+def test_length_desensitization_where_the_reference_is_the_policy():
+    """Its tokens' log-probs are the policy's: log 2 a pair, and the gradient of tokens is cut."""
+    output, data, _ = micro_batch()
+    tu.assign_non_tensor(data, mini_batch=replace(tu.get(data, "mini_batch"), reference_is_policy=True))
+    del data["ref_logps"]
+    leaf = output["token_logps"].values().clone().requires_grad_()
+    output["token_logps"] = torch.nested.nested_tensor_from_jagged(leaf, output["token_logps"].offsets())
+    settings = DPOSettings(beta=BETA, options=LossOptions(ld_alpha=0.4))
+    loss, metrics = dpo_loss(output, data, settings=settings)
+    loss.backward()
+    assert loss.item() == pytest.approx(math.log(2), rel=1e-6)
+    assert value_of(metrics, "rewards/margins") == 0
+    weights = [-1, -1, 1, 1, 0.4, -1, 1, 0.4, -1, -0.4, -0.4, 1]  # chosen down, rejected up; lengths 2 3, 1 2, 3 1
+    torch.testing.assert_close(leaf.grad, torch.tensor(weights) * BETA / 2 / 3)
+
+
+def test_wpo_weights_multiply_the_losses_of_pairs():
+    output, data, leaf = micro_batch()
+    weights = [(0.5, 1.0), (0.25, 2.0), (1.0, 1.0)]
+    output["wpo_weights"] = nest([list(pair) for pair in weights])
+    loss, metrics = dpo_loss(output, data, settings=DPOSettings(beta=BETA, options=LossOptions(use_weighting=True)))
+    products = [chosen * rejected for chosen, rejected in weights]
+    expected = sum(weight * loss for weight, loss in zip(products, PAIR_LOSSES, strict=True)) / 3
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
+    assert value_of(metrics, "pairs/wpo_weight") == pytest.approx(sum(products) / 3)
+    loss.backward()
+    assert leaf.grad.abs().min() > 0
 
 
 def test_pairs_without_weight_count_nothing():

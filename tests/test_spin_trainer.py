@@ -13,8 +13,10 @@ from tensordict import TensorDict
 from verl.trainer.ppo.v1 import trainer_base
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
-from worker_harness import nest
+from verl.utils import tensordict_utils as tu
+from worker_harness import compose, nest
 
+from recipe.spin.dp_actor import DPOSettings
 from recipe.spin.preferences.source import RewardSource
 from recipe.spin.rollout.agent_loop import GREEDY, SAMPLING_SEED
 from recipe.spin.rollout.held_out import HeldOutRows
@@ -64,6 +66,23 @@ def test_a_buffer_that_asks_all_the_time_does_so_four_times_a_second(trainer, mo
     built = buffer.__new__(buffer)
     monkeypatch.setattr(PPOTrainerSync, "_build_replay_buffer", lambda self: built)
     assert trainer._build_replay_buffer().poll_interval == seconds
+
+
+@pytest.mark.parametrize(("average", "per_token"), [(False, -0.5), (True, -6.0)])
+def test_metrics_that_show_likelihood_and_length_going(trainer, average, per_token):
+    """The log-prob a token, which the mean is already, and by how much the chosen responses are longer."""
+    trainer.config = OmegaConf.create({"actor_rollout_ref": {"actor": {"ppo_epochs": 1, "calculate_entropy": False}}})
+    trainer.config.trainer = {"max_skipped_steps": 3}
+    trainer._skipped_in_a_row = 0
+    trainer._dpo_settings = lambda: DPOSettings(beta=0.1, average_log_prob=average)
+    lengths = {"response_length/chosen": [12.0], "response_length/rejected": [9.0]}
+    update = {"skipped": [False], "loss": [0.5], "logps/chosen": [-6.0], "kl/sequence": [2.1], **lengths}
+    output = tu.get_tensordict(tensor_dict={}, non_tensor_dict={"metrics": update})
+    trainer._actor_rollout_wg = types.SimpleNamespace(update_actor=lambda rows: output)
+    metrics = {}
+    trainer._update_actor(TensorDict({}, batch_size=1), metrics)
+    assert metrics["logps/chosen_token"] == per_token and metrics["logps/chosen"] == -6.0
+    assert metrics["response_length/gap"] == 3.0 and metrics["kl/token"] == pytest.approx(0.2)
 
 
 def held_out(trainer, temperature: float):
@@ -231,9 +250,7 @@ def test_a_run_has_the_steps_that_were_asked_for(train, tmp_path, steps, epochs,
 
 def test_a_beta_for_each_epoch_is_that_of_the_epoch(trainer):
     """However many epochs the steps take."""
-    algorithm = {"dpo_beta": [0.3, 0.2], "dpo_loss_type": "sigmoid", "dpo_loss_weights": None}
-    algorithm |= {"dpo_label_smoothing": 0.0, "dpo_reference_free": False, "dpo_average_log_prob": False}
-    trainer.config = OmegaConf.create({"algorithm": algorithm})
+    trainer.config = compose("algorithm.dpo_beta=[0.3,0.2]", device="cpu")
     trainer.steps_per_epoch, trainer.total_training_steps = 3, 8
     betas = []
     for trainer.global_steps in range(1, 9):

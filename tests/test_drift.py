@@ -1,0 +1,116 @@
+"""When a run warns that likelihood or length leave their bounds, and that a healthy run never does."""
+
+import io
+import sys
+
+import pytest
+
+from recipe.spin.run.drift import WINDOW, Drift, find_drift
+from recipe.spin.run.monitor import RunMonitor
+
+# The default run on a CPU, seed 1: tokens' log-prob, chosen and rejected lengths, mean length, rewards/chosen
+DEFAULT_RUN = [
+    (-1.295, 13.071, 14.286, 13.945, 0.000),
+    (-0.637, 11.462, 13.000, 13.234, 0.031),
+    (-0.766, 11.938, 15.438, 13.398, 0.071),
+    (-0.655, 11.053, 13.579, 12.648, 0.117),
+    (-1.138, 12.238, 13.952, 12.305, 0.000),
+    (-0.638, 11.722, 12.333, 12.188, 0.019),
+    (-0.798, 11.150, 12.600, 12.250, 0.034),
+    (-0.567, 10.500, 12.167, 11.281, 0.094),
+    (-0.401, 11.333, 10.333, 10.969, 0.140),
+    (-0.359, 11.077, 14.308, 11.828, 0.000),
+    (-0.412, 10.688, 12.625, 11.273, 0.020),
+    (-0.222, 10.800, 11.600, 11.281, 0.022),
+]
+
+
+def metrics(token=-0.5, chosen=10.0, rejected=10.0, mean=10.0, reward=0.0, refreshed=0.0) -> dict[str, float]:
+    return {
+        "logps/chosen_token": token,
+        "response_length/gap": chosen - rejected,
+        "response_length/mean": mean,
+        "rewards/chosen": reward,
+        "actor/beta": 0.1,
+        "training/reference_refreshed": refreshed,
+    }
+
+
+def history(*steps: dict[str, float]) -> list[dict[str, float]]:
+    return [{"step": number, **one} for number, one in enumerate(steps, start=1)]
+
+
+def default_run() -> list[dict[str, float]]:
+    return [metrics(*row, refreshed=float(step in (5, 10))) for step, row in enumerate(DEFAULT_RUN, start=1)]
+
+
+def test_the_default_run_warns_of_nothing():
+    steps = history(*default_run())
+    assert [find_drift(steps[:number]) for number in range(len(steps) + 1)] == [{}] * (len(steps) + 1)
+
+
+def test_chosen_responses_that_lose_likelihood():
+    good, bad = [metrics(-0.4)] * 4, [metrics(-1.0)] * 4
+    (kind, text), *others = find_drift(history(*good, *bad)).items()
+    assert kind == "likelihood" and not others
+    assert "-1.00 nats a token over steps 5 to 8, after -0.40 at best (logps/chosen_token)" in text
+    for remedy in ("sft", "algorithm.dpo_beta", "actor_rollout_ref.actor.optim.lr", "docs/losses.md"):
+        assert remedy in text
+    assert not find_drift(history(*good, *good, *bad[:3]))  # the mean of four has lost 0.45
+    assert not find_drift(history(*bad, *good))
+
+
+def test_one_bad_step_is_not_a_drift():
+    assert not find_drift(history(*[metrics(-0.4)] * 9, metrics(-2.0)))
+
+
+def test_chosen_responses_below_the_reference():
+    """Two nats below, at beta 0.1; steps in which the reference is the policy itself do not count."""
+    fallen, fresh = metrics(reward=-0.2), metrics(refreshed=1.0)
+    text = find_drift(history(fresh, fallen, fallen, fresh, fallen, fallen))["reference"]
+    assert "less likely than under the reference: by 2.0 nats each over steps 2 to 6" in text and "sft" in text
+    assert not find_drift(history(fallen, fallen, fallen))
+    assert not find_drift(history(*[metrics(reward=-0.09)] * 8))
+
+
+@pytest.mark.parametrize(("chosen", "which"), [(14.0, "longer"), (6.0, "shorter")])
+def test_lengths_that_drift_apart(chosen, which):
+    found = find_drift(history(*[metrics()] * 4, *[metrics(chosen=chosen)] * 4))
+    assert list(found) == ["gap"]
+    assert f"the chosen are {which} by 40% of a response, +0% at first" in found["gap"]
+    assert "algorithm.dpo_length_penalty" in found["gap"] and "algorithm.dpo_ld_alpha" in found["gap"]
+
+
+def test_lengths_that_differ_from_the_start_or_come_together_do_not_drift_apart():
+    assert not find_drift(history(*[metrics(chosen=6.0)] * 8))
+    assert not find_drift(history(*[metrics(chosen=6.0)] * 4, *[metrics()] * 4))
+
+
+def test_growth_counts_where_the_chosen_are_longer():
+    short, longer = [metrics(chosen=11.0)] * 4, [metrics(chosen=21.0, rejected=20.0, mean=20.0)] * 4
+    found = find_drift(history(*short, *longer))
+    assert list(found) == ["growth"] and "20 tokens over steps 5 to 8, 10 at first" in found["growth"]
+    assert not find_drift(history(*short, *[metrics(chosen=20.0, rejected=21.0, mean=20.0)] * 4))
+
+
+def test_steps_without_a_pair_are_passed_over():
+    empty = {"training/reference_refreshed": 0.0}
+    steps = [metrics(-0.4)] * 4 + [empty] * 3 + [metrics(-1.0)] * 4
+    assert list(find_drift(history(*steps))) == ["likelihood"]
+    assert not find_drift(history(*[empty] * 10))
+
+
+def test_a_run_is_told_once():
+    drift = Drift()
+    steps = [metrics(-0.4)] * WINDOW + [metrics(-1.0)] * 2 * WINDOW
+    said = [text for number, one in enumerate(steps, start=1) for _ in range(3) for text in drift.see(number, one)]
+    assert len(said) == 1
+
+
+def test_the_monitor_shows_warnings_on_the_console(tmp_path, monkeypatch):
+    console = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", console)
+    monitor = RunMonitor(tmp_path)
+    for step, one in enumerate([metrics(-0.4)] * 4 + [metrics(-1.0)] * 4, start=1):
+        monitor._show({"doing": "training", "step": step, "total": 8, "metrics": one | {"timing_s/step": 1.0}})
+    assert console.getvalue().count("[spin] warning: the chosen responses lose likelihood") == 1
