@@ -3,19 +3,19 @@
 import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from importlib.util import find_spec
 from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from recipe.spin.run.check import ConfigError, check_config
+from recipe.spin.run.machine import FAIL, check_cluster, has_flash_attention_2
 
 FOLDER = Path(__file__).resolve().parent
 OmegaConf.register_new_resolver("spin_folder", lambda name: str(FOLDER / name), replace=True)
 OmegaConf.register_new_resolver(
     "spin_attention",
-    lambda share_prompt: "flash_attention_2" if not share_prompt and find_spec("flash_attn") else "sdpa",
+    lambda share_prompt: "flash_attention_2" if not share_prompt and has_flash_attention_2() else "sdpa",
     replace=True,
 )
 OmegaConf.register_new_resolver(
@@ -81,6 +81,7 @@ def run_spin(config: DictConfig) -> None:
     """Runs a checked and resolved config on a Ray cluster and reports what came of it.
 
     Raises:
+        ConfigError: when the cluster has too little for the run, which would then wait for ever.
         RunFailed: when a step, a worker or the cluster failed; the message has the first cause on top.
     """
     import ray
@@ -91,7 +92,7 @@ def run_spin(config: DictConfig) -> None:
     from recipe.spin.run.monitor import TASK_RUNNER, RunMonitor
 
     validate_config(config, use_reference_policy=True, use_critic=False)
-    runner = TaskRunnerClass(name=TASK_RUNNER, num_cpus=1, max_concurrency=2)
+    runner = TaskRunnerClass(config, name=TASK_RUNNER, num_cpus=1, max_concurrency=2)
     logs = Path(config.trainer.default_local_dir).absolute() / "logs"
     try:
         with RunMonitor(logs) as monitor:
@@ -104,21 +105,25 @@ def run_spin(config: DictConfig) -> None:
 class TaskRunnerClass:
     """TaskRunner as verl's run_ppo wants it: a class that it makes remote once it has started or joined Ray.
 
-    That moment is used to take the signals back: Ray's own handler of SIGTERM ends the process at once, and with it
-    the chance to clean up.
+    That moment is used to look at what the cluster has, and to take the signals back: Ray's own handler of SIGTERM
+    ends the process at once, and with it the chance to clean up.
     """
 
-    def __init__(self, **options):
+    def __init__(self, config: DictConfig, **options):
+        self._config = config
         self._options = options
 
     def options(self, **options) -> "TaskRunnerClass":
-        return TaskRunnerClass(**self._options, **options)
+        return TaskRunnerClass(self._config, **self._options, **options)
 
     def remote(self):
         import ray
 
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, _stop)
+        cluster = check_cluster(self._config)
+        if cluster.verdict == FAIL:
+            raise ConfigError(cluster.text)
         return ray.remote(TaskRunner).options(**self._options).remote()
 
 
@@ -143,7 +148,7 @@ def main(config: DictConfig) -> None:
         sys.exit(f"error: {error}")
     try:
         run_spin(config)
-    except RunFailed as error:
+    except (ConfigError, RunFailed) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.stderr.write("stopped; the same command goes on from the last checkpoint\n")

@@ -9,6 +9,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from recipe.spin.core_algos import LOSSES, PAIRINGS, PREFERENCE_SOURCES, TIE_POLICIES, beta_at, check_loss_settings
+from recipe.spin.run.machine import first_fault
 
 CONFIGURATION = ("config.json",)
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -34,6 +35,7 @@ COUNTS = (
 NOT_NEGATIVE = ("algorithm.dpo_min_margin", f"{ACTOR}.optim.lr", f"{ROLLOUT}.val_kwargs.temperature")
 WHOLE = ("trainer.ref_update_freq", "trainer.save_freq", "trainer.test_freq")
 FLAGS = (
+    "trainer.check_memory",
     "algorithm.dpo_reference_free",
     "algorithm.dpo_average_log_prob",
     f"{ACTOR}.use_dynamic_bsz",
@@ -69,6 +71,8 @@ def check_config(config: DictConfig) -> None:
             f"data.train_files holds {train_rows} prompts, fewer than data.train_batch_size="
             f"{config.data.train_batch_size}: add prompts or lower data.train_batch_size"
         )
+    if fault := first_fault(config):
+        raise ConfigError(fault)
 
 
 def _require(condition: bool, key: str, config: DictConfig, remedy: str) -> None:

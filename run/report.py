@@ -1,6 +1,7 @@
 """What a run leaves for its user: metrics.jsonl, summary.json, a plot, and a few lines on the console."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -23,7 +24,8 @@ def write(config: DictConfig, seconds: float, peak_memory_gb: float) -> dict:
         "peak_memory_gb": round(peak_memory_gb, 2),
         "checkpoint": latest_checkpoint(folder),
     }
-    plot(history, folder / PLOT)
+    if find_spec("matplotlib"):  # verl does not bring it
+        plot(history, folder / PLOT)
     # Last and at once: the summary marks a finished run
     unfinished = folder / "summary.json.tmp"
     unfinished.write_text(json.dumps(summary, indent=2) + "\n")
@@ -134,7 +136,7 @@ def print_summary(summary: dict, folder: Path) -> None:
         f"  peak memory of all processes: {summary['peak_memory_gb']} GB",
         f"  checkpoint (from_pretrained): {summary['checkpoint'] or 'none was saved (trainer.save_freq)'}",
         f"  metrics: {folder / 'metrics.jsonl'}",
-        f"  plot:    {folder / PLOT}",
+        f"  plot:    {folder / PLOT if (folder / PLOT).exists() else 'none was drawn; pip install matplotlib'}",
         f"  summary: {folder / 'summary.json'}",
     ]
     print("\n".join(lines), flush=True)  # noqa: T201 - the report is the run's output
