@@ -453,8 +453,8 @@ def check_disk(config: DictConfig, model: Model) -> Finding:
     missing = max(count - len(list(folder.glob("global_step_*"))), 1) if folder.is_dir() else count
     needed, there = missing * size, free_disk(folder)
     figures = {"needed": needed, "there": there, "checkpoint": size, "checkpoints": missing}
-    text = f"{_gb(there)} GB are free for trainer.default_local_dir={str(folder)!r}, and {missing} checkpoints of "
-    text += f"{_gb(size)} GB take {_gb(needed)} GB"
+    text = f"{_gb(there)} GB are free for trainer.default_local_dir={str(folder)!r}, and {missing} more "
+    text += f"{'checkpoint' if missing == 1 else 'checkpoints'} of {_gb(size)} GB must fit"
     if needed <= there:
         return Finding("disk", OK, text, figures)
     remedy = "free some, name another folder, lower trainer.max_actor_ckpt_to_keep, or leave optimizer or hf_model out "

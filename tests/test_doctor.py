@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from worker_harness import ROOT, cpu_environment
 
-from recipe.spin.run.machine import FAIL, OK, WARN, Finding
+from recipe.spin.run.machine import FAIL, OK, WARN, Finding, cpus_needed
 from recipe.spin.tools import device_probe, doctor
 
 PROBED = ["matrix products", "attention", "update", "refresh", "update's speed", "memory"]
@@ -57,6 +57,12 @@ def test_the_whole_doctor(tmp_path):
     assert result.returncode == 0, result.stdout
     assert list(verdicts(report))[-2:] == ["tiny run", "vLLM and the policy"]
     assert {"generation", "update", "weight sync", "refresh"} == set(report["findings"][-2]["figures"]["seconds"])
+
+
+@pytest.mark.parametrize("profile", ["cpu", "gpu"])
+def test_the_tiny_run_has_as_many_cpus_as_are_counted(profile):
+    config = doctor.compose(profile, *doctor.TINY_RUN, *doctor.TINY_RUN_ON[profile])
+    assert config.ray_kwargs.ray_init.num_cpus == cpus_needed(config)
 
 
 # ---- Versions --------------------------------------------------------------------------------------------------------

@@ -230,7 +230,7 @@ def test_disk_for_those_kept_and_one_more(model, tmp_path, monkeypatch):
     disk(monkeypatch, 3 * size - 1)
     finding = machine.check_disk(config, shape)
     assert finding.verdict == FAIL and finding.figures["checkpoints"] == 3
-    for words in ("trainer.default_local_dir", "3 checkpoints", "trainer.max_actor_ckpt_to_keep", "save_contents"):
+    for words in ("trainer.default_local_dir", "3 more checkpoints", "trainer.max_actor_ckpt_to_keep", "save_contents"):
         assert words in finding.text
     disk(monkeypatch, 3 * size)
     assert machine.check_disk(config, shape).verdict == OK

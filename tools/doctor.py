@@ -34,8 +34,11 @@ ROOT = Path(__file__).resolve().parents[1]
 REQUIRED = {"verl", "transferqueue"}  # of the constraints, what the recipe's code is made for
 PROBE_SECONDS, RUN_SECONDS = 240, 330
 PROMPTS = 4
-# A tiny model, two steps, the reference refreshed in the second; ties train, as its answers are all wrong
+# A tiny model, two steps, the reference refreshed in the second; ties train, as its answers are all wrong. Ray has as
+# many CPUs as machine.cpus_needed counts: a run that ends shows the count to be enough
 TINY_RUN = [
+    "ray_kwargs.ray_init.num_cpus=7",
+    "transfer_queue.backend.SimpleStorage.num_data_storage_units=1",
     f"data.train_batch_size={PROMPTS}",
     "data.max_prompt_length=128",
     "data.max_response_length=16",
