@@ -43,6 +43,7 @@ from benchmarks.machine import (
 )
 from benchmarks.random_model import save_random_model
 from recipe.spin.run import machine as checks
+from recipe.spin.run import memory
 
 DOCUMENT = ROOT / "docs" / "scaling.md"
 RESULTS = ROOT / "benchmarks" / "results"
@@ -275,7 +276,8 @@ def gpu_row(name: str, gpus: int, load: Load, found: Prediction) -> str:
     return f"| {' | '.join([*cells, f'{sum(found.network.values()) / 1e9:.0f}'])} |"
 
 
-SMALL_LOAD = Load(prompts=256, n=2, prompt=200, response=300, longest=1024)
+PROFILE_LOAD = Load(prompts=64, n=8, prompt=200, response=300, longest=1024)
+PROFILE_FULLEST = replace(PROFILE_LOAD, prompt=512, response=1024)  # what memory must suffice for
 LONGEST_ROW = 512 + 2 * 1024
 
 
@@ -291,15 +293,15 @@ def fit_table() -> str:
 
 
 def fit_row(name: str, model: Model, machine: Machine, gpus: int) -> str:
-    """A row of fit_table; the smallest micro-batch is that of the profile's longest prompt and responses."""
-    found = predict(machine, model, SMALL_LOAD, gpus)
-    cells = [name, f"{gpus} x {machine.name}"]
-    cells += [f"{found.peaks[phase] / 1e9:.0f}" for phase in ("training", "generation")]
-    fit = checks.fitting(model, layout_of(machine, SMALL_LOAD, gpus), machine.memory, row=LONGEST_ROW)
+    """A row of fit_table: memory for the longest prompts and responses, seconds for those of a mean length."""
+    layout = layout_of(machine, PROFILE_FULLEST, gpus)
+    peaks = memory.peaks(model, layout, machine.memory)
+    cells = [name, f"{gpus} x {machine.name}", *(f"{peaks[phase] / 1e9:.0f}" for phase in ("training", "generation"))]
+    fit = checks.fitting(model, layout, machine.memory, row=LONGEST_ROW)
     if fit is None:
         return f"| {' | '.join([*cells, 'none suffice', *[''] * 6])} |"
     settings, layout = fit
-    found = predict(machine, model, SMALL_LOAD, gpus, layout)
+    found = predict(machine, model, PROFILE_LOAD, gpus, layout)
     cells += [" ".join(map(shorten, settings)) or "none needed", f"{found.peak_memory / 1e9:.0f}"]
     seconds = [*(found.seconds[phase] for phase in GPU_PHASES[:-1]), found.step_seconds]
     return f"| {' | '.join([*cells, *(f'{value:.1f}' for value in seconds)])} |"

@@ -326,6 +326,11 @@ def highest(model: Model, layout: Layout, memory_bytes: float) -> float:
     return max(memory.peaks(model, layout, memory_bytes).values())
 
 
+def fits(model: Model, layout: Layout, memory_bytes: float, free: float) -> bool:
+    """Whether a device with so much memory, of which so much is free, holds the run."""
+    return highest(model, layout, memory_bytes) <= free and rollout_fits(model, layout, memory_bytes)
+
+
 def fitting(
     model: Model, layout: Layout, memory_bytes: float, row: float, free: float | None = None
 ) -> tuple[list[str], Layout] | None:
@@ -333,26 +338,19 @@ def fitting(
 
     One remedy if one is enough, else as many as it takes, those left out again that are not missed.
     """
-    free = memory_bytes if free is None else free
-
-    def fits(layout: Layout) -> bool:
-        return highest(model, layout, memory_bytes) <= free and rollout_fits(model, layout, memory_bytes)
-
-    if fits(layout):
+    device = (memory_bytes, memory_bytes if free is None else free)
+    if fits(model, layout, *device):
         return [], layout
     known = remedies(model, layout, memory_bytes, row)
-    for remedy in known:
-        if fits(remedy.apply(layout)):
-            return [remedy.settings], remedy.apply(layout)
-    chosen: list[Remedy] = []
-    for remedy in known:
-        chosen.append(remedy)
-        if fits(_applied(layout, chosen)):
-            for spare in chosen[::-1]:
-                rest = [one for one in chosen if one is not spare]
-                if fits(_applied(layout, rest)):
-                    chosen = rest
-            return [remedy.settings for remedy in chosen], _applied(layout, chosen)
+    tried = [[remedy] for remedy in known] + [known[:count] for count in range(2, len(known) + 1)]
+    for chosen in tried:
+        if not fits(model, _applied(layout, chosen), *device):
+            continue
+        for spare in chosen[::-1]:
+            rest = [one for one in chosen if one is not spare]
+            if fits(model, _applied(layout, rest), *device):
+                chosen = rest
+        return [remedy.settings for remedy in chosen], _applied(layout, chosen)
     return None
 
 

@@ -263,22 +263,22 @@ def test_no_setting_makes_seven_billion_fit_one_of_24_gb():
 @pytest.mark.parametrize("device", [growth.A10, growth.A100, growth.H100], ids=lambda device: device.name)
 @pytest.mark.parametrize("gpus", [1, 8])
 def test_what_is_advised_fits_and_nothing_in_it_could_be_left_out(model, device, gpus):
-    start = growth.layout_of(device, scaling.SMALL_LOAD, gpus)
+    start = growth.layout_of(device, scaling.PROFILE_FULLEST, gpus)
     found = machine.fitting(model, start, device.memory, row=scaling.LONGEST_ROW)
     if found is None:
         return
     settings, layout = found
-    assert machine.highest(model, layout, device.memory) <= device.memory
+    assert machine.fits(model, layout, device.memory, device.memory)
     known = {remedy.settings: remedy for remedy in machine.remedies(model, start, device.memory, scaling.LONGEST_ROW)}
     for left_out in settings:
         rest = start
         for one in settings:
             rest = known[one].apply(rest) if one != left_out else rest
-        assert machine.highest(model, rest, device.memory) > device.memory
+        assert not machine.fits(model, rest, device.memory, device.memory)
 
 
 def test_the_tables_and_the_check_have_one_formula():
-    found = growth.predict(growth.H100, QWEN_3B, scaling.SMALL_LOAD, 8)
-    layout = growth.layout_of(growth.H100, scaling.SMALL_LOAD, 8)
+    found = growth.predict(growth.H100, QWEN_3B, scaling.PROFILE_FULLEST, 8)
+    layout = growth.layout_of(growth.H100, scaling.PROFILE_FULLEST, 8)
     assert found.memory == memory.training(QWEN_3B, layout)
     assert found.peaks == memory.peaks(QWEN_3B, layout, 80e9)
