@@ -247,7 +247,7 @@ def layout_of(config: DictConfig) -> Layout:
         tokens=tokens,
         logits=tokens * answers / row,
         compute_bytes=BYTES[(fsdp.get("mixed_precision") or {}).get("param_dtype", "bf16")],
-        reference_bytes=BYTES[ref.fsdp_config.model_dtype],
+        reference_bytes=BYTES[ref.fsdp_config.model_dtype or "bf16"],
         checkpointing=model.enable_gradient_checkpointing,
         whole_gradients=devices == 1 or deferred,
         param_offload=fsdp.param_offload,
@@ -370,7 +370,7 @@ def check_device_memory(config: DictConfig, model: Model, found: list[Device]) -
     if not found:
         text = "the memory of GPUs was not checked: nvidia-smi did not say how much there is"
         return Finding("GPU memory", WARN, text)
-    device = min(found, key=lambda one: one.free)
+    device = min(found[: config.trainer.n_gpus_per_node], key=lambda one: one.free)  # Ray hands them out in order
     layout = layout_of(config)
     phases = memory.peaks(model, layout, device.total)
     peak = max(phases.values())
@@ -443,7 +443,7 @@ def check_disk(config: DictConfig, model: Model) -> Finding:
     if trainer.save_freq <= 0:
         return Finding("disk", OK, "no checkpoints are saved (trainer.save_freq)")
     refreshed = trainer.ref_update_freq > 0
-    reference = BYTES[config.actor_rollout_ref.ref.fsdp_config.model_dtype] if refreshed else 0
+    reference = BYTES[config.actor_rollout_ref.ref.fsdp_config.model_dtype or "bf16"] if refreshed else 0
     size = memory.checkpoint_bytes(model, list(actor.checkpoint.save_contents), reference)
     count = (trainer.max_actor_ckpt_to_keep or 1) + 1
     if steps := trainer.total_training_steps:

@@ -252,6 +252,7 @@ def test_the_fullest_of_several_gpus_decides(qwen):
     OmegaConf.resolve(config)
     shape, _ = machine.load_shape(config)
     assert machine.check_device_memory(config, shape, [gpu(80), gpu(80, free=5)]).verdict == FAIL
+    assert machine.check_device_memory(config, shape, [gpu(80), gpu(80), gpu(80, free=5)]).verdict == OK
     assert machine.check_device_memory(config, shape, []).verdict == WARN
 
 
