@@ -299,10 +299,11 @@ def test_the_gpu_profile_is_checked_on_the_gpu_that_it_finds(run, gpus, monkeypa
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr("os.cpu_count", lambda: 64)
     monkeypatch.setattr(machine, "available_memory", lambda: 64e9)
-    message = run.refusal(ONE, device="gpu")
+    run.check(ONE, device="gpu")  # the first of them is enough
+    message = run.refusal("trainer.n_gpus_per_node=2", device="gpu")
     assert "1.1 of 24.2 GB are free on the NVIDIA L4" in message
     gpus.write_text(NVIDIA_SMI.replace("1024", "22564"))
-    run.check(ONE, device="gpu")
+    run.check("trainer.n_gpus_per_node=2", device="gpu")
 
 
 def test_a_head_without_gpus_says_nothing_about_the_others(run, monkeypatch):
