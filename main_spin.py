@@ -4,7 +4,6 @@ import os
 import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from importlib.util import find_spec
 from pathlib import Path
 
 import hydra
@@ -15,6 +14,7 @@ from recipe.spin.run.check import ConfigError, check_config
 from recipe.spin.run.console import without_chatter
 from recipe.spin.run.failure import RunFailed
 from recipe.spin.run.lock import hold_run_folder
+from recipe.spin.run.machine import FAIL, check_cluster, has_flash_attention_2
 from recipe.spin.run.model_files import fit_weight_bucket
 from recipe.spin.run.pinned_model import fetch_pinned_model
 
@@ -22,7 +22,7 @@ FOLDER = Path(__file__).resolve().parent
 OmegaConf.register_new_resolver("spin_folder", lambda name: str(FOLDER / name), replace=True)
 OmegaConf.register_new_resolver(
     "spin_attention",
-    lambda share_prompt: "flash_attention_2" if not share_prompt and find_spec("flash_attn") else "sdpa",
+    lambda share_prompt: "flash_attention_2" if not share_prompt and has_flash_attention_2() else "sdpa",
     replace=True,
 )
 OmegaConf.register_new_resolver(
@@ -84,7 +84,8 @@ def run_spin(config: DictConfig) -> None:
     """Runs a checked and resolved config on a Ray cluster and reports what came of it.
 
     Raises:
-        ConfigError: when verl refuses the settings.
+        ConfigError: when verl refuses the settings, or the cluster has too little for the run, which would then wait
+            for ever.
         RunFailed: when a step, a worker or the cluster failed; the message has the cause on top.
     """
     from verl.trainer.main_ppo import run_ppo
@@ -95,7 +96,7 @@ def run_spin(config: DictConfig) -> None:
     from recipe.spin.run.monitor import TASK_RUNNER, RunMonitor
 
     _check_by_verl(config)
-    runner = TaskRunnerClass(name=TASK_RUNNER, num_cpus=1, max_concurrency=2)
+    runner = TaskRunnerClass(config, name=TASK_RUNNER, num_cpus=1, max_concurrency=2)
     logs = Path(config.trainer.default_local_dir).absolute() / "logs"
     memory_seconds = 2.0 if config.trainer.device == "cpu" else 10.0  # a GPU's processes map terabytes
     monitor = RunMonitor(logs, memory_seconds, joins=cluster.prepare(config))
@@ -117,14 +118,16 @@ def _check_by_verl(config: DictConfig) -> None:
 class TaskRunnerClass:
     """TaskRunner as verl's run_ppo wants it: a class that it makes remote once it has started or joined Ray.
 
-    Keeps the actor alive, so that the run's last progress can be asked for.
+    That moment is used to look at what the cluster has. Keeps the actor alive, so that the run's last progress can be
+    asked for.
     """
 
-    def __init__(self, **options):
+    def __init__(self, config: DictConfig, **options):
+        self._config = config
         self._options = options
 
     def options(self, **options) -> "TaskRunnerClass":
-        return TaskRunnerClass(**self._options, **options)
+        return TaskRunnerClass(self._config, **self._options, **options)
 
     def remote(self):
         import ray
@@ -132,6 +135,9 @@ class TaskRunnerClass:
         from recipe.spin.run.cluster import logging_settings
 
         signals.raise_received()
+        cluster = check_cluster(self._config)
+        if cluster.verdict == FAIL:
+            raise ConfigError(cluster.text)
         environment = logging_settings(dict(os.environ))
         self._actor = ray.remote(TaskRunner).options(**self._options).remote(environment)
         return self._actor

@@ -2,45 +2,7 @@
 
 from dataclasses import dataclass
 
-
-@dataclass(frozen=True)
-class Model:
-    """The shape of a Llama-like model (grouped-query attention, gated MLP)."""
-
-    layers: int
-    hidden: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    head_size: int
-    vocabulary: int
-    tied: bool = True  # input and output embedding are one matrix
-
-    @classmethod
-    def of(cls, config) -> "Model":
-        """From a transformers config."""
-        head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return cls(
-            config.num_hidden_layers,
-            config.hidden_size,
-            config.intermediate_size,
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            head_size,
-            config.vocab_size,
-            config.tie_word_embeddings,
-        )
-
-    @property
-    def layer_parameters(self) -> int:
-        """Weights of one layer's matrices."""
-        attention = self.hidden * self.head_size * 2 * (self.heads + self.kv_heads)
-        return attention + 3 * self.hidden * self.intermediate
-
-    @property
-    def parameters(self) -> int:
-        """All weights but those of norms and biases."""
-        return self.layers * self.layer_parameters + self.hidden * self.vocabulary * (1 if self.tied else 2)
+from recipe.spin.run.memory import Model
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,15 @@
 """How a training step grows: seconds by phase, memory of a device and network volume, from a few constants.
 
 Pure arithmetic over a Machine, a Model and a Load; docs/scaling.md has the formulas' assumptions, sources and checks.
+Memory is run/memory.py's, which the check before a run asks too.
 """
 
 from dataclasses import dataclass
 from math import ceil
 
-from benchmarks.arithmetic import Model, Work, causal, forward_flop, necessary
-
-FP32, BF16 = 4, 2  # bytes of a number
+from benchmarks.arithmetic import Work, causal, forward_flop, necessary
+from recipe.spin.run import memory
+from recipe.spin.run.memory import BF16, FP32, Layout, Model
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,11 @@ class Machine:
     reference_bytes: int = BF16
     gather_bytes: int = FP32  # of a weight on its way to the inference engine
     sync_copies: int = 4  # times that a weight's bytes cross memory on that way, beside the gathering
+    host_bandwidth: float = 20e9  # between a device and its host, one direction
 
 
+A10 = Machine("A10, 24 GB", 125e12, 600e9, 24e9, node_bandwidth=25e9, network_bandwidth=3e9)
+A100 = Machine("A100 SXM, 40 GB", 312e12, 1.555e12, 40e9, node_bandwidth=300e9, network_bandwidth=25e9)
 H100 = Machine("H100 SXM, 80 GB", 989e12, 3.35e12, 80e9, node_bandwidth=450e9, network_bandwidth=50e9)
 
 QWEN_0_5B = Model(24, 896, 4864, 14, 2, 64, 151936, tied=True)
@@ -63,7 +67,7 @@ class Load:
     tokens_per_micro_batch: int = 16384
     checkpointing: bool = True  # activations recomputed in the backward pass
     share_prompt: bool = True
-    deferred_reduction: bool = True  # gradients reduced once an optimizer step: whole ones wait in every device
+    deferred_reduction: bool = False  # gradients reduced once an optimizer step: whole ones wait in every device
     most_sequences: int = 1024  # that a device generates at a time
 
     def rows(self, paired: int) -> list[tuple[int, list[int]]]:
@@ -81,13 +85,13 @@ class Prediction:
     """Seconds by phase, bytes that a device receives by phase, and bytes of memory of a device.
 
     memory: in training, by what holds them; the inference engine sleeps then.
-    generating: while it does not, and weights, AdamW and reference wait beside it.
+    peaks: by phase; while that engine generates, weights, AdamW and reference wait beside it.
     """
 
     seconds: dict[str, float]
     network: dict[str, float]
     memory: dict[str, float]
-    generating: float
+    peaks: dict[str, float]
 
     @property
     def step_seconds(self) -> float:
@@ -95,31 +99,51 @@ class Prediction:
 
     @property
     def peak_memory(self) -> float:
-        return max(sum(self.memory.values()), self.generating)
+        return max(self.peaks.values())
 
 
-def predict(machine: Machine, model: Model, load: Load, devices: int = 1) -> Prediction:
-    """A step on so many devices, weights sharded over all of them, prompts split evenly."""
+def predict(machine: Machine, model: Model, load: Load, devices: int = 1, layout: Layout | None = None) -> Prediction:
+    """A step on so many devices, prompts split evenly, weights sharded over all of them unless `layout` says else."""
+    layout = layout or layout_of(machine, load, devices)
     per_device = ceil(load.prompts / devices)
-    micro_batches = ceil(per_device * load.trained().tokens / load.tokens_per_micro_batch)
+    micro_batches = ceil(per_device * load.trained().tokens / layout.tokens)
     network = network_volume(machine, model, load, devices, micro_batches)
     rate = network_rate(machine, devices)
     forward = per_device * forward_flop(model, load.trained())
-    backward = forward * (3 if load.checkpointing else 2)
+    # By inputs, by weights unless these are an adapter's, and the forward pass once more
+    backward = forward * (1 + (not layout.lora_rank) + layout.checkpointing)
     seconds = {
         "generation": generation_seconds(machine, model, load, per_device),
         # Weights are gathered for a layer while the layer before it computes
         "reference": max(forward / machine.flops / machine.forward_share, network["reference"] / rate),
         "update": max((forward + backward) / machine.flops / machine.update_share, network["update"] / rate)
-        + adamw_seconds(machine, model, devices),
+        + adamw_seconds(machine, model, devices)
+        + offload_seconds(machine, model, layout),
         "weight sync": network["weight sync"] / rate
         + machine.sync_copies * model.parameters * machine.compute_bytes / machine.memory_bandwidth
         + machine.sync_seconds,
         "rest": machine.step_seconds + machine.response_seconds * load.prompts * load.n,
     }
-    memory = memory_of_device(machine, model, load, devices, micro_batches)
-    waiting = sum(memory[part] for part in ("weights", "AdamW", "reference"))
-    return Prediction(seconds, network, memory, waiting + machine.rollout_share * machine.memory)
+    memory_peaks = memory.peaks(model, layout, machine.memory)
+    return Prediction(seconds, network, memory.training(model, layout), memory_peaks)
+
+
+def layout_of(machine: Machine, load: Load, devices: int) -> Layout:
+    """How the recipe's GPU profile lays a model out, with this load."""
+    row = load.trained()
+    of_device = ceil(load.prompts / devices) * row.tokens
+    tokens = min(load.tokens_per_micro_batch, of_device)
+    return Layout(
+        devices=devices,
+        tokens=tokens,
+        logits=tokens * row.logits / row.tokens,
+        compute_bytes=machine.compute_bytes,
+        reference_bytes=machine.reference_bytes,
+        checkpointing=load.checkpointing,
+        whole_gradients=devices == 1 or (load.deferred_reduction and of_device > tokens),
+        rollout_share=machine.rollout_share,
+        longest=load.prompt + (load.longest or load.response),
+    )
 
 
 def refresh_seconds(machine: Machine, model: Model, devices: int = 1) -> float:
@@ -130,6 +154,13 @@ def refresh_seconds(machine: Machine, model: Model, devices: int = 1) -> float:
 def adamw_seconds(machine: Machine, model: Model, devices: int) -> float:
     """Clipping reads gradients; AdamW reads weight, gradient and two moments, and writes all but the gradient."""
     return model.parameters / devices * FP32 * (1 + 4 + 3) / machine.memory_bandwidth
+
+
+def offload_seconds(machine: Machine, model: Model, layout: Layout) -> float:
+    """What waits on the host comes to the device once a step, and goes back."""
+    held = memory.training(model, layout)
+    moved = layout.param_offload * held["weights"] + layout.optimizer_offload * held["AdamW"]
+    return 2 * moved / machine.host_bandwidth
 
 
 def generation_seconds(machine: Machine, model: Model, load: Load, prompts: int) -> float:
@@ -171,40 +202,3 @@ def network_volume(machine: Machine, model: Model, load: Load, devices: int, mic
         "update": 2 * gathered * micro_batches + model.parameters * FP32 * others * reductions,
         "weight sync": model.parameters * machine.gather_bytes * others,
     }
-
-
-def memory_of_device(machine: Machine, model: Model, load: Load, devices: int, micro_batches: int) -> dict[str, float]:
-    """Bytes in training, at the end of an update."""
-    row = load.trained()
-    tokens = min(load.tokens_per_micro_batch, ceil(load.prompts / devices) * row.tokens)
-    logits = tokens * row.logits / row.tokens
-    whole = devices == 1 or (load.deferred_reduction and micro_batches > 1)
-    return {
-        "weights": model.parameters * FP32 / devices,
-        "gradients": model.parameters * FP32 / (1 if whole else devices),
-        "AdamW": model.parameters * 2 * FP32 / devices,
-        "reference": model.parameters * machine.reference_bytes / devices,
-        # Two layers and both embeddings whole; on one device in fp32 nothing is gathered
-        "gathered": gathered_bytes(machine, model, devices),
-        "activations": activation_bytes(machine, model, tokens, load.checkpointing),
-        "logits": logits_bytes(model, logits),
-    }
-
-
-def gathered_bytes(machine: Machine, model: Model, devices: int) -> float:
-    if devices == 1 and machine.compute_bytes == FP32:
-        return 0.0
-    embeddings = model.hidden * model.vocabulary * (1 if model.tied else 2)
-    return (2 * model.layer_parameters + embeddings) * machine.compute_bytes
-
-
-def activation_bytes(machine: Machine, model: Model, tokens: float, checkpointing: bool) -> float:
-    """Of a micro-batch: every layer's input, and of one layer (with recomputation) or all of them the inner values."""
-    inner = 6 * model.hidden + 2 * model.head_size * (model.heads + model.kv_heads) + 4 * model.intermediate
-    layers = 1 if checkpointing else model.layers
-    return tokens * machine.compute_bytes * (model.layers * model.hidden + layers * inner)
-
-
-def logits_bytes(model: Model, rows: float, chunk: int = 2048) -> float:
-    """Logits and their gradient, fp32, of a chunk of response tokens."""
-    return min(rows, chunk) * model.vocabulary * 2 * FP32

@@ -19,6 +19,8 @@ from pathlib import Path
 from benchmarks import plain_step
 from benchmarks.arithmetic import Model
 from benchmarks.growth import (
+    A10,
+    A100,
     H100,
     MODELS,
     QWEN_0_5B,
@@ -26,6 +28,7 @@ from benchmarks.growth import (
     Machine,
     Prediction,
     adamw_seconds,
+    layout_of,
     predict,
     refresh_seconds,
 )
@@ -39,6 +42,8 @@ from benchmarks.machine import (
     write_result,
 )
 from benchmarks.random_model import save_random_model
+from recipe.spin.run import machine as checks
+from recipe.spin.run import memory
 
 DOCUMENT = ROOT / "docs" / "scaling.md"
 RESULTS = ROOT / "benchmarks" / "results"
@@ -271,6 +276,42 @@ def gpu_row(name: str, gpus: int, load: Load, found: Prediction) -> str:
     return f"| {' | '.join([*cells, f'{sum(found.network.values()) / 1e9:.0f}'])} |"
 
 
+PROFILE_LOAD = Load(prompts=64, n=8, prompt=200, response=300, longest=1024)
+PROFILE_FULLEST = replace(PROFILE_LOAD, prompt=512, response=1024)  # what memory must suffice for
+LONGEST_ROW = 512 + 2 * 1024
+
+
+def fit_table() -> str:
+    """Qwen2.5 on 1 and 8 GPUs of three sizes: what the profile takes, what makes it fit, and a step then."""
+    columns = ["model", "GPUs", "training, GB", "generating, GB", "settings to add", "GB then"]
+    columns += [f"{phase}, s" for phase in (*GPU_PHASES[:-1], "step")]
+    lines = [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
+    for name, model in MODELS.items():
+        for machine in (A10, A100, H100):
+            lines += [fit_row(name, model, machine, gpus) for gpus in (1, 8)]
+    return "\n".join(lines)
+
+
+def fit_row(name: str, model: Model, machine: Machine, gpus: int) -> str:
+    """A row of fit_table: memory for the longest prompts and responses, seconds for those of a mean length."""
+    layout = layout_of(machine, PROFILE_FULLEST, gpus)
+    peaks = memory.peaks(model, layout, machine.memory)
+    cells = [name, f"{gpus} x {machine.name}", *(f"{peaks[phase] / 1e9:.0f}" for phase in ("training", "generation"))]
+    fit = checks.fitting(model, layout, machine.memory, row=LONGEST_ROW)
+    if fit is None:
+        return f"| {' | '.join([*cells, 'none suffice', *[''] * 6])} |"
+    settings, layout = fit
+    found = predict(machine, model, PROFILE_LOAD, gpus, layout)
+    cells += [" ".join(map(shorten, settings)) or "none needed", f"{found.peak_memory / 1e9:.0f}"]
+    seconds = [*(found.seconds[phase] for phase in GPU_PHASES[:-1]), found.step_seconds]
+    return f"| {' | '.join([*cells, *(f'{value:.1f}' for value in seconds)])} |"
+
+
+def shorten(settings: str) -> str:
+    """Keys without the sections that they stand in."""
+    return " ".join(f"`{one.split('=')[0].split('.')[-1]}={one.split('=')[1]}`" for one in settings.split())
+
+
 # ---- The document ----------------------------------------------------------------------------------------------------
 def latest(name: str) -> dict | None:
     """The newest measurement of that name on this kind of machine, or of any if there is none."""
@@ -295,7 +336,7 @@ def fill(text: str, tables: dict[str, str]) -> str:
 
 
 def write_tables() -> None:
-    tables = {"1,024 prompts": gpu_table(), "128 prompts a GPU": gpu_table(prompts=128)}
+    tables = {"1,024 prompts": gpu_table(), "128 prompts a GPU": gpu_table(prompts=128), "fit": fit_table()}
     for name, table in (("plain", plain_table), ("engine", engine_table)):
         if result := latest(name):
             tables[name] = table(result)

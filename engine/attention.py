@@ -149,7 +149,7 @@ def _softcapping_kernel(softcap: float) -> Callable[..., Tensor]:
         from flash_attn import flash_attn_varlen_func
     except ImportError as error:
         raise ValueError(
-            f"this model caps its attention scores ({softcap}): install flash-attn, or {GO_ON}."
+            f"this model caps its attention scores ({softcap}): install flash-attn 2, or {GO_ON}."
         ) from error
 
     def kernel(query, key, value, query_bounds, key_bounds, longest_query, longest_key, scaling, back):

@@ -1,13 +1,14 @@
 """Checks of the settings, the data and the model before Ray starts: all faults in one message, each with its remedy.
 
 schema.py says what each setting may be, rules.py what ties settings together, and model_files.py, reward_file.py and
-data_files.py look at the files that the settings name.
+data_files.py look at the files that the settings name. machine.py looks at what a run in order would need.
 """
 
 from omegaconf import DictConfig
 
 from recipe.spin.run.data_files import check_data
 from recipe.spin.run.faults import ConfigError, Settings
+from recipe.spin.run.machine import first_fault
 from recipe.spin.run.model_files import check_model
 from recipe.spin.run.reward_file import check_reward
 from recipe.spin.run.rules import RULES
@@ -26,3 +27,5 @@ def check_config(config: DictConfig) -> None:
     settings.run(check_kinds, *RULES, check_model, check_reward, check_data)
     if settings.faults:
         raise ConfigError(*settings.faults)
+    if fault := first_fault(config):
+        raise ConfigError(fault)

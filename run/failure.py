@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from recipe.spin.run.faults import ConfigError
+
 WHOLE_ERROR = "error.txt"  # among the logs
 FULL_BYTES = 10_000_000
 GO_ON = "When the cause is removed the same command goes on from the last checkpoint."
@@ -30,7 +32,7 @@ def explained(logs: Path, workers_logs: str | None = None) -> Iterator[None]:
     """
     try:
         yield
-    except RunFailed:
+    except (RunFailed, ConfigError):
         raise
     except Exception as error:
         lines = [

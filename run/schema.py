@@ -153,6 +153,7 @@ class Trainer(Section):
     max_skipped_steps: Count = own(
         3, "optimizer steps in a row without a finite gradient after which the run stops; each is skipped"
     )
+    check_memory: bool = own(True, "refuse a run for which memory or disk do not suffice by an estimate")
     use_v1: Literal[True]
     v1: V1
     device: Text

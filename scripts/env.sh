@@ -97,26 +97,39 @@ spin_pip() {
 
 # ---- The environment -------------------------------------------------------------------------------------------------
 
-# spin_has PYTHON MODULE...: whether that Python finds all of the modules. Importing them would take seconds.
-spin_has() {
+# spin_lacks PYTHON MODULE...: succeeds if that Python lacks something that the recipe needs, and prints what. It finds
+# modules and compares versions with the constraints; importing them would take seconds.
+spin_lacks() {
     local python="$1"
     shift
-    "$python" -c 'import sys; from importlib.util import find_spec; sys.exit(not all(map(find_spec, sys.argv[1:])))' \
-        "$@" >/dev/null 2>&1
+    ! "$python" -c 'import re, sys
+from importlib.metadata import version
+from importlib.util import find_spec
+constraints, *modules = sys.argv[1:]
+faults = [f"{module} is not installed" for module in modules if not find_spec(module)]
+pins = re.findall(r"^(verl|transferqueue)==(\S+)", open(constraints).read(), re.MULTILINE)
+if not faults:
+    found = [(name, version(name), pin) for name, pin in pins]
+    faults = [f"{name} is {there}, not {pin}" for name, there, pin in found if there != pin]
+print("; ".join(faults) if find_spec("verl") else "verl is not installed")
+sys.exit(bool(faults))' "$SPIN_ROOT/constraints/$SPIN_PROFILE.txt" "$@" 2>/dev/null
 }
 
-# Sets PYTHON to the active environment's if that holds what the recipe needs.
+# Sets PYTHON to the active environment's if that holds what the recipe needs, and says why one with verl does not.
 spin_use_active_python() {
-    local candidate needs=(torch verl vllm transfer_queue)
+    local candidate lacks needs=(torch verl vllm transfer_queue)
     if [[ "$1" == test ]]; then needs+=(pytest hypothesis); fi
     for candidate in ${PYTHON:+"$PYTHON"} python python3; do
         candidate="$(command -v "$candidate" 2>/dev/null)" || continue
         # The environment that this script makes may be active but half installed
         if [[ "$candidate" == "$SPIN_VENV"/* && -e "$SPIN_MARK" ]]; then continue; fi
-        if spin_has "$candidate" "${needs[@]}"; then
+        if ! lacks="$(spin_lacks "$candidate" "${needs[@]}")"; then
             PYTHON="$candidate"
             spin_say "Python: $PYTHON, which has verl"
             return
+        fi
+        if [[ "$candidate" == "${PYTHON:-}" || (-n "$lacks" && "$lacks" != "verl is not installed") ]]; then
+            spin_say "Python: $candidate is not taken: ${lacks:-it does not run}"
         fi
     done
     return 1
@@ -197,6 +210,17 @@ spin_install_gpu() {
     spin_pip "PyTorch, vLLM, verl, Ray (several GB)" "verl[vllm]" TransferQueue gguf matplotlib
 }
 
+# Ends with a message where a new .venv would fill the disk.
+spin_check_disk() {
+    local needed=3 free
+    if [[ "$SPIN_PROFILE" == gpu ]]; then needed=11; fi
+    free="$(df -Pk "$SPIN_ROOT" | awk 'NR == 2 { print int($4 * 1024 / 1e9) }')"
+    if ((free < needed)); then
+        spin_die "the profile $SPIN_PROFILE takes $needed GB on disk, and $SPIN_ROOT has $free GB free." \
+            "Free some, make the checkout on a larger disk, or activate an environment with verl and vLLM."
+    fi
+}
+
 # spin_install MODE: brings .venv up to date. A stamp with everything that decides its contents makes this a no-op later.
 spin_install() {
     local mode="$1" key stamp made_for
@@ -209,6 +233,7 @@ spin_install() {
     fi
     if [[ "$(cat "$stamp" 2>/dev/null || true)" == "$key" && -x "$SPIN_VENV/bin/python" ]]; then return; fi
 
+    if [[ -z "$made_for" ]]; then spin_check_disk; fi
     spin_say "installing for the profile $SPIN_PROFILE into $SPIN_VENV (once; takes some minutes and some GB)"
     local start=$SECONDS
     spin_make_venv

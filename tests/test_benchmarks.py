@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import arithmetic, compare, growth, machine, plain_step, results, scaling, step, trl_settings, update
 from benchmarks.arithmetic import Model, Work
 from recipe.spin.examples.arithmetic.prepare import prepare
+from recipe.spin.run import memory
 
 ROWS = [plain_step.Row([5, 6, 7], [[8, 9], [10, 11, 12, 13]]), plain_step.Row([20], [[21], [22, 23]])]
 SMALL = Model(layers=2, hidden=8, intermediate=16, heads=2, kv_heads=1, head_size=4, vocabulary=100)
@@ -353,9 +354,8 @@ def test_twice_the_devices_halve_what_is_sharded():
     few, many = (growth.predict(growth.H100, growth.QWEN_7B, BUSY, devices) for devices in (8, 16))
     for phase in ("reference", "update"):
         assert many.seconds[phase] == pytest.approx(few.seconds[phase] / 2, rel=1e-3)
-    for part in ("weights", "AdamW", "reference"):
+    for part in ("weights", "AdamW", "reference", "gradients"):
         assert many.memory[part] == few.memory[part] / 2
-    assert many.memory["gradients"] == few.memory["gradients"]  # reduced once a step, whole until then
 
 
 def test_one_device_receives_nothing():
@@ -367,8 +367,25 @@ def test_one_device_receives_nothing():
 def test_while_generating_the_inference_engine_takes_its_share():
     found = growth.predict(growth.H100, growth.QWEN_3B, BUSY, 64)
     shards = growth.QWEN_3B.parameters * (4 + 8 + 2) / 64
-    assert found.generating == pytest.approx(40e9 + shards)
-    assert found.peak_memory == max(found.generating, sum(found.memory.values()))
+    assert found.peaks["generation"] == pytest.approx(40e9 + shards + memory.PROCESSES)
+    assert found.peak_memory == found.peaks["generation"] > sum(found.memory.values())
+
+
+def test_deferred_reduction_keeps_gradients_whole_and_sends_them_once():
+    deferred = dataclasses.replace(BUSY, deferred_reduction=True)
+    each, once = (growth.predict(growth.H100, growth.QWEN_3B, load, 8) for load in (BUSY, deferred))
+    assert once.memory["gradients"] == 8 * each.memory["gradients"]
+    assert once.network["update"] < each.network["update"]
+
+
+def test_what_waits_on_the_host_crosses_twice_a_step():
+    layout = growth.layout_of(growth.H100, BUSY, 8)
+    offloaded = dataclasses.replace(layout, optimizer_offload=True)
+    seconds = [
+        growth.predict(growth.H100, growth.QWEN_3B, BUSY, 8, one).seconds["update"] for one in (layout, offloaded)
+    ]
+    crossing = 2 * 8 * growth.QWEN_3B.parameters / 8 / growth.H100.host_bandwidth
+    assert seconds[1] - seconds[0] == pytest.approx(crossing)
 
 
 def test_a_slow_network_is_what_a_step_waits_for():
@@ -441,4 +458,5 @@ def test_tables_stand_between_their_marks_and_nowhere_else():
 def test_the_documents_predictions_are_the_models():
     text = scaling.DOCUMENT.read_text()
     tables = {"1,024 prompts": scaling.gpu_table(), "128 prompts a GPU": scaling.gpu_table(prompts=128)}
+    tables["fit"] = scaling.fit_table()
     assert scaling.fill(text, tables) == text

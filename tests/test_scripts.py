@@ -330,6 +330,54 @@ def test_incomplete_data_folder_names_the_missing_file(checkout: Checkout) -> No
     assert result.code == 1 and f"{data}/test.parquet" in result.stderr
 
 
+# Stands for a Python with verl of an other version than the constraints', as find_spec and version would tell
+OTHER_VERSION = """#!/bin/bash
+if [[ "$1 $2" == "-c "*find_spec* ]]; then echo "verl is 0.8.0, not 0.9.1"; exit 1; fi
+exit 0
+"""
+
+
+def test_an_active_python_with_another_verl_is_not_taken_and_the_log_says_why(checkout: Checkout) -> None:
+    write_program(checkout.bin / "python", OTHER_VERSION)
+    result = checkout.function("SPIN_PROFILE=cpu; spin_use_active_python run")
+    assert result.returncode == 1
+    assert f"{checkout.bin}/python is not taken: verl is 0.8.0, not 0.9.1" in result.stdout
+
+
+def fake_packages(folder: Path, **versions: str) -> str:
+    """A folder for PYTHONPATH with empty modules and the metadata of distributions."""
+    for module in ("torch", "verl", "vllm", "transfer_queue"):
+        (folder / module).mkdir(parents=True)
+        (folder / module / "__init__.py").touch()
+    for name, version in versions.items():
+        metadata = folder / f"{name}-{version}.dist-info" / "METADATA"
+        metadata.parent.mkdir()
+        metadata.write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("versions", "lacks"),
+    [
+        ({"verl": "0.9.1", "transferqueue": "0.1.11"}, ""),
+        ({"verl": "0.9.0", "transferqueue": "0.1.11"}, "verl is 0.9.0, not 0.9.1"),
+        ({"verl": "0.9.1", "transferqueue": "0.1.9"}, "transferqueue is 0.1.9, not 0.1.11"),
+    ],
+)
+def test_versions_of_an_active_python_are_those_of_the_constraints(checkout, tmp_path, versions, lacks) -> None:
+    write_program(checkout.bin / "python", f'#!/bin/bash\nexec {sys.executable} -S "$@"\n')  # without its packages
+    command = "SPIN_PROFILE=cpu; spin_lacks python torch verl vllm transfer_queue"
+    result = checkout.function(command, PYTHONPATH=fake_packages(tmp_path / "packages", **versions))
+    assert (result.stdout.strip(), result.returncode) == (lacks, 0 if lacks else 1), result.stderr
+
+
+def test_a_missing_module_is_named(checkout, tmp_path) -> None:
+    write_program(checkout.bin / "python", f'#!/bin/bash\nexec {sys.executable} -S "$@"\n')
+    command = "SPIN_PROFILE=cpu; spin_lacks python torch verl vllm transfer_queue pytest"
+    packages = fake_packages(tmp_path / "packages", verl="0.9.1", transferqueue="0.1.11")
+    assert checkout.function(command, PYTHONPATH=packages).stdout.strip() == "pytest is not installed"
+
+
 def test_no_usable_python(checkout: Checkout) -> None:
     for name in ("python3", "python3.10", "python3.11", "python3.12"):
         write_program(checkout.bin / name, "#!/bin/bash\nexit 1\n")
@@ -383,6 +431,12 @@ class Installation:
         for name in ("python3", "python3.11"):
             write_program(checkout.bin / name, FAKE_BASE_PYTHON)
         write_program(checkout.bin / "venv-python", FAKE_VENV_PYTHON)
+        self.disk(free_gb=100)
+
+    def disk(self, free_gb: int) -> None:
+        """A stand-in for df, which tells how much is free."""
+        row = f"/dev/x 9 9 {free_gb * 10**9 // 1024 + 1} 9 /"
+        write_program(self.checkout.bin / "df", f"#!/bin/bash\necho header\necho '{row}'\n")
 
     def __call__(
         self, *arguments: str, failures: int = 0, says: str = "", **variables: str
@@ -409,6 +463,14 @@ class Installation:
 @pytest.fixture
 def install(checkout: Checkout) -> Installation:
     return Installation(checkout)
+
+
+@pytest.mark.parametrize(("profile", "free", "needed"), [("cpu", 2, 3), ("gpu", 10, 11)])
+def test_no_installation_onto_a_disk_that_is_too_small(install: Installation, profile, free, needed) -> None:
+    install.disk(free)
+    code, output, calls = install(SPIN_PROFILE=profile)
+    assert code == 1 and not calls
+    assert f"takes {needed} GB on disk" in output and f"has {free} GB free" in output
 
 
 def test_installs_once(install: Installation) -> None:

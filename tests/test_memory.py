@@ -1,0 +1,285 @@
+"""The formula of memory: parts, phases, what settings change, and what is advised on GPUs of 24, 40 and 80 GB."""
+
+import dataclasses
+import json
+
+import pytest
+from checkable_run import composed, override
+from omegaconf import OmegaConf
+from tiny_models import save_tiny_model
+
+from benchmarks import growth, scaling
+from benchmarks.growth import QWEN_0_5B, QWEN_3B, QWEN_7B
+from recipe.spin.run import machine, memory
+from recipe.spin.run.machine import FAIL, OK, WARN, Device
+from recipe.spin.run.memory import Layout, Model
+
+EIGHT = Layout(devices=8, whole_gradients=False)
+QWEN_3B_CONFIG = {
+    "hidden_size": 2048,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "vocab_size": 151936,
+    "tie_word_embeddings": True,
+}
+QWEN_0_5B_CONFIG = QWEN_3B_CONFIG | {
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 14,
+}
+
+
+def gpu(gb: float, free: float | None = None) -> Device:
+    return Device(f"a stand-in of {gb:g} GB", "580.1", gb * 1e9, (gb if free is None else free) * 1e9)
+
+
+# ---- Parts -----------------------------------------------------------------------------------------------------------
+def test_a_models_parameters_are_those_that_transformers_counts(tmp_path):
+    """But for norms and biases."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder = save_tiny_model(tmp_path, "llama")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    counted = sum(value.numel() for name, value in model.named_parameters() if "norm" not in name)
+    assert Model.of(AutoConfig.from_pretrained(folder)).parameters == counted
+
+
+def test_an_adapters_parameters_are_those_that_peft_adds(tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder = save_tiny_model(tmp_path, "llama")
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), LoraConfig(r=4, target_modules="all-linear"))
+    trained, _ = adapted.get_nb_trainable_parameters()
+    assert Model.of(AutoConfig.from_pretrained(folder)).adapter_parameters(4) == trained
+
+
+def test_training_in_mixed_precision_takes_18_bytes_a_weight_on_one_device():
+    held = memory.training(QWEN_3B, Layout())
+    parts = {name: held[name] / QWEN_3B.parameters for name in ("weights", "gradients", "AdamW", "reference")}
+    assert parts == {"weights": 4, "gradients": 4, "AdamW": 8, "reference": 2}
+
+
+def test_logits_take_the_vocabulary_for_each_response_token_in_the_precision_of_arithmetic():
+    assert memory.training(QWEN_3B, Layout(logits=1000))["logits"] == 1000 * 151936 * 2
+
+
+def test_gradients_are_whole_only_while_their_reduction_is_deferred():
+    whole = dataclasses.replace(EIGHT, whole_gradients=True)
+    assert memory.training(QWEN_3B, whole)["gradients"] == 8 * memory.training(QWEN_3B, EIGHT)["gradients"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "lower", "same"),
+    [
+        ({"optimizer_offload": True}, "generation", "training"),
+        ({"param_offload": True}, "generation", "training"),
+        ({"rollout_share": 0.3}, "generation", "training"),
+        ({"tokens": 4096, "logits": 4096}, "training", "generation"),
+        ({"rollout_devices": 2}, "weights to vLLM", "generation"),
+    ],
+)
+def test_a_setting_lowers_its_phase_and_leaves_another(changes, lower, same):
+    """What is offloaded comes back for training (verl's train mode loads it), so that only vLLM has more room."""
+    before = memory.peaks(QWEN_3B, EIGHT, 80e9)
+    after = memory.peaks(QWEN_3B, dataclasses.replace(EIGHT, **changes), 80e9)
+    assert after[lower] < before[lower] and after[same] == before[same]
+
+
+def test_vllm_that_does_not_sleep_stays_beside_training():
+    awake = dataclasses.replace(EIGHT, rollout_sleeps=False)
+    more = memory.peaks(QWEN_3B, awake, 80e9)["training"] - memory.peaks(QWEN_3B, EIGHT, 80e9)["training"]
+    assert more == pytest.approx(0.5 * 80e9)
+
+
+def test_with_lora_only_adapters_have_gradients_and_moments_and_there_is_no_reference():
+    held = memory.training(QWEN_3B, Layout(lora_rank=32))
+    adapters = QWEN_3B.adapter_parameters(32)
+    assert held["gradients"] + held["AdamW"] == 12 * adapters and held["reference"] == 0
+    assert held["weights"] == 4 * (QWEN_3B.parameters + adapters)
+
+
+def test_the_offload_policy_keeps_nothing_sharded_on_the_device():
+    held = memory.training(QWEN_3B, dataclasses.replace(EIGHT, offload_policy=True))
+    assert held["weights"] == held["gradients"] == held["AdamW"] == 0
+
+
+# ---- Host and disk ---------------------------------------------------------------------------------------------------
+def test_every_rank_loads_a_model_with_tied_embeddings():
+    """3B on 8 ranks: 100 GB of weights; without ties one rank loads for all."""
+    processes = 8 * memory.RANK_PROCESSES + memory.NODE_PROCESSES
+    assert memory.host_bytes(QWEN_3B, EIGHT, ranks=8) == 8 * 4 * QWEN_3B.parameters + processes
+    assert memory.host_bytes(QWEN_7B, EIGHT, ranks=8) == 4 * QWEN_7B.parameters + processes
+
+
+def test_what_is_offloaded_waits_on_the_host():
+    offloaded = dataclasses.replace(EIGHT, param_offload=True, optimizer_offload=True, reference_offload=True)
+    more = memory.host_bytes(QWEN_7B, offloaded, ranks=8) - 8 * memory.RANK_PROCESSES - memory.NODE_PROCESSES
+    assert more == pytest.approx((4 + 8 + 2) * QWEN_7B.parameters)
+
+
+def test_a_checkpoint_holds_weights_moments_the_exported_model_and_the_reference():
+    contents = ["model", "optimizer", "extra", "hf_model"]
+    assert memory.checkpoint_bytes(QWEN_3B, contents, 2) == (4 + 8 + 4 + 2) * QWEN_3B.parameters  # 55 GB
+    assert memory.checkpoint_bytes(QWEN_3B, ["hf_model"], 0) == 4 * QWEN_3B.parameters
+
+
+def test_a_checkpoints_estimate_is_what_torch_writes(tmp_path):
+    """Weights and AdamW of a plain model, saved as verl saves them, file by file."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder = save_tiny_model(tmp_path / "model", "llama")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    optimizer = torch.optim.AdamW(model.parameters())
+    sum(parameter.sum() for parameter in model.parameters()).backward()
+    optimizer.step()
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    estimate = memory.checkpoint_bytes(Model.of(AutoConfig.from_pretrained(folder)), ["model", "optimizer"], 0)
+    written = sum((tmp_path / f"{name}.pt").stat().st_size for name in ("model", "optimizer"))
+    assert estimate == pytest.approx(written, rel=0.05)
+
+
+# ---- From the settings -----------------------------------------------------------------------------------------------
+def layout(*overrides: str) -> Layout:
+    config = override(composed("gpu"), list(overrides))
+    OmegaConf.resolve(config)
+    return machine.layout_of(config)
+
+
+def test_the_gpu_profiles_layout():
+    found = layout("trainer.n_gpus_per_node=8", "data.train_batch_size=256")
+    assert (found.devices, found.tokens, found.whole_gradients) == (8, 16384, False)
+    assert found.logits == 16384 * 2048 / 2560  # the longest prompt with two of the longest responses
+    assert (found.compute_bytes, found.reference_bytes, found.checkpointing) == (2, 2, True)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "changes"),
+    [
+        (["trainer.n_gpus_per_node=8", "trainer.nnodes=2"], {"devices": 16}),
+        (["trainer.n_gpus_per_node=8", "actor_rollout_ref.actor.fsdp_config.fsdp_size=4"], {"devices": 4}),
+        (["actor_rollout_ref.actor.ppo_max_token_len_per_gpu=4096"], {"tokens": 4096}),
+        # two prompts a GPU do not fill a micro-batch
+        (["trainer.n_gpus_per_node=8", "actor_rollout_ref.actor.ppo_mini_batch_size=16"], {"tokens": 2 * 2560}),
+        (["actor_rollout_ref.actor.use_dynamic_bsz=False"], {"tokens": 8 * 2560}),
+        (["actor_rollout_ref.share_prompt=False"], {"logits": 16384 * 2048 / 3072}),
+        (
+            [
+                "trainer.n_gpus_per_node=8",
+                "actor_rollout_ref.actor.fsdp_config.use_no_sync_for_gradient_accumulation=True",
+            ],
+            {"whole_gradients": True},
+        ),
+        (["actor_rollout_ref.actor.fsdp_config.optimizer_offload=True"], {"optimizer_offload": True}),
+        (["actor_rollout_ref.rollout.gpu_memory_utilization=0.3"], {"rollout_share": 0.3}),
+    ],
+)
+def test_settings_make_the_layout(overrides, changes):
+    found = layout("trainer.n_gpus_per_node=1", "data.train_batch_size=256", *overrides)
+    assert {name: getattr(found, name) for name in changes} == changes
+
+
+# ---- On stand-in devices ---------------------------------------------------------------------------------------------
+@pytest.fixture
+def qwen(tmp_path):
+    """Folders with the configurations of models that are too large for a test."""
+
+    def save(name: str) -> str:
+        shape = {"0.5B": QWEN_0_5B_CONFIG, "3B": QWEN_3B_CONFIG}[name]
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps({"model_type": "qwen2", **shape}))
+        return str(folder)
+
+    return save
+
+
+def examined(model: str, device: Device, *overrides: str) -> machine.Finding:
+    settings = [f"actor_rollout_ref.model.path={model}", "trainer.n_gpus_per_node=1", *overrides]
+    config = override(composed("gpu"), settings)
+    OmegaConf.resolve(config)
+    shape, doubt = machine.load_shape(config)
+    assert shape is not None, doubt
+    return machine.check_device_memory(config, shape, [device])
+
+
+def test_half_a_billion_weights_fit_24_gb_with_the_profiles_settings(qwen):
+    finding = examined(qwen("0.5B"), gpu(24))
+    assert finding.verdict == OK, finding.text
+    assert max(finding.figures["phases"].values()) < 24e9
+
+
+@pytest.mark.parametrize("gb", [24, 40])
+def test_three_billion_do_not_fit_one_small_gpu_and_the_remedy_does(qwen, gb):
+    folder = qwen("3B")
+    finding = examined(folder, gpu(gb))
+    assert finding.verdict == FAIL
+    assert "lora_rank=32 trainer.ref_update_freq=0" in finding.text
+    advice = finding.text.split("; ")[1].split(" makes it ")[0].split()
+    assert examined(folder, gpu(gb), *advice).verdict == OK
+
+
+def test_three_billion_on_one_of_80_gb_leave_vllm_less(qwen):
+    folder = qwen("3B")
+    finding = examined(folder, gpu(80))
+    assert finding.verdict == FAIL
+    assert "actor_rollout_ref.rollout.gpu_memory_utilization=0.4 makes it 77" in finding.text
+    for key in ("optimizer_offload=True (", "param_offload=True (", "lora_rank=32"):
+        assert key in finding.text
+    assert examined(folder, gpu(80), "actor_rollout_ref.rollout.gpu_memory_utilization=0.4").verdict == OK
+
+
+def test_memory_that_others_hold_counts(qwen):
+    finding = examined(qwen("0.5B"), gpu(24, free=15))
+    assert finding.verdict == FAIL and "15.0 of 24.0 GB are free" in finding.text
+
+
+def test_a_share_too_small_for_vllms_weights_is_refused(qwen):
+    finding = examined(qwen("3B"), gpu(80), "actor_rollout_ref.rollout.gpu_memory_utilization=0.05")
+    assert finding.verdict == FAIL
+    assert "gpu_memory_utilization=0.05 gives vLLM 4.0 GB" in finding.text
+    assert "actor_rollout_ref.rollout.gpu_memory_utilization=0.1 makes it" in finding.text
+
+
+def test_the_fullest_of_several_gpus_decides(qwen):
+    folder = qwen("0.5B")
+    config = override(composed("gpu"), [f"actor_rollout_ref.model.path={folder}", "trainer.n_gpus_per_node=2"])
+    OmegaConf.resolve(config)
+    shape, _ = machine.load_shape(config)
+    assert machine.check_device_memory(config, shape, [gpu(80), gpu(80, free=5)]).verdict == FAIL
+    assert machine.check_device_memory(config, shape, [gpu(80), gpu(80), gpu(80, free=5)]).verdict == OK
+    assert machine.check_device_memory(config, shape, []).verdict == WARN
+
+
+def test_no_setting_makes_seven_billion_fit_one_of_24_gb():
+    assert machine.fitting(QWEN_7B, Layout(), 24e9, row=2560) is None
+
+
+@pytest.mark.parametrize("model", [QWEN_0_5B, QWEN_3B, QWEN_7B])
+@pytest.mark.parametrize("device", [growth.A10, growth.A100, growth.H100], ids=lambda device: device.name)
+@pytest.mark.parametrize("gpus", [1, 8])
+def test_what_is_advised_fits_and_nothing_in_it_could_be_left_out(model, device, gpus):
+    start = growth.layout_of(device, scaling.PROFILE_FULLEST, gpus)
+    found = machine.fitting(model, start, device.memory, row=scaling.LONGEST_ROW)
+    if found is None:
+        return
+    settings, layout = found
+    assert machine.fits(model, layout, device.memory, device.memory)
+    known = {remedy.settings: remedy for remedy in machine.remedies(model, start, device.memory, scaling.LONGEST_ROW)}
+    for left_out in settings:
+        rest = start
+        for one in settings:
+            rest = known[one].apply(rest) if one != left_out else rest
+        assert not machine.fits(model, rest, device.memory, device.memory)
+
+
+def test_the_tables_and_the_check_have_one_formula():
+    found = growth.predict(growth.H100, QWEN_3B, scaling.PROFILE_FULLEST, 8)
+    layout = growth.layout_of(growth.H100, scaling.PROFILE_FULLEST, 8)
+    assert found.memory == memory.training(QWEN_3B, layout)
+    assert found.peaks == memory.peaks(QWEN_3B, layout, 80e9)

@@ -1,0 +1,323 @@
+"""What the doctor measures on the device, in a process of its own: `python -m recipe.spin.tools.device_probe DEVICE`.
+
+Attention, an update and a refresh of the recipe's own worker, each beside plain PyTorch, without Ray or vLLM. Prints a
+JSON object, a line each, `{"name": ..., "verdict": ..., "text": ..., "figures": ...}`.
+"""
+
+import argparse
+import json
+import math
+import os
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from recipe.spin.run import memory
+from recipe.spin.run.machine import FAIL, OK, WARN, Finding
+from recipe.spin.tools.probe_model import HALF_BILLION, TINY, save_probe_model
+
+TEMPERATURE, BETA = 0.7, 0.5
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What is measured with, by device."""
+
+    shape: dict
+    prompts: int
+    prompt: int  # tokens
+    response: int
+    matrix: int  # rows and columns of the matrices whose product is timed
+    dtype: torch.dtype  # of arithmetic
+    # Relative, of what is compared with plain PyTorch in fp32: values of attention, loss and gradient norm of an update
+    attention_tolerance: float
+    update_tolerance: float
+
+
+PROBES = {
+    "cpu": Probe(TINY, 8, 32, 16, 1024, torch.float32, 1e-5, 1e-4),
+    "cuda": Probe(HALF_BILLION, 64, 200, 300, 8192, torch.bfloat16, 3e-2, 1e-1),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measurements of the doctor on the device.")
+    parser.add_argument("device", choices=PROBES)
+    device = parser.parse_args().device
+    for finding in measure(device):
+        print(json.dumps(asdict(finding)), flush=True)
+
+
+def measure(device: str) -> Iterator[Finding]:
+    probe = PROBES[device]
+    rate, finding = matrix_products(device, probe)
+    yield finding
+    yield attention(device, probe)
+    with tempfile.TemporaryDirectory() as folder:
+        model = save_probe_model(Path(folder), **probe.shape)
+        worker = Worker(device, model, probe)
+        yield worker.update_beside_plain_pytorch()
+        yield worker.refresh()
+        yield worker.speed(rate)
+        yield worker.peak_memory()
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def timed(device: str, function: Callable[[], object]) -> float:
+    synchronize(device)
+    start = time.perf_counter()
+    function()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def matrix_products(device: str, probe: Probe) -> tuple[float, Finding]:
+    """Operations a second of a square matrix product, the median of ten after a warm-up."""
+    left, right = (torch.randn(probe.matrix, probe.matrix, device=device, dtype=probe.dtype) for _ in range(2))
+    times = [timed(device, lambda: left @ right) for _ in range(12)][2:]
+    rate = 2 * probe.matrix**3 / statistics.median(times)
+    text = f"{rate / 1e12:.2f} TFLOP/s in {str(probe.dtype).removeprefix('torch.')}"
+    return rate, Finding("matrix products", OK, text, {"flops": rate})
+
+
+def attention(device: str, probe: Probe) -> Finding:
+    """Outputs and gradients of the recipe's attention over packed rows, and of plain attention sequence by sequence."""
+    from recipe.spin.engine.attention import shared_prompt_attention
+    from recipe.spin.engine.packing import pack_rows
+    from recipe.spin.engine.rows import nest
+
+    lengths = [[7, 5, 9], [12, 3, 4], [9, 1, 6]]  # a prompt's and its responses', a row
+    rows = [torch.arange(sum(row)) + 100 * number for number, row in enumerate(lengths)]
+    packed = pack_rows(nest(rows).to(device), nest([torch.tensor(row) for row in lengths]).to(device))
+    torch.manual_seed(0)
+    tokens, heads, size = len(packed.input_ids), 4, 64
+    inputs = [torch.randn(1, count, tokens, size, device=device, dtype=probe.dtype) for count in (heads, 2, 2)]
+    weight = torch.randn(tokens, heads, size, device=device)
+
+    def gradients(function: Callable[..., torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
+        leaves = [tensor.to(dtype).requires_grad_() for tensor in inputs]
+        output = function(*leaves)
+        (output.float() * weight).sum().backward()
+        return [output.detach(), *(leaf.grad for leaf in leaves)]
+
+    def ours(query, key, value):
+        module = torch.nn.Module()
+        return shared_prompt_attention(module, query, key, value, None, visibility=packed.visibility)[0][0]
+
+    def plain(query, key, value):
+        output = torch.zeros(tokens, heads, size, device=device)
+        for segment in packed.visibility.segments:
+            places = torch.tensor([place for part in segment.visible() for place in part], device=device)
+            keys, values = (tensor[0, :, places].repeat_interleave(2, dim=0) for tensor in (key, value))
+            scores = query[0, :, places[-segment.length :]] @ keys.transpose(1, 2) / math.sqrt(size)
+            later = torch.ones_like(scores, dtype=torch.bool).triu(len(places) - segment.length + 1)
+            part = scores.masked_fill(later, -torch.inf).softmax(-1) @ values
+            output = output.index_put((places[-segment.length :],), part.transpose(0, 1))
+        return output
+
+    gaps = [
+        difference(a, b) for a, b in zip(gradients(ours, probe.dtype), gradients(plain, torch.float32), strict=True)
+    ]
+    figures = dict(zip(("output", "query", "key", "value"), gaps, strict=True))
+    text = f"differs from plain attention by at most {max(gaps):.1e} of its largest value, gradients included"
+    verdict = OK if max(gaps) < probe.attention_tolerance else FAIL
+    remedy = "" if verdict == OK else "; set actor_rollout_ref.share_prompt=False and report it"
+    return Finding("attention", verdict, text + remedy, figures)
+
+
+def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest difference, in units of the largest value."""
+    return ((found.float() - expected).abs().max() / expected.abs().max()).item()
+
+
+class Worker:
+    """The recipe's worker, actor and reference on one device, driven by its trainer without Ray."""
+
+    def __init__(self, device: str, model: str, probe: Probe):
+        from omegaconf import OmegaConf
+
+        from recipe.spin.fsdp_workers import SpinWorker
+        from recipe.spin.spin_trainer import SpinTrainer
+        from recipe.spin.tools.doctor import compose
+
+        self.device, self.model, self.probe = device, model, probe
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+        config = compose(
+            "cpu" if device == "cpu" else "gpu",
+            f"actor_rollout_ref.model.path={model}",
+            f"data.train_batch_size={probe.prompts}",
+            f"actor_rollout_ref.rollout.temperature={TEMPERATURE}",
+            f"algorithm.dpo_beta={BETA}",
+            "actor_rollout_ref.actor.optim.lr=1e-3",
+            "actor_rollout_ref.actor.grad_clip=1e9",
+            "actor_rollout_ref.actor.use_torch_compile=False",
+            "trainer.n_gpus_per_node=1",
+        )
+        OmegaConf.resolve(config)
+        self.config = config
+        self.worker = SpinWorker(config.actor_rollout_ref, role="actor_rollout_ref")
+        self.worker.role = "actor_ref"  # no rollout: that starts vLLM
+        self.worker.init_model()
+        self.trainer = SpinTrainer.__new__(SpinTrainer)
+        self.trainer.config = config
+        self.trainer.actor_rollout_wg = OneRank(self.worker)
+        self.trainer.global_steps, self.trainer.total_training_steps, self.trainer.steps_per_epoch = 1, 100, 100
+        self.trainer._reference_equals_actor = False
+
+    def rows(self, prompts: int, prompt: int, response: int):
+        """Rows of random tokens, the first of two responses preferred; and the prompts and responses themselves."""
+        from tensordict import TensorDict
+
+        from recipe.spin.core_algos import PreferencePairs
+        from recipe.spin.engine.rows import nest
+
+        draw = random.Random(0)
+        questions = [draw.choices(range(256), k=prompt) for _ in range(prompts)]
+        answers = [draw.choices(range(256), k=draw.randint(response // 2, response)) for _ in range(2 * prompts)]
+        fields = {
+            "prompts": [question for question in questions for _ in range(2)],
+            "responses": answers,
+            "response_mask": [[1] * len(answer) for answer in answers],
+        }
+        batch = TensorDict(
+            {name: nest([torch.tensor(row) for row in part]) for name, part in fields.items()}, batch_size=len(answers)
+        )
+        chosen = torch.arange(prompts) * 2
+        pairs = PreferencePairs(chosen, chosen + 1, torch.ones(prompts), torch.ones(prompts))
+        return self.trainer._lay_out(batch, pairs, torch.arange(2 * prompts) // 2), questions, answers
+
+    def update(self, rows) -> dict:
+        metrics: dict = {}
+        self.trainer._compute_ref_logps(rows)
+        self.trainer._update_actor(rows, metrics)
+        return metrics
+
+    def update_beside_plain_pytorch(self) -> Finding:
+        """Loss and gradient norm of the first update, and of plain PyTorch on one sequence at a time in fp32."""
+        rows, questions, answers = self.rows(prompts=6, prompt=12, response=10)
+        found = self.update(rows)
+        ours = {"loss": found["actor/loss"], "gradient norm": found["actor/grad_norm"]}
+        plain = plain_update(self.device, self.model, questions, answers)
+        gaps = {name: abs(ours[name] - plain[name]) / plain[name] for name in ours}
+        text = ", ".join(f"{name} {ours[name]:.6g} (plain PyTorch in fp32: {plain[name]:.6g})" for name in ours)
+        good = max(gaps.values()) < self.probe.update_tolerance
+        return Finding("update", OK if good else FAIL, text + ("" if good else "; report it"), gaps)
+
+    def refresh(self) -> Finding:
+        """After an update actor and reference differ; after a refresh their log-probs must not, to the bit."""
+        before = self.logp_gap()
+        seconds = timed(self.device, self.trainer._refresh_reference)
+        after = self.logp_gap()
+        figures = {"gap_before": before, "gap_after": after, "seconds": seconds}
+        text = f"log-probs of responses differ by {before:.3g} before it and by {after:.3g} after it; {seconds:.3f} s"
+        if before == 0 or after > 0.01 * before:
+            return Finding("refresh", FAIL, f"{text}; the reference does not follow the actor, report it", figures)
+        if after > 0:
+            return Finding("refresh", WARN, f"{text}; it should be 0, report it", figures)
+        return Finding("refresh", OK, text, figures)
+
+    def logp_gap(self) -> float:
+        from verl.utils import tensordict_utils as tu
+
+        rows, _, _ = self.rows(prompts=6, prompt=100, response=40)
+        tu.pop(rows, "mini_batches")
+        tu.assign_non_tensor(rows, average_log_prob=False)
+        reference, actor = (
+            compute(rows.copy())["logps"].values().float()
+            for compute in (self.worker.compute_ref_logps, self.worker.compute_actor_logps)
+        )
+        return (reference - actor).abs().max().item()
+
+    def speed(self, rate: float) -> Finding:
+        """Of the second of two updates on a batch as in training; the first warms up."""
+        rows, questions, answers = self.rows(self.probe.prompts, self.probe.prompt, self.probe.response)
+        if self.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        reference = timed(self.device, lambda: self.trainer._compute_ref_logps(rows))
+        seconds = [timed(self.device, lambda: self.trainer._update_actor(rows.copy(), {})) for _ in range(2)][-1]
+        labels = sum(map(len, answers))
+        tokens = sum(map(len, questions)) + labels
+        shape = self.shape()
+        operations = 6 * (tokens * shape.layers * shape.layer_parameters + labels * shape.hidden * shape.vocabulary)
+        share = operations / seconds / rate
+        text = f"{tokens / seconds:,.0f} tokens/s, {share:.0%} of the measured matrix products "
+        text += f"({shape.parameters / 1e6:.1f} million weights; attention and recomputation not counted)"
+        figures = {"seconds": seconds, "tokens": tokens, "share_of_rate": share, "reference_seconds": reference}
+        return Finding("update's speed", OK, text, figures)
+
+    def peak_memory(self) -> Finding:
+        """The highest so far beside the estimate that a run is checked with."""
+        if self.device != "cuda":
+            return Finding("memory", OK, "a process on a CPU has no figure to compare with the estimate for GPUs")
+        from recipe.spin.run.machine import layout_of
+
+        estimate = sum(memory.training(self.shape(), layout_of(self.config)).values())
+        measured = torch.cuda.max_memory_allocated()
+        text = f"the update took {measured / 1e9:.1f} GB; the estimate for the profile's fullest micro-batch is "
+        text += f"{estimate / 1e9:.1f} GB, {memory.PROCESSES / 1e9:.1f} GB of them for processes"
+        good = measured < estimate
+        text += "" if good else "; it is too low, report it"
+        return Finding("memory", OK if good else WARN, text, {"measured": measured, "estimate": estimate})
+
+    def shape(self) -> memory.Model:
+        from transformers import AutoConfig
+
+        return memory.Model.of(AutoConfig.from_pretrained(self.model))
+
+
+class OneRank:
+    """Stands for the trainer's worker group where the only rank is this process."""
+
+    def __init__(self, worker):
+        self.compute_ref_logps, self.update_actor = worker.compute_ref_logps, worker.update_actor
+        self.refresh_reference = worker.refresh_reference
+
+    @staticmethod
+    def _query_dispatch_info(mesh_name: str) -> list[int]:
+        return [0]
+
+
+def plain_update(device: str, folder: str, questions: list[list[int]], answers: list[list[int]]) -> dict[str, float]:
+    """Loss and gradient norm of DPO against the same model, from the definition (arXiv 2305.18290, eq. 7)."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").to(device)
+    losses = []
+    for number, question in enumerate(questions):
+        chosen, rejected = (response_logp(model, question, answer) for answer in answers[2 * number : 2 * number + 2])
+        margin = (chosen - chosen.detach()) - (rejected - rejected.detach())  # the reference is the policy
+        losses.append(-torch.nn.functional.logsigmoid(BETA * margin))
+    loss = torch.stack(losses).mean()
+    loss.backward()
+    norm = torch.stack([parameter.grad.norm() for parameter in model.parameters()]).norm()
+    return {"loss": loss.item(), "gradient norm": norm.item()}
+
+
+def response_logp(model, question: list[int], answer: list[int]) -> torch.Tensor:
+    ids = torch.tensor([question + answer], device=model.device)
+    logits = model(input_ids=ids, use_cache=False).logits[0, len(question) - 1 : -1] / TEMPERATURE
+    return logits.log_softmax(-1)[range(len(answer)), answer].sum()
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
