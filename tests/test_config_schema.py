@@ -28,7 +28,7 @@ def test_defaults_are_those_of_the_config(key):
     field = dict(described())[key]
     value = rules.Settings(composed("gpu")).value(key)
     shown = field.json_schema_extra["shown"]
-    assert value == (composed("gpu").data[shown] if shown else field.default)
+    assert value == (composed("gpu").data[shown] if shown else field.json_schema_extra["default"])
 
 
 def keys_of(section: dict, path: str = "") -> list[str]:
@@ -81,6 +81,7 @@ BAD = [
     ("data.dataloader_num_workers=-1", ["data.dataloader_num_workers=-1", "at least 0"]),
     ("reward.num_workers=0", ["reward.num_workers=0", "at least 1"]),
     ("actor_rollout_ref.model.lora_rank=null", ["actor_rollout_ref.model.lora_rank=None", "whole number"]),
+    ("actor_rollout_ref.model.lora_rank=1024", ["actor_rollout_ref.model.lora_rank=1024", "at most 512"]),
     ("actor_rollout_ref.model.override_config=null", ["override_config=None", "a section of keys"]),
     ("actor_rollout_ref.model.path=5", ["actor_rollout_ref.model.path=5", "name a model"]),
     (f"{ACTOR}.optim=null", [f"{ACTOR}.optim=None", "a section of keys"]),
