@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-PREFERENCE_SOURCES = ("reward", "self_play")
 PAIRINGS = ("best_worst", "random", "all")
 TIE_POLICIES = ("drop", "first")
 _BETA = "beta (algorithm.dpo_beta)"

@@ -2,6 +2,8 @@
 reference."""
 
 import os
+import tempfile
+from collections.abc import MutableMapping
 from functools import partial
 
 import torch
@@ -15,8 +17,10 @@ from verl.workers.engine_workers import ActorRolloutRefWorker
 
 from recipe.spin import verl_patches
 from recipe.spin.dp_actor import DataParallelPPOActor, RowWorker
+from recipe.spin.rollout.weights import ONE_MACHINE, RUN_NAME, has_own_sockets, own_socket
 
 verl_patches.ignore_trl()
+verl_patches.own_transfer_queue()
 
 
 class SpinWorker(ActorRolloutRefWorker):
@@ -33,9 +37,13 @@ class SpinWorker(ActorRolloutRefWorker):
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def init_model(self):
         """Builds the models as verl does, on the engine that `actor_rollout_ref.share_prompt` chooses."""
+        meet_in_a_file(os.environ)
         self.actor_worker_cls = partial(self.actor_worker_cls, share_prompt=self.config.share_prompt)
         self.ref_worker_cls = partial(self.ref_worker_cls, share_prompt=self.config.share_prompt)
         super().init_model()
+        if "rollout" in self.role and has_own_sockets(self.config.rollout):
+            self.rollout.zmq_handle = own_socket(self.rollout.zmq_handle)
+            verl_patches.limit_weight_transfer()
 
     @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="actor"))
     def compute_ref_logps(self, data: TensorDict) -> TensorDict:
@@ -93,6 +101,16 @@ class SpinWorker(ActorRolloutRefWorker):
         if os.path.isdir(_reference_path(local_path)):
             self.ref.load_checkpoint(_reference_path(local_path))
             self._reference_refreshed = True
+
+
+def meet_in_a_file(environment: MutableMapping[str, str]) -> None:
+    """Lets the ranks of a run on one machine find each other through a file, by verl's variable.
+
+    The server that torch would start for it listens on every interface.
+    """
+    if ONE_MACHINE in environment:
+        name = f"{environment[RUN_NAME]}-ranks-{environment['MASTER_PORT']}"
+        environment.setdefault("DIST_INIT_METHOD", f"file://{tempfile.gettempdir()}/{name}")
 
 
 def _reference_path(actor_path: str) -> str:

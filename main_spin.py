@@ -1,5 +1,6 @@
 """`python -m recipe.spin.main_spin KEY=VALUE ...`: checks the settings, starts Ray and trains."""
 
+import os
 import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -9,8 +10,11 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
+from recipe.spin.run import resume
 from recipe.spin.run.check import ConfigError, check_config
+from recipe.spin.run.lock import hold_run_folder
 from recipe.spin.run.model_files import fit_weight_bucket
+from recipe.spin.run.pinned_model import fetch_pinned_model
 
 FOLDER = Path(__file__).resolve().parent
 OmegaConf.register_new_resolver("spin_folder", lambda name: str(FOLDER / name), replace=True)
@@ -29,18 +33,18 @@ class RunFailed(RuntimeError):
 
 
 class TaskRunner:
-    """The Ray actor that drives a run: builds the trainer and the agent loop, and trains."""
+    """The Ray actor that drives a run: builds the trainer and the agent loop, and trains.
 
-    def __init__(self):
+    `environment` is set in its process: what must not stand in Ray's runtime environment, such as keys.
+    """
+
+    def __init__(self, environment: dict[str, str] | None = None):
+        os.environ.update(environment or {})
         self.trainer = None
 
     @staticmethod
     def trainer_class(config: DictConfig) -> type:
         """The trainer that the config asks for; a recipe of yours may give its own."""
-        if config.algorithm.preference_source == "self_play":
-            from recipe.spin.preferences.self_play import SelfPlayTrainer
-
-            return SelfPlayTrainer
         from recipe.spin.spin_trainer import SpinTrainer
 
         return SpinTrainer
@@ -88,17 +92,18 @@ def run_spin(config: DictConfig) -> None:
     from verl.trainer.main_ppo import run_ppo
     from verl.utils.config import validate_config
 
-    from recipe.spin.run import report
+    from recipe.spin.run import cluster, report
     from recipe.spin.run.monitor import TASK_RUNNER, RunMonitor
 
     validate_config(config, use_reference_policy=True, use_critic=False)
     runner = TaskRunnerClass(name=TASK_RUNNER, num_cpus=1, max_concurrency=2)
     logs = Path(config.trainer.default_local_dir).absolute() / "logs"
+    monitor = RunMonitor(logs, joins=cluster.prepare(config))
     try:
-        with RunMonitor(logs) as monitor:
+        with monitor:
             run_ppo(config, task_runner_class=runner)
     except ray.exceptions.RayError as error:
-        raise RunFailed(f"{report.first_cause(str(error), logs)}\n\n{error}\n\nlogs: {logs}") from error
+        raise RunFailed(f"{report.first_cause(str(error), logs)}\n\n{error}\n\nlogs: {monitor.logs}") from error
     report.write(config, seconds=monitor.seconds, peak_memory_gb=monitor.peak_memory_gb)
 
 
@@ -118,9 +123,11 @@ class TaskRunnerClass:
     def remote(self):
         import ray
 
+        from recipe.spin.run.cluster import logging_settings
+
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, _stop)
-        return ray.remote(TaskRunner).options(**self._options).remote()
+        return ray.remote(TaskRunner).options(**self._options).remote(logging_settings(dict(os.environ)))
 
 
 _received: list[int] = []  # Ray's calls turn whatever a handler raises into a bare KeyboardInterrupt
@@ -139,8 +146,11 @@ def main(config: DictConfig) -> None:
     """Entry point: settings that cannot work end in one clear message, before Ray starts."""
     try:
         OmegaConf.resolve(config)
+        fetch_pinned_model(config)
         check_config(config)
         fit_weight_bucket(config)
+        hold_run_folder(config.trainer.default_local_dir)
+        resume.prepare(config)
     except ConfigError as error:
         sys.exit(f"error: {error}")
     try:

@@ -5,16 +5,20 @@ set -euo pipefail
 usage() {
     cat <<'TEXT'
 bash run_spin.sh [KEY=VALUE ...]
+bash run_spin.sh --install
 
 Trains a model with online DPO against a self-play reference (SPIN) on verl. Installs what is needed into .venv on the
 first call, unless the active Python has verl and vLLM. KEY=VALUE are Hydra overrides of any verl or SPIN setting, for
 example  algorithm.dpo_beta=0.2 trainer.total_training_steps=40
 
 Without a GPU a model of 135 million parameters learns to add numbers; with GPUs Qwen2.5-3B-Instruct trains on GSM8K.
-The same command continues an unfinished run; after a finished one it begins another in the next free folder.
+The same command continues an unfinished run; after a finished one it begins another in the next free folder. Other
+settings go with another RUN_DIR: an unfinished run is not continued with them (trainer.resume_mode=force insists).
+
+--install makes .venv and nothing else, for the nodes of a cluster before `ray start` (docs/clusters.md).
 
 Environment variables:
-  MODEL_PATH            model folder or hub name
+  MODEL_PATH            model folder or hub name; owner/name@revision is the model at that commit, tag or branch
   DATA_DIR              folder with train.parquet and test.parquet in verl's format
   REWARD_PATH           file with compute_score(data_source, solution_str, ground_truth, extra_info);
                         without it DATA_DIR/reward.py, then the example's, then verl's own for the data source
@@ -156,6 +160,10 @@ override() {
 }
 
 spin_setup
+if [[ "${1:-}" == --install ]]; then
+    spin_say "ready: $PYTHON; start Ray with it on each node: $(dirname "$PYTHON")/ray start ..."
+    exit
+fi
 choose_model
 choose_data
 choose_reward

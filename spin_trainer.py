@@ -3,8 +3,8 @@
 refresh the reference -> generate -> score -> prefer -> reference log-probs -> update -> weights to vLLM
 """
 
+import math
 import os
-import shutil
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -24,35 +24,44 @@ from verl.utils.metric import reduce_metrics
 from verl.utils.py_functional import rename_dict
 from verl.workers.rollout.replica import RolloutReplicaRegistry
 
-from recipe.spin import verl_patches
-from recipe.spin.core_algos import PreferencePairs, beta_at, compute_onlineDPO_pref, penalize_missing_eos
+from recipe.spin import run_folder, verl_patches
+from recipe.spin.core_algos import PreferencePairs, beta_at, penalize_missing_eos
 from recipe.spin.dp_actor import DPOSettings
 from recipe.spin.engine.plan import plan_mini_batches
-from recipe.spin.engine.rows import arrange, build_rows, nest, pad_rows, pair_totals, trajectory_place
+from recipe.spin.engine.rows import arrange, build_rows, make_rows, nest, pad_rows, pair_totals, trajectory_place
 from recipe.spin.fsdp_workers import SpinWorker
+from recipe.spin.preferences.source import RewardSource, load_source
 from recipe.spin.rollout.agent_loop import SAMPLING_SEED, RolloutClient, WholeRounds
 from recipe.spin.rollout.held_out import HeldOutValidation
+from recipe.spin.rollout.opponent import OpponentInVLLM
+from recipe.spin.rollout.reward_worker import use_reward_worker
+from recipe.spin.rollout.weights import has_own_sockets
 
 RESPONSE_FIELDS = ["prompts", "responses", "response_mask", "rollout_log_probs"]
 
 
-class SpinTrainer(HeldOutValidation, PPOTrainerSync):
+class SpinTrainer(OpponentInVLLM, HeldOutValidation, PPOTrainerSync):
     """verl's synchronous trainer with preferences and the DPO update in place of advantages and PPO's."""
-
-    preference_fields: tuple[str, ...] = ()  # columns of the responses that `_pairs` needs besides RESPONSE_FIELDS
 
     def __init__(self, config):
         super().__init__(config)
         self.use_reference_policy = True
+        use_reward_worker()
         self._sends_rounds = sends_rounds(config.actor_rollout_ref.rollout)
-        if self._sends_rounds:
+        if has_own_sockets(config.actor_rollout_ref.rollout):
             RolloutReplicaRegistry.register("vllm", _load_replica)
+        if self._sends_rounds:
             verl_patches.without_load_balancer()
         self.progress = {"doing": "loading the model into FSDP and vLLM", "step": 0, "total": 0, "metrics": {}}
         self._fetched = (0, 0)  # step, and the prompts fetched in it so far
         self._reference_equals_actor = False  # to the bit: as loaded, or just refreshed
 
     # ------------------------------------------------------------------ setup
+
+    @cached_property
+    def source(self) -> RewardSource:
+        """What prefers."""
+        return load_source(self.config, self.tokenizer)
 
     def _build_replay_buffer(self) -> ReplayBuffer:
         buffer = super()._build_replay_buffer()
@@ -90,17 +99,35 @@ class SpinTrainer(HeldOutValidation, PPOTrainerSync):
         self.role_worker_mapping[role] = ray.remote(SpinWorker)
         self.mapping[role] = "global_pool"
 
+    def _init_dataloader(self):
+        """verl ends with its epochs however many steps were asked for: here the epochs follow from the steps."""
+        super()._init_dataloader()
+        needed = math.ceil(self.total_training_steps / self.steps_per_epoch)
+        self.config.trainer.total_epochs = max(needed, self.config.trainer.total_epochs)
+
     def on_init_end(self):
-        """After a resume the held-out prompts were answered already, and the metrics go on in a file of their own."""
+        """After a resume the held-out prompts were answered already, and the metrics go on in a file of their own.
+
+        Unless a kill cut that validation off, which follows the checkpoint of its step: then it comes first.
+        """
         super().on_init_end()
         self.progress |= {"step": self.global_steps, "total": self.total_training_steps}
-        folder = Path(self.config.trainer.default_local_dir) / "metrics"
-        folder.mkdir(parents=True, exist_ok=True)
-        os.environ["VERL_FILE_LOGGER_PATH"] = str(folder / f"from_step_{self.global_steps:08d}.jsonl")
+        trainer = self.config.trainer
+        folder = Path(trainer.default_local_dir)
+        os.environ["VERL_FILE_LOGGER_PATH"] = str(run_folder.next_metrics_file(folder, self.global_steps))
+        loggers = [trainer.logger] if isinstance(trainer.logger, str) else trainer.logger or []
+        trainer.logger = [*loggers, *({"file"} - set(loggers))]  # the report is made of the file
         if self.global_steps > 0:
-            self.config.trainer.val_before_train = False
+            trainer.val_before_train = trainer.val_only or self._validation_is_missing(folder)
         adapter = self.config.actor_rollout_ref.model.lora_adapter_path  # trained before, unlike the reference
         self._reference_equals_actor = self.global_steps == 0 and not adapter
+
+    def _validation_is_missing(self, folder: Path) -> bool:
+        frequency = self.config.trainer.test_freq
+        is_last = self.global_steps >= self.total_training_steps
+        due = frequency > 0 and (is_last or self.global_steps % frequency == 0)
+        history, _ = run_folder.read_history(folder)
+        return due and not any(name.startswith("val-") for name in history.get(self.global_steps, {}))
 
     def on_validate_begin(self):
         self.progress["doing"] = "answering the held-out prompts"
@@ -128,6 +155,8 @@ class SpinTrainer(HeldOutValidation, PPOTrainerSync):
         alpha = self.config.trainer.ref_update_alpha
         self.actor_rollout_wg.refresh_reference(alpha)
         self._reference_equals_actor = self._reference_equals_actor or alpha == 1
+        if self.source.rollout_model == "reference":
+            self._push_weights("reference")
 
     def _step_once(self, metrics: dict, timing_raw: dict, sample_batch_size: int) -> KVBatchMeta:
         """One step of online DPO; returns the keys of all responses, which verl clears."""
@@ -162,18 +191,19 @@ class SpinTrainer(HeldOutValidation, PPOTrainerSync):
         prompts = [key.rsplit("_", 2)[0] for key in batch.keys]
         self._check_complete(prompts, n)
 
-        fields = [*RESPONSE_FIELDS, "rm_scores", "extra_fields", *self.preference_fields]
+        fields = [*RESPONSE_FIELDS, "rm_scores", "extra_fields", *self.source.fields]
         responses = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
         extra = responses.pop("extra_fields").tolist()
         rewards = pad_rows(responses.pop("rm_scores"))
         mask = pad_rows(responses["response_mask"])
         ended = self._ended(responses)
         metrics.update(self._response_metrics(rewards, mask, ended, responses, extra))
+        metrics.update(self.source.metrics([one.get("preference", {}) for one in extra]))
         penalty = self.config.algorithm.missing_eos_penalty
         if penalty:
             rewards[:, 0] = penalize_missing_eos(rewards[:, 0], ended, penalty)
 
-        responses, pairs, prompt_of = self._pairs(responses, rewards, mask)
+        responses, pairs, prompt_of = self.source.pair(responses, rewards, mask, self.global_steps)
         paired_prompts = pairs.rejected.div(n, rounding_mode="floor").unique().numel()
         metrics["pairs/used"] = pairs.chosen.numel()
         metrics["pairs/prompts_answered"] = self._fetched[1]
@@ -182,20 +212,6 @@ class SpinTrainer(HeldOutValidation, PPOTrainerSync):
             return None
         metrics["pairs/score_margin"] = pairs.margin.mean().item()
         return self._lay_out(responses, pairs, prompt_of)
-
-    def _pairs(self, responses: TensorDict, rewards, mask) -> tuple[TensorDict, PreferencePairs, torch.Tensor]:
-        """N responses to train on, which of them the scores, rewards (N, T) over mask, pair, and their prompts (N,)."""
-        algorithm = self.config.algorithm
-        pairs = compute_onlineDPO_pref(
-            rewards,
-            mask,
-            n=self.config.actor_rollout_ref.rollout.n,
-            pairing=algorithm.dpo_pairing,
-            tie_policy=algorithm.dpo_tie_policy,
-            min_margin=algorithm.dpo_min_margin,
-            generator=torch.Generator().manual_seed(self.config.actor_rollout_ref.rollout.seed + self.global_steps),
-        )
-        return responses, pairs, torch.arange(len(responses)) // self.config.actor_rollout_ref.rollout.n
 
     def _ended(self, responses: TensorDict) -> torch.Tensor:
         """Which responses (N,) ended by themselves."""
@@ -238,7 +254,7 @@ class SpinTrainer(HeldOutValidation, PPOTrainerSync):
         info = [fields.get("reward_extra_info", {}) for fields in extra]
         if all("acc" in one and "score" in one for one in info):  # verl calls a plain number `acc` as well
             metrics["score/accuracy"] = float(np.mean([one["acc"] for one in info]))
-        return metrics
+        return metrics | _named_rewards(info)
 
     def _lay_out(self, responses: TensorDict, pairs: PreferencePairs, prompt_of: torch.Tensor) -> TensorDict:
         """The rows of the pairs (engine/rows.py), arranged for ranks and optimizer steps (engine/plan.py)."""
@@ -321,6 +337,19 @@ class SpinTrainer(HeldOutValidation, PPOTrainerSync):
 
     # ------------------------------------------------------------------ around the step
 
+    def _validate(self) -> dict[str, float]:
+        metrics = super()._validate()
+        return metrics | self.source.held_out_metrics(self.val_dataloader, self._actor_logps)
+
+    def _actor_logps(self, prompts: list[torch.Tensor], responses: list[torch.Tensor]) -> torch.Tensor:
+        """Log-probs (N,) of N responses at temperature 1 under the actor."""
+        padding = -len(prompts) % self._dp_size
+        answers = [[response] for response in responses + responses[:1] * padding]
+        rows = make_rows(prompts + prompts[:1] * padding, answers)
+        tu.assign_non_tensor_data(rows, "temperature", 1.0)
+        tu.assign_non_tensor(rows, average_log_prob=False)
+        return self.actor_rollout_wg.compute_actor_logps(rows)["logps"].values()[: len(prompts)]
+
     def _fetch_one_gen_batch(self) -> TensorDict:
         """Numbers the prompts within a step instead of drawing random ids, so that seeds repeat, after a resume too."""
         step, fetched = self._fetched
@@ -361,16 +390,23 @@ class SpinTrainer(HeldOutValidation, PPOTrainerSync):
             super()._save_checkpoint()
         finally:
             self.config.trainer.max_actor_ckpt_to_keep = keep
-        folders = sorted(
-            Path(self.config.trainer.default_local_dir).glob("global_step_*"), key=lambda path: int(path.name[12:])
-        )
-        for folder in folders[: -keep or None] if keep else []:
-            shutil.rmtree(folder)
+        run_folder.prune(Path(self.config.trainer.default_local_dir), self.global_steps, keep)
+
+
+def _named_rewards(info: list[dict]) -> dict[str, float]:
+    """Means of the numbers that a reward function returned beside `score` and `acc`, by its names for them."""
+    names = set.intersection(*map(set, info)) - {"score", "acc"}
+    values = {name: [one[name] for one in info] for name in sorted(names)}
+    return {
+        f"reward/{name}": float(np.mean(found))
+        for name, found in values.items()
+        if all(isinstance(value, int | float) for value in found)
+    }
 
 
 def sends_rounds(rollout) -> bool:
     """Whether requests go to vLLM's replicas as rounds: not to SGLang's, split engines or a router of the user's."""
-    return rollout.name == "vllm" and not rollout.disaggregation.enabled and not rollout.router_config_path
+    return has_own_sockets(rollout) and not rollout.router_config_path
 
 
 def _load_replica() -> type:

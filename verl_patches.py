@@ -3,15 +3,20 @@
 import asyncio
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import hydra
-from verl.models.transformers import monkey_patch
+
+WEIGHTS_WAIT_SECONDS = 300.0  # a bucket of gigabytes is gathered, or loaded, in far less
 
 
 def ignore_trl() -> None:
     """With TRL installed verl imports its value-head model to patch it; TRL 1.x has none, and loading a model fails."""
+    from verl.models.transformers import monkey_patch
+
     monkey_patch.is_trl_available = lambda: False
 
 
@@ -76,3 +81,62 @@ def start_servers_early(config, worker_group) -> None:
         return manager
 
     LLMServerManager.create = staticmethod(create)
+
+
+def own_transfer_queue() -> None:
+    """TransferQueue's actor has one name in one namespace of the whole cluster: a second run would take the first's.
+
+    Here it is looked for, and made, in the namespace of the run's own job.
+    """
+    import ray
+    from transfer_queue import interface
+
+    controller = interface.TransferQueueController
+    interface.TransferQueueController = SimpleNamespace(
+        options=lambda namespace=None, **options: controller.options(**options)
+    )
+    interface.ray = SimpleNamespace(
+        get=ray.get, kill=ray.kill, get_actor=lambda name, namespace=None: ray.get_actor(name)
+    )
+
+
+def limit_weight_transfer(seconds: float = WEIGHTS_WAIT_SECONDS) -> None:
+    """verl's sender and receiver of weights wait for each other without end, for one that has died as well."""
+    from verl.workers.rollout.vllm_rollout import bucketed_weight_transfer as transfer
+
+    sender, receiver = transfer.BucketedWeightSender, transfer.BucketedWeightReceiver
+    send, receive = sender.async_send_weights, receiver.receive_weights
+
+    async def async_send_weights(self, weights) -> None:
+        with _naming_the_silent("vLLM's worker did not take", self.zmq_handle, seconds):
+            await send(self, weights)
+
+    def receive_weights(self, on_bucket_received) -> None:
+        with _naming_the_silent("the trainer's rank did not send", self.zmq_handle, seconds):
+            receive(self, on_bucket_received)
+
+    sender.async_send_weights, receiver.receive_weights = async_send_weights, receive_weights
+    for side in (sender, receiver):
+        _limit_socket(side, seconds)
+
+
+def _limit_socket(side: type, seconds: float) -> None:
+    open_socket = side._init_socket
+
+    def _init_socket(self) -> None:
+        open_socket(self)
+        self.socket.rcvtimeo = self.socket.sndtimeo = int(1000 * seconds)
+
+    side._init_socket = _init_socket
+
+
+@contextmanager
+def _naming_the_silent(who_did_not: str, address: str, seconds: float) -> Iterator[None]:
+    import zmq
+
+    try:
+        yield
+    except zmq.Again as error:
+        raise TimeoutError(
+            f"{who_did_not} weights for {seconds:g} s ({address}): it has died or hangs; its last words are in the logs"
+        ) from error

@@ -25,8 +25,10 @@ from recipe.spin import verl_patches
 from recipe.spin.core_algos import compute_online_dpo_loss, compute_onlineDPO_pref, sequence_logps
 from recipe.spin.engine.rows import nest, pad_rows, trajectory_place
 from recipe.spin.main_spin import FOLDER, TaskRunner
+from recipe.spin.run import cluster
 
 verl_patches.ignore_trl()
+verl_patches.own_transfer_queue()
 LOG_PROBS = ("old_log_probs", "ref_log_prob")
 
 
@@ -87,6 +89,7 @@ def main(config: DictConfig) -> None:
     from verl.trainer.main_ppo import run_ppo
 
     OmegaConf.resolve(config)
+    cluster.prepare(config)
     run_ppo(config, task_runner_class=ray.remote(ExampleRunner))
 
 

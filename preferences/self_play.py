@@ -6,48 +6,19 @@ before. vLLM plays the opponent, so its weights change when the reference is ref
 
 import torch
 from tensordict import TensorDict
-from verl.utils import tensordict_utils as tu
 
-from recipe.spin.core_algos import PreferencePairs, compute_self_play_pref, sequence_logps
-from recipe.spin.engine.rows import make_rows, nest, pad_rows
-from recipe.spin.spin_trainer import SpinTrainer
+from recipe.spin.core_algos import compute_self_play_pref, sequence_logps
+from recipe.spin.engine.rows import nest, pad_rows
+from recipe.spin.preferences.source import Pairing, RewardSource
 
 
-class SelfPlayTrainer(SpinTrainer):
-    """SpinTrainer whose pairs are the data's response against the opponent's, with vLLM as the opponent."""
+class SelfPlaySource(RewardSource):
+    """Pairs the data's response with the opponent's; vLLM is the opponent."""
 
-    preference_fields = ("reward_model",)  # holds the data's response
+    fields = ("reward_model",)  # holds the data's response
+    rollout_model = "reference"
 
-    # ------------------------------------------------------------------ the opponent in vLLM
-
-    def on_init_end(self):
-        self.actor_rollout_wg.choose_rollout_model("reference")
-        super().on_init_end()
-
-    def _refresh_reference(self):
-        super()._refresh_reference()
-        self._push_weights()
-
-    def on_step_end(self):
-        """The opponent stays until the next refresh; only where vLLM gave its memory back it must be sent again."""
-        if self.config.actor_rollout_ref.rollout.free_cache_engine:
-            super().on_step_end()
-
-    def _push_weights(self, model: str = "reference") -> None:
-        self.actor_rollout_wg.choose_rollout_model(model)
-        self.checkpoint_manager.sleep_replicas()
-        self.checkpoint_manager.update_weights(self.global_steps)
-
-    def _validate(self) -> dict[str, float]:
-        """The actor, not its opponent, answers the held-out prompts; adds how likely it finds the data's answers."""
-        self._push_weights("actor")
-        metrics = super()._validate()
-        self._push_weights()
-        return metrics | self._held_out_likelihood()
-
-    # ------------------------------------------------------------------ pairs
-
-    def _pairs(self, responses: TensorDict, rewards, mask) -> tuple[TensorDict, PreferencePairs, torch.Tensor]:
+    def pair(self, responses: TensorDict, rewards: torch.Tensor, mask: torch.Tensor, step: int) -> Pairing:
         """Puts the data's response to each prompt behind the opponent's, and pairs them."""
         n = self.config.actor_rollout_ref.rollout.n
         texts = [row["ground_truth"] for row in responses.pop("reward_model").tolist()[::n]]
@@ -66,32 +37,25 @@ class SelfPlayTrainer(SpinTrainer):
         count = len(generated)
         prompt_of = torch.cat([torch.arange(count) // n, torch.arange(len(answers))])
         pairs = compute_self_play_pref(torch.tensor(differs), n)
-        return TensorDict(both, batch_size=count + len(answers)), pairs, prompt_of
+        return Pairing(TensorDict(both, batch_size=count + len(answers)), pairs, prompt_of)
+
+    def held_out_metrics(self, batches, logps) -> dict[str, float]:
+        """Mean log-prob of the held-out data's responses under the actor, per response and per token."""
+        prompts, answers = [], []
+        for batch in batches:
+            for messages, row in zip(batch["raw_prompt"], batch["reward_model"], strict=True):
+                prompts.append(self._prompt_tokens(list(messages)))
+                answers.append(self._response_tokens(row["ground_truth"]))
+        found = logps(prompts, answers)
+        return {
+            "val-likelihood/response": found.mean().item(),
+            "val-likelihood/token": found.sum().item() / sum(map(len, answers)),
+        }
 
     def _response_tokens(self, text: str) -> torch.Tensor:
         """The tokens with which the model would have given this response, its end included, up to the limit."""
         tokens = self.tokenizer.encode(text, add_special_tokens=False) + [self.tokenizer.eos_token_id]
         return torch.tensor(tokens[: self.config.data.max_response_length])
-
-    def _held_out_likelihood(self) -> dict[str, float]:
-        """Mean log-prob of the held-out data's responses under the actor, per response and per token."""
-        prompts, answers = [], []
-        for batch in self.val_dataloader:
-            for messages, row in zip(batch["raw_prompt"], batch["reward_model"], strict=True):
-                prompts.append(self._prompt_tokens(list(messages)))
-                answers.append(self._response_tokens(row["ground_truth"]))
-        held_out = len(prompts)
-        padding = -held_out % self._dp_size
-        answers_to = [[answer] for answer in answers + answers[:1] * padding]
-        rows = make_rows(prompts + prompts[:1] * padding, answers_to)
-        tu.assign_non_tensor_data(rows, "temperature", 1.0)
-        tu.assign_non_tensor(rows, average_log_prob=False)
-        logps = self.actor_rollout_wg.compute_actor_logps(rows)["logps"].values()[:held_out]
-        tokens = sum(map(len, answers))
-        return {
-            "val-likelihood/response": logps.mean().item(),
-            "val-likelihood/token": logps.sum().item() / tokens,
-        }
 
     def _prompt_tokens(self, messages: list[dict]) -> torch.Tensor:
         options = self.config.data.get("apply_chat_template_kwargs") or {}

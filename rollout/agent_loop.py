@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
+from uuid import uuid4
 
 import ray
 from ray.actor import ActorHandle
@@ -18,7 +19,11 @@ from verl.workers.rollout.llm_server import LLMServerClient
 from verl.workers.rollout.replica import TokenOutput
 
 from recipe.spin import verl_patches
+from recipe.spin.preferences.source import Group, RewardSource, Score, load_source
+from recipe.spin.rollout.groups import GroupScoring
 from recipe.spin.rollout.rounds import Request, Round, Session
+
+verl_patches.own_transfer_queue()
 
 # Columns that SpinTrainer adds to a batch of prompts
 GREEDY = "spin_greedy"  # answer greedily, whatever the sampling parameters say
@@ -48,6 +53,7 @@ class SpinAgentLoop(SingleTurnAgentLoop):
 
 _round: ContextVar[Round] = ContextVar("round")
 _session: ContextVar[Session] = ContextVar("session")
+_group: ContextVar[GroupScoring | None] = ContextVar("group", default=None)  # of a prompt whose responses meet
 
 
 class RolloutClient(LLMServerClient):
@@ -115,11 +121,20 @@ class RolloutClient(LLMServerClient):
 
 
 class RolloutWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class.__ray_actor_class__):  # the class that verl wrote
-    """verl's agent loop worker; what it is asked for in one call makes a round."""
+    """verl's agent loop worker; what it is asked for in one call makes a round.
+
+    Where the source of preferences scores a prompt's responses together, they wait for each other before they are
+    handed on.
+    """
+
+    _source: RewardSource | None = None  # one that scores responses together
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         verl_patches.build_agent_loops_once(f"{SpinAgentLoop.__module__}.{SpinAgentLoop.__name__}")
+        source = load_source(self.config, self.tokenizer)
+        if source.scores_groups():
+            self._source = source
 
     def connect(self, llm_client: LLMServerClient, reward_loop_worker_handles: list[ActorHandle] | None) -> None:
         """Gives the worker, which started before them, vLLM's servers and the reward's workers."""
@@ -137,10 +152,12 @@ class RolloutWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class.__ray_acto
         _round.set(Round(dict(zip(uids, counts, strict=True)), send))
         await super().generate_sequences(batch)
 
-    async def _run_prompt(self, prompt: dict, *args, **kwargs) -> None:
+    async def _run_prompt(self, prompt: dict, sampling_params: dict, trajectory: dict, **kwargs) -> None:
         uid = prompt["uid"]
+        if self._source is not None and not trajectory["validate"]:
+            _group.set(GroupScoring(_round.get().responses[uid], self._score_group))
         try:
-            await super()._run_prompt(prompt, *args, **kwargs)
+            await super()._run_prompt(prompt, sampling_params, trajectory, **kwargs)
         finally:
             _round.get().leave_prompt(uid)
 
@@ -148,8 +165,41 @@ class RolloutWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class.__ray_acto
         _session.set((uid, session_id))
         try:
             return await super()._run_agent_loop(*args, uid=uid, session_id=session_id, **kwargs)
+        except Exception as error:
+            if _group.get() is not None:
+                _group.get().give_up(error)
+            raise
         finally:
             _round.get().leave((uid, session_id))
+
+    async def _agent_loop_postprocess(self, output, validate, **row) -> None:
+        if _group.get() is not None:
+            outputs = output if isinstance(output, list) else [output]
+            if self._has_reward():
+                await self._compute_score(outputs, kwargs=row)
+            found: Score = await _group.get().score(row["session_id"], (outputs[-1], row))
+            outputs[-1].reward_score = found.value
+            outputs[-1].extra_fields |= {"preference": found.info}
+            outputs[-1].extra_fields.setdefault("reward_extra_info", {})
+        await super()._agent_loop_postprocess(output, validate, **row)
+
+    def _has_reward(self) -> bool:
+        reward = self.config.reward
+        return reward.custom_reward_function.path is not None or reward.reward_model.enable
+
+    async def _score_group(self, answers: list[tuple[AgentLoopOutput, dict]]) -> list[Score]:
+        outputs, row = [output for output, _ in answers], answers[0][1]
+        texts = [self.tokenizer.decode(output.response_ids, skip_special_tokens=True) for output in outputs]
+        rewards = [output.reward_score for output in outputs] if self._has_reward() else None
+        return await self._source.score_group(
+            Group(row["global_steps"], list(row["raw_prompt"]), texts, rewards, row, self._generate)
+        )
+
+    async def _generate(self, prompt_ids: list[int], sampling_params: dict[str, Any]) -> list[int]:
+        request = uuid4().hex
+        return (
+            await self.llm_client.generate(request, prompt_ids=prompt_ids, sampling_params=sampling_params)
+        ).token_ids
 
     async def settle(self) -> None:
         """Returns when no prompt is being answered."""

@@ -21,7 +21,7 @@ class Round:
     """
 
     def __init__(self, responses: dict[str, int], send: Callable[[list[Request]], None]):
-        self._responses = responses
+        self.responses = responses
         self._send = send
         self.prompts = {uid: place for place, uid in enumerate(responses)}
         self._awaited = {(uid, number) for uid, count in responses.items() for number in range(count)}
@@ -41,7 +41,7 @@ class Round:
         self._leave({session})
 
     def leave_prompt(self, uid: str) -> None:
-        self._leave({(uid, number) for number in range(self._responses[uid])})
+        self._leave({(uid, number) for number in range(self.responses[uid])})
 
     def _leave(self, sessions: set[Session]) -> None:
         self._awaited -= sessions

@@ -1,5 +1,8 @@
 """verl's vLLM server and replica, for rounds."""
 
+import os
+import secrets
+
 import ray
 from verl.workers.rollout.replica import TokenOutput
 from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, vLLMReplica
@@ -9,7 +12,15 @@ from recipe.spin.rollout.rounds import RoundServing
 
 
 class RolloutServer(RoundServing, vLLMHttpServer):
-    """verl's vLLM server with a call for a whole round."""
+    """verl's vLLM server with a call for a whole round; its workers take weights from this run alone."""
+
+    def __init__(self, *args, **kwargs):
+        # Requests come through Ray; the HTTP server that verl starts beside it answers nobody without the key
+        os.environ.setdefault("VLLM_API_KEY", secrets.token_hex(16))
+        super().__init__(*args, **kwargs)
+
+    def _get_worker_extension_cls(self) -> str:
+        return "recipe.spin.rollout.vllm_worker.RolloutWorkerExtension"
 
     async def generate(self, prompt_ids, sampling_params, request_id, **options) -> TokenOutput:
         """As verl's. vLLM reports each answer once, complete and as tokens: verl asks for neither parts nor text."""

@@ -53,6 +53,10 @@ class Settings:
             raise Unusable(key)
         return self.value(key)
 
+    def is_sound(self, section: str) -> bool:
+        """Whether no setting of a section has a fault."""
+        return not any(faulty.startswith(f"{section}.") for faulty in self._faulty)
+
     def value(self, key: str) -> Any:
         """The value of a key, faulty or not."""
         value = self.values

@@ -21,23 +21,29 @@ MEMORY_SECONDS = 10.0
 LOOKS = 5  # a file that no process of the run has mapped by then is another's
 SHOWN = {"accuracy": "score/accuracy", "score": "score/mean", "margin": "rewards/margins", "pairs": "pairs/used"}
 SHARED_MEMORY = re.compile(r"/dev/shm/(?:psm|verl_weights)_\w+")
+LOGS_OF_A_CLUSTER = "on each node, in /tmp/ray/session_latest/logs (below --temp-dir where Ray was started with one)"
 
 
 class RunMonitor:
     """Context manager around a run; a thread of the driver asks the TaskRunner how far it is.
 
     Gives Ray, vLLM and their workers one private folder for sockets and logs, and removes it when the run ends,
-    together with the shared memory that vLLM's processes leave when Ray ends them.
+    together with the shared memory that vLLM's processes leave when Ray ends them. On a cluster that the run joins
+    (`joins`) those processes are not the driver's: they have the cluster's folder, and their memory is not measured.
 
     Attributes:
         seconds: length of the run.
+        logs: where the workers' logs are when the run has failed.
         peak_memory_gb: highest sum of the proportional set sizes of this process and its descendants (Ray's and
             vLLM's among them), in 10^9 bytes. Measured when their resident memory is half a percent higher than ever,
             and now and then: the kernel walks through all pages for it, every two seconds a tenth of a core's time.
+            None on a cluster that the run joins.
     """
 
-    def __init__(self, log_folder: Path):
-        self.peak_memory_gb = 0.0
+    def __init__(self, log_folder: Path, joins: bool = False):
+        self._joins = joins
+        self.peak_memory_gb: float | None = None if joins else 0.0
+        self.logs = LOGS_OF_A_CLUSTER if joins else str(log_folder)
         self.seconds = 0.0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="run-monitor", daemon=True)
@@ -51,8 +57,9 @@ class RunMonitor:
 
     def __enter__(self) -> "RunMonitor":
         self._started = time.monotonic()
-        self._folder = Path(tempfile.mkdtemp(prefix="spin-"))
-        os.environ.update(TMPDIR=str(self._folder), VLLM_RPC_BASE_PATH=str(self._folder))
+        if not self._joins:
+            self._folder = Path(tempfile.mkdtemp(prefix="spin-"))
+            os.environ.update(TMPDIR=str(self._folder), VLLM_RPC_BASE_PATH=str(self._folder))
         self._thread.start()
         return self
 
@@ -68,9 +75,10 @@ class RunMonitor:
         for process in alive:
             process.kill()
         psutil.wait_procs(alive, timeout=5)
-        if exception_type is not None:
-            self._keep_logs()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        if not self._joins:
+            if exception_type is not None:
+                self._keep_logs()
+            shutil.rmtree(self._folder, ignore_errors=True)
         for file in self._shared_memory:
             Path(file).unlink(missing_ok=True)
 
@@ -82,7 +90,8 @@ class RunMonitor:
     def _watch(self) -> None:
         while not self._stop.wait(POLL_SECONDS):
             processes = process_tree()
-            self._measure_memory(processes)
+            if not self._joins:
+                self._measure_memory(processes)
             self._find_shared_memory(processes)
             progress = _ask_task_runner()
             if progress is None:

@@ -1,60 +1,65 @@
 """What a run leaves for its user: metrics.jsonl, summary.json, a plot, and a few lines on the console."""
 
 import json
+import math
 from pathlib import Path
 
 from omegaconf import DictConfig
 
+from recipe.spin.run_folder import TRACKER, read_history
+
 PLOT = "learning_curve.png"
+History = dict[int, dict[str, float | None]]  # metrics by step; None is no number
 
 
-def write(config: DictConfig, seconds: float, peak_memory_gb: float) -> dict:
+def write(config: DictConfig, seconds: float, peak_memory_gb: float | None) -> dict:
     """Writes the report of a finished run into its folder, prints it and returns the summary.
 
-    `seconds` and `peak_memory_gb` are those of this process; a resumed run adds up the seconds of its parts.
+    `seconds` and `peak_memory_gb` are those of this process; a resumed run adds up the seconds of its parts. No peak is
+    known of a run on a cluster that it joined.
     """
     folder = Path(config.trainer.default_local_dir)
-    history = read_history(folder / "metrics")
+    history, unreadable = read_history(folder)
     with open(folder / "metrics.jsonl", "w") as file:
         for step, metrics in history.items():
             file.write(json.dumps({"step": step, **metrics}) + "\n")
     summary = summarize(history) | {
         "seconds": round(seconds, 1),
-        "peak_memory_gb": round(peak_memory_gb, 2),
+        "peak_memory_gb": peak_memory_gb and round(peak_memory_gb, 2),
         "checkpoint": latest_checkpoint(folder),
+        "unreadable_metrics_lines": unreadable,
     }
-    plot(history, folder / PLOT)
-    # Last and at once: the summary marks a finished run
+    # At once: the summary marks a finished run
     unfinished = folder / "summary.json.tmp"
     unfinished.write_text(json.dumps(summary, indent=2) + "\n")
     unfinished.rename(folder / "summary.json")
-    print_summary(summary, folder)
+    print_summary(summary, folder, picture=_draw(history, folder / PLOT))
     return summary
 
 
-def read_history(folder: Path) -> dict[int, dict[str, float]]:
-    """Metrics by step from the files that the run's parts wrote; what a resumed part repeated counts once."""
-    history: dict[int, dict[str, float]] = {}
-    for file in sorted(folder.glob("from_step_*.jsonl")):
-        start = int(file.stem.removeprefix("from_step_"))
-        history = {step: metrics for step, metrics in history.items() if step <= start}
-        for line in file.read_text().splitlines():
-            entry = json.loads(line)
-            history.setdefault(entry["step"], {}).update(entry["data"])
-    return dict(sorted(history.items()))
+def _draw(history: History, path: Path) -> str:
+    """Where the plot is, or why there is none: a picture is no reason to fail a run that is finished."""
+    try:
+        plot(history, path)
+    except Exception as error:
+        return f"none could be made ({type(error).__name__}: {error})"
+    return str(path)
 
 
-def held_out_accuracy(metrics: dict[str, float]) -> dict[str, float]:
-    """Greedy and sampled accuracy (the reward where there is none) of one step, averaged over data sources."""
+def held_out_accuracy(metrics: dict[str, float | None]) -> dict[str, float | None]:
+    """Greedy and sampled accuracy (the reward where there is none) of one step, averaged over data sources.
+
+    None where a source's is no number: the mean of the others would be another measure.
+    """
     found = {}
     for name, prefix in (("greedy", "val-greedy-core/"), ("sampled", "val-core/")):
         values = [value for key, value in metrics.items() if key.startswith(prefix) and "/mean@" in key]
         if values:
-            found[name] = sum(values) / len(values)
+            found[name] = sum(values) / len(values) if all(map(_is_number, values)) else None
     return found
 
 
-def held_out_measure(history: dict[int, dict[str, float]]) -> str:
+def held_out_measure(history: History) -> str:
     """What `held_out_accuracy` finds: "accuracy", or "score" where the reward gives no `acc`."""
     names = [
         name for metrics in history.values() for name in metrics if name.startswith(("val-core/", "val-greedy-core/"))
@@ -62,27 +67,31 @@ def held_out_measure(history: dict[int, dict[str, float]]) -> str:
     return "accuracy" if any("/acc/" in name for name in names) else "score"
 
 
-def summarize(history: dict[int, dict[str, float]]) -> dict:
-    """Held-out accuracy (or score) at the first and the last validation, and the number of steps."""
-    held_out = [accuracy for metrics in history.values() if (accuracy := held_out_accuracy(metrics))]
+def _is_number(value) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def summarize(history: History) -> dict:
+    """Held-out accuracy (or score) before the first step and at the last validation after it, and the steps."""
+    held_out = {step: accuracy for step, metrics in history.items() if (accuracy := held_out_accuracy(metrics))}
     return {
         "measure": held_out_measure(history),
-        "before": held_out[0] if held_out else {},
-        "after": held_out[-1] if len(held_out) > 1 else {},
+        "before": held_out.pop(0, {}),
+        "after": held_out[max(held_out)] if held_out else {},
         "steps": max(history, default=0),
     }
 
 
 def latest_checkpoint(folder: Path) -> str | None:
     """The newest complete checkpoint in the Hugging Face format, None when none was saved."""
-    tracker = folder / "latest_checkpointed_iteration.txt"
+    tracker = folder / TRACKER
     if not tracker.exists():
         return None
     model = folder / f"global_step_{tracker.read_text().strip()}" / "actor" / "huggingface"
     return str(model) if any(model.glob("*.safetensors")) else None
 
 
-def plot(history: dict[int, dict[str, float]], path: Path) -> None:
+def plot(history: History, path: Path) -> None:
     """Draws the accuracy (or score) on training and held-out prompts, and the implicit reward margin, over steps."""
     import matplotlib
 
@@ -91,11 +100,12 @@ def plot(history: dict[int, dict[str, float]], path: Path) -> None:
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
 
-    def curve(axes, values: dict[int, float], label: str, style: str) -> None:
+    def curve(axes, values: dict[int, float | None], label: str, style: str) -> None:
+        values = {step: value for step, value in values.items() if _is_number(value)}
         if values:
             axes.plot(list(values), list(values.values()), style, label=label)
 
-    def metric(name: str) -> dict[int, float]:
+    def metric(name: str) -> dict[int, float | None]:
         return {step: metrics[name] for step, metrics in history.items() if name in metrics}
 
     held_out = {step: held_out_accuracy(metrics) for step, metrics in history.items()}
@@ -133,17 +143,27 @@ def _last_exception(text: str) -> str:
     return lines[-1] if lines else text
 
 
-def print_summary(summary: dict, folder: Path) -> None:
-    """Prints what the run reached and where its files lie."""
+def print_summary(summary: dict, folder: Path, picture: str) -> None:
+    """Prints what the run reached and where its files lie; `picture` is the plot's path, or why there is none."""
     lines = [f"SPIN: {summary['steps']} steps in {summary['seconds'] / 60:.1f} minutes"]
-    for kind in summary["before"]:
-        before, after = summary["before"][kind], summary["after"].get(kind, float("nan"))
-        lines.append(f"  held-out {summary['measure']}, {kind + ':':9} {before:.3f} before, {after:.3f} after")
+    before, after = summary["before"], summary["after"]
+    for kind in before | after:
+        values = f"{_shown(before, kind)} before, {_shown(after, kind)} after"
+        lines.append(f"  held-out {summary['measure']}, {kind + ':':9} {values}")
+    if summary["peak_memory_gb"] is not None:
+        lines.append(f"  peak memory of all processes: {summary['peak_memory_gb']} GB")
     lines += [
-        f"  peak memory of all processes: {summary['peak_memory_gb']} GB",
         f"  checkpoint (from_pretrained): {summary['checkpoint'] or 'none was saved (trainer.save_freq)'}",
         f"  metrics: {folder / 'metrics.jsonl'}",
-        f"  plot:    {folder / PLOT}",
+        f"  plot:    {picture}",
         f"  summary: {folder / 'summary.json'}",
     ]
+    if unreadable := summary["unreadable_metrics_lines"]:
+        lines.append(f"  {unreadable} lines in {folder / 'metrics'} are no metrics and left out")
     print("\n".join(lines), flush=True)  # noqa: T201 - the report is the run's output
+
+
+def _shown(accuracy: dict[str, float | None], kind: str) -> str:
+    if kind not in accuracy:
+        return "not measured"
+    return "not a number" if accuracy[kind] is None else f"{accuracy[kind]:.3f}"

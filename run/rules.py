@@ -8,8 +8,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from omegaconf import OmegaConf
 
 from recipe.spin.core_algos import LOSSES, beta_at, check_loss_settings
+from recipe.spin.preferences.source import source_class
 from recipe.spin.run.faults import ConfigError, Settings
 
 ACTOR, REF, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.ref", "actor_rollout_ref.rollout"
@@ -28,6 +30,19 @@ def ranks(settings: Settings) -> int:
 
 
 # ---- Preferences and loss --------------------------------------------------------------------------------------------
+def a_source_prefers(settings: Settings) -> None:
+    name = settings["algorithm.preference_source"]
+    try:
+        source = source_class(name)
+    except ValueError as error:
+        raise ConfigError(f"algorithm.preference_source={name!r}: {error}") from error
+    if settings.is_sound("algorithm"):
+        try:
+            source.check(OmegaConf.create(settings.values))
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
+
 def a_pair_has_two_responses(settings: Settings) -> None:
     n = settings[f"{ROLLOUT}.n"]
     settings.require(n >= 2 or is_self_play(settings), f"{ROLLOUT}.n", "a pair needs at least 2 responses to a prompt")
@@ -282,6 +297,7 @@ def a_path_to_resume_from_is_there(settings: Settings) -> None:
 
 
 RULES: tuple[Callable[[Settings], None], ...] = (
+    a_source_prefers,
     a_pair_has_two_responses,
     beta_is_a_number_or_a_schedule,
     losses_are_known,

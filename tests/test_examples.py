@@ -4,6 +4,7 @@ import hashlib
 import json
 import subprocess
 import sys
+import types
 import zipfile
 from pathlib import Path
 
@@ -145,6 +146,20 @@ def test_malformed_gsm8k_row_is_named(tmp_path: Path, line: str, cause: str) -> 
     assert cause in str(error.value)
     assert f"{local / 'train.jsonl'}, line 2" in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("revision", [None, "0123abc"])
+def test_gsm8k_is_taken_from_the_hub_at_a_revision(tmp_path: Path, monkeypatch, revision: str | None) -> None:
+    asked = []
+
+    def load_dataset(*names, **options):
+        asked.append((*names, options))
+        return [{"question": "1 + 1?", "answer": "#### 2"}]
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    gsm8k.prepare(tmp_path, revision=revision)
+    splits = [{"split": split, "revision": revision} for split in ("train", "test")]
+    assert asked == [("openai/gsm8k", "main", options) for options in splits]
 
 
 def test_empty_and_missing_gsm8k_files(tmp_path: Path) -> None:

@@ -384,14 +384,16 @@ class Installation:
             write_program(checkout.bin / name, FAKE_BASE_PYTHON)
         write_program(checkout.bin / "venv-python", FAKE_VENV_PYTHON)
 
-    def __call__(self, failures: int = 0, says: str = "", **variables: str) -> tuple[int, str, list[str]]:
+    def __call__(
+        self, *arguments: str, failures: int = 0, says: str = "", **variables: str
+    ) -> tuple[int, str, list[str]]:
         """Exit code, output, and pip's calls."""
         out = self.checkout.out
         for file in out.iterdir():
             file.unlink()
         (out / "failures").write_text(str(failures))
         result = subprocess.run(
-            ["bash", str(self.checkout.root / "run_spin.sh")],
+            ["bash", str(self.checkout.root / "run_spin.sh"), *arguments],
             env=self.checkout.environment(
                 FAKE_VENV_PYTHON=str(self.checkout.bin / "venv-python"), FAKE_PIP_SAYS=says, **variables
             ),
@@ -400,7 +402,7 @@ class Installation:
             timeout=60,
         )
         calls = (out / "pip").read_text().splitlines() if (out / "pip").exists() else []
-        assert (out / "trained").exists() == (result.returncode == 0)
+        assert (out / "trained").exists() == (result.returncode == 0 and "--install" not in arguments)
         return result.returncode, result.stdout + result.stderr, calls
 
 
@@ -424,6 +426,17 @@ def test_installs_once(install: Installation) -> None:
     with (install.checkout.root / "constraints/cpu.txt").open("a") as file:
         file.write("# changed\n")
     assert install()[2] != []
+
+
+def test_install_makes_the_environment_and_nothing_else(install: Installation) -> None:
+    """For the nodes of a cluster, which need .venv before Ray starts there."""
+    root = install.checkout.root
+    code, output, calls = install("--install")
+    assert code == 0 and calls, output
+    assert f"{root}/.venv/bin/ray start" in output
+    assert not (root / "data").exists() and not (root / ".cache/models").exists() and not (root / "outputs").exists()
+    assert install("--install")[2] == []
+    assert install()[2] == []  # a run on that node finds it done
 
 
 def test_torch_index_is_for_torch_alone(install: Installation) -> None:
@@ -480,19 +493,74 @@ def test_environment_of_another_profile_is_left_alone(install: Installation) -> 
     assert "was made for the profile cpu" in output and "SPIN_PROFILE=cpu" in output
 
 
+def add_package(folder: Path, name: str, *files: str) -> Path:
+    metadata = folder / f"{name}-1.0.dist-info"
+    metadata.mkdir(parents=True)
+    for file in files:
+        (metadata / file).write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    return metadata
+
+
 def test_package_cut_off_while_installed_is_forgotten(checkout: Checkout, tmp_path: Path) -> None:
     """pip would take it for installed: its folder of metadata is there, its list of files is not."""
     venv = checkout.root / ".venv"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(venv)], check=True)
     [site_packages] = venv.glob("lib/python*/site-packages")
-    for name, files in (("whole", ["METADATA", "RECORD"]), ("cut", ["METADATA"])):
-        folder = site_packages / f"{name}-1.0.dist-info"
-        folder.mkdir()
-        for file in files:
-            (folder / file).write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    add_package(site_packages, "whole", "METADATA", "RECORD")
+    add_package(site_packages, "cut", "METADATA")
     result = checkout.function("spin_forget_broken_packages")
     assert result.returncode == 0, result.stderr
     assert [path.name for path in site_packages.glob("*.dist-info")] == ["whole-1.0.dist-info"]
+
+
+def test_packages_elsewhere_are_not_forgotten(checkout: Checkout, tmp_path: Path) -> None:
+    """Python would find them too: in the folder of the call, in PYTHONPATH, and through a file of paths."""
+    venv = checkout.root / ".venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(venv)], check=True)
+    [site_packages] = venv.glob("lib/python*/site-packages")
+    folders = [checkout.elsewhere, tmp_path / "path", tmp_path / "pth"]
+    (site_packages / "more.pth").write_text(f"{folders[2]}\n")
+    packages = [add_package(folder, "mine", "METADATA") for folder in folders]
+    command = f"cd '{folders[0]}'; spin_forget_broken_packages"
+    assert checkout.function(command, PYTHONPATH=str(folders[1])).returncode == 0
+    assert [package for package in packages if not package.exists()] == []
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_environment_of_another_making_is_left_alone(install: Installation, works: bool) -> None:
+    """Whether it has pip or, as uv makes them, has none."""
+    venv = install.checkout.root / ".venv"
+    write_program(venv / "bin/python", f"#!/bin/bash\nexit {0 if works else 1}\n")
+    add_package(venv / "lib/python3.11/site-packages", "mine", "METADATA")
+    before = sorted(venv.rglob("*"))
+    code, output, calls = install()
+    assert code == 1 and calls == []
+    assert f"{venv} is there, and this script did not make it" in output and "Move or remove it" in output
+    assert sorted(venv.rglob("*")) == before
+
+
+def test_environment_of_another_making_that_has_verl_is_used(checkout: Checkout) -> None:
+    write_program(checkout.root / ".venv/bin/python", FAKE_PYTHON)
+    python = str(checkout.root / ".venv/bin/python")
+    result = checkout.spin(PYTHON=python)
+    assert result.code == 0 and result.environment["PYTHON"] == python
+
+
+def test_environment_that_was_cut_off_while_it_was_made_is_made_anew(install: Installation) -> None:
+    venv = install.checkout.root / ".venv"
+    write_program(venv / "bin/python", "#!/bin/bash\nexit 1\n")
+    (venv / "leftover").touch()
+    (venv / ".spin-profile").write_text("cpu\n")
+    code, output, calls = install()
+    assert code == 0 and calls and not (venv / "leftover").exists(), output
+
+
+def test_pip_does_not_look_at_pythonpath(install: Installation) -> None:
+    """It would take what lies there for installed."""
+    program = install.checkout.bin / "venv-python"
+    program.write_text(program.read_text().replace('echo "$@"', 'echo "${PYTHONPATH:-none} $@"'))
+    code, output, calls = install(PYTHONPATH="/other")
+    assert code == 0 and [call for call in calls if not call.startswith("none -m pip")] == [], output
 
 
 # ---- the files themselves --------------------------------------------------------------------------------------------

@@ -1,17 +1,25 @@
 """What SpinTrainer decides by itself; its steps are run end to end in test_end_to_end."""
 
+import json
+import os
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
 from tensordict import TensorDict
+from verl.trainer.ppo.v1 import trainer_base
+from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from worker_harness import nest
 
+from recipe.spin.preferences.source import RewardSource
 from recipe.spin.rollout.agent_loop import GREEDY, SAMPLING_SEED
 from recipe.spin.rollout.held_out import HeldOutRows
-from recipe.spin.spin_trainer import SpinTrainer
+from recipe.spin.run import report
+from recipe.spin.run_folder import TRACKER, checkpoints, tracked_step
+from recipe.spin.spin_trainer import SpinTrainer, _named_rewards
 
 
 @pytest.fixture
@@ -40,6 +48,12 @@ def test_dynamic_sampling_has_a_limit(trainer, enable, limit, fetched, stops):
         return
     with pytest.raises(RuntimeError, match=r"(?s)step 7: 12 prompts .*max_num_gen_batches=3"):
         trainer._check_filtering(fetched)
+
+
+def test_rewards_are_in_the_metrics_by_their_names():
+    info = [{"score": 1.0, "acc": 1.0, "brief": -2, "right": True, "why": "a"}, {"score": 0.0, "brief": -4, "why": ""}]
+    assert _named_rewards(info) == {"reward/brief": -3.0}
+    assert _named_rewards([{}, {}]) == {}
 
 
 def held_out(trainer, temperature: float):
@@ -108,3 +122,152 @@ def test_held_out_answers_that_failed_stop_the_run_above_a_share(trainer):
     with pytest.raises(RuntimeError, match="max_failed_validation=0.2"):
         validate(trainer, infos, answers=6, max_failed=0.2)
     assert validate(trainer, infos, answers=6, max_failed=0.25)["val-failed/answers"] == 0.25
+
+
+# ---- a whole run, verl's loop with steps that do nothing -------------------------------------------------------------
+class EmptySteps(SpinTrainer):
+    """Trains for nothing: 3 steps an epoch, each a pair of metrics."""
+
+    trainer_mode, prev_step_profile, parameter_sync_step = "sync", False, 1
+    source = RewardSource(None, None)
+    checkpoint_manager = types.SimpleNamespace(update_weights=lambda step: None)
+
+    def __init__(self, config):
+        self.config = config
+        self.progress = {}
+        self._init_dataloader()
+        self.global_steps = tracked_step(Path(config.trainer.default_local_dir)) or 0
+        self.validated = []
+        self.on_init_end()
+
+    def step(self, metrics, timing_raw):
+        metrics["score/mean"] = 0.5
+        return types.SimpleNamespace(keys=[], partition_id="train", tags=[])
+
+    def _validate(self):
+        self.validated.append(self.global_steps)
+        return {"val-core/sums/acc/mean@4": self.global_steps / 10}
+
+    def _compute_metrics(self, batch, metrics, timing_raw, global_steps, epoch):
+        metrics["training/epoch"] = epoch
+
+    def on_step_end(self):
+        pass
+
+    _start_profiling = _stop_profiling = _shutdown_dump_executor = on_step_end
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.fixture
+def train(tmp_path, monkeypatch):
+    """Starts a run in tmp_path and returns its trainer when it is over."""
+
+    def count(trainer):
+        trainer.steps_per_epoch = 3
+        trainer.total_training_steps = trainer.config.trainer.total_training_steps or 3
+
+    def save(trainer):
+        (Path(trainer.config.trainer.default_local_dir) / f"global_step_{trainer.global_steps}").mkdir(exist_ok=True)
+        (Path(trainer.config.trainer.default_local_dir) / TRACKER).write_text(str(trainer.global_steps))
+
+    monkeypatch.setattr(PPOTrainerSync, "_init_dataloader", count)
+    monkeypatch.setattr(PPOTrainerSync, "_save_checkpoint", save)
+    monkeypatch.setattr(trainer_base, "SkipManager", types.SimpleNamespace(init=id, set_step=id))
+    monkeypatch.setattr(trainer_base.tq, "kv_clear", lambda **keys: None)
+    monkeypatch.setenv("VERL_FILE_LOGGER_PATH", "")  # set by the trainer
+
+    def start(steps: int | None, cls=EmptySteps, **settings) -> SpinTrainer:
+        settings = {
+            "total_training_steps": steps,
+            "total_epochs": 1,
+            "default_local_dir": str(tmp_path),
+            "max_actor_ckpt_to_keep": 2,
+            "save_freq": 2,
+            "test_freq": 100,
+            "val_before_train": True,
+            "val_only": False,
+            "project_name": "p",
+            "experiment_name": "e",
+            "logger": ["file"],
+        } | settings
+        model = {"model": {"lora_adapter_path": None}}
+        config = {"trainer": settings, "global_profiler": {"steps": None}, "actor_rollout_ref": model}
+        trainer = cls(OmegaConf.create(config))
+        try:
+            trainer.fit(None)
+        finally:
+            trainer.logger.finish()
+        return trainer
+
+    return start
+
+
+def summary(folder: Path) -> dict:
+    return report.write(OmegaConf.create({"trainer": {"default_local_dir": str(folder)}}), 1.0, 1.0)
+
+
+@pytest.mark.parametrize(("steps", "epochs", "last"), [(8, 1, 8), (None, 1, 3), (2, 5, 2)])
+def test_a_run_has_the_steps_that_were_asked_for(train, tmp_path, steps, epochs, last):
+    """More than its epochs hold, too: it ends with the last step's checkpoint and validation."""
+    trainer = train(steps, total_epochs=epochs)
+    assert trainer.validated == [0, last] and tracked_step(tmp_path) == last
+    entries = map(json.loads, (tmp_path / "metrics/from_step_00000000.jsonl").read_text().splitlines())
+    assert [entry["data"].get("training/epoch") for entry in entries] == [None, *(step // 3 for step in range(last))]
+    assert summary(tmp_path)["steps"] == last
+
+
+def test_a_beta_for_each_epoch_is_that_of_the_epoch(trainer):
+    """However many epochs the steps take."""
+    algorithm = {"dpo_beta": [0.3, 0.2], "dpo_loss_type": "sigmoid", "dpo_loss_weights": None}
+    algorithm |= {"dpo_label_smoothing": 0.0, "dpo_reference_free": False, "dpo_average_log_prob": False}
+    trainer.config = OmegaConf.create({"algorithm": algorithm})
+    trainer.steps_per_epoch, trainer.total_training_steps = 3, 8
+    betas = []
+    for trainer.global_steps in range(1, 9):
+        betas.append(trainer._dpo_settings().beta)
+    assert betas == [0.3] * 3 + [0.2] * 5
+
+
+class KilledInLastValidation(EmptySteps):
+    def _validate(self):
+        if self.global_steps == 4:
+            raise Killed
+        return super()._validate()
+
+
+def test_a_kill_during_the_last_validation_leaves_that_to_the_next_start(train, tmp_path):
+    with pytest.raises(Killed):
+        train(4, KilledInLastValidation)
+    assert tracked_step(tmp_path) == 4
+    assert train(4).validated == [4]
+    expected = {"before": {"sampled": 0.0}, "after": {"sampled": 0.4}, "steps": 4}
+    assert summary(tmp_path).items() >= expected.items()
+    assert train(4).validated == []  # and no later one does it again, or loses it
+    assert summary(tmp_path).items() >= expected.items()
+
+
+def test_a_validation_on_the_way_is_made_up_for_too(train, tmp_path):
+    with pytest.raises(Killed):
+        train(8, KilledInLastValidation, test_freq=4)
+    assert train(8, test_freq=4).validated == [4, 8]
+    assert train(8, test_freq=4, val_only=True).validated == [8]
+
+
+@pytest.mark.parametrize("logger", ["console", ["console"], [], None, ["file", "console"]])
+def test_metrics_always_go_to_the_file(train, tmp_path, logger):
+    trainer = train(2, logger=logger)
+    assert list(trainer.config.trainer.logger).count("file") == 1
+    assert ("console" in trainer.config.trainer.logger) == bool(logger)
+    assert summary(tmp_path)["after"] == {"sampled": 0.2}
+    assert os.environ["VERL_FILE_LOGGER_PATH"].startswith(str(tmp_path))
+
+
+@pytest.mark.parametrize(("keep", "left"), [(2, [4, 5]), (1, [5]), (None, [2, 4, 5]), (-1, [2, 4, 5]), (0, [2, 4, 5])])
+def test_a_save_removes_old_checkpoints_as_told(train, tmp_path, keep, left):
+    (tmp_path / "global_step_best").mkdir()
+    trainer = train(5, max_actor_ckpt_to_keep=keep)
+    assert list(checkpoints(tmp_path)) == left and (tmp_path / "global_step_best").exists()
+    assert trainer.config.trainer.max_actor_ckpt_to_keep == keep

@@ -20,7 +20,7 @@ def cpu_environment() -> dict[str, str]:
     script = (ROOT / "verl_cpu" / "env.sh").read_text()
     variables = dict(re.findall(r"(\w+)=(\S+)", "\n".join(re.findall(r"^export (.*)", script, re.MULTILINE))))
     defaults = {name: re.sub(r'^"\$\{\w+:-(.*)\}"$', r"\1", value) for name, value in variables.items()}
-    return defaults | {"OMP_NUM_THREADS": "1"}
+    return defaults | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 
 
 def compose(*overrides: str, device: str = "cpu") -> DictConfig:

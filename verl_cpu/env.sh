@@ -15,8 +15,6 @@ export MALLOC_MMAP_THRESHOLD_="${MALLOC_MMAP_THRESHOLD_:-33554432}"
 export MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-4294967296}"
 # Compiling costs minutes here and gains nothing at this size.
 export TORCH_COMPILE_DISABLE=1
-# One machine: keep gloo and vLLM's server off the network.
-export GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-lo}"
 # Ray would run its workers at niceness 15, behind everything else on the machine.
 export RAY_worker_niceness="${RAY_worker_niceness:-0}"
 # Ray would start idle workers ahead of need, which nothing here ever uses.

@@ -1,9 +1,10 @@
 """Makes the data set of the GSM8K example: grade school word problems (arXiv 2110.14168), in verl's format.
 
-    python examples/gsm8k/prepare.py --output DIR [--local FOLDER]
+    python examples/gsm8k/prepare.py --output DIR [--local FOLDER | --revision COMMIT]
 
-Takes openai/gsm8k from the Hugging Face hub or, with --local, train.jsonl and test.jsonl from a folder: one JSON object
-a line with the texts `question` and `answer`, whose last line is `#### N`. Writes train.parquet and test.parquet.
+Takes openai/gsm8k from the Hugging Face hub, its newest or the given revision, or, with --local, train.jsonl and
+test.jsonl from a folder: one JSON object a line with the texts `question` and `answer`, whose last line is `#### N`.
+Writes train.parquet and test.parquet.
 """
 
 import argparse
@@ -74,12 +75,12 @@ def read_local(path: Path) -> Iterator[tuple[str, Any]]:
                     raise ValueError(f"{place}: no valid JSON ({error}). Correct or remove the line.") from None
 
 
-def read_hub(split: str) -> Iterator[tuple[str, Any]]:
+def read_hub(split: str, revision: str | None) -> Iterator[tuple[str, Any]]:
     """The problems of openai/gsm8k on the Hugging Face hub with their places."""
     from datasets import load_dataset
 
     try:
-        problems = load_dataset("openai/gsm8k", "main", split=split)
+        problems = load_dataset("openai/gsm8k", "main", split=split, revision=revision)
     except Exception as error:
         raise ConnectionError(
             f"openai/gsm8k could not be loaded from the hub ({type(error).__name__}: {error}). Check the network, or "
@@ -96,10 +97,10 @@ def write_split(output: Path, split: str, rows: list[dict[str, Any]]) -> None:
     partial.rename(output / f"{split}.parquet")
 
 
-def prepare(output: Path, local: Path | None = None) -> None:
+def prepare(output: Path, local: Path | None = None, revision: str | None = None) -> None:
     """Writes train.parquet and test.parquet into the folder, or neither if a row is malformed."""
     splits = {
-        split: rows_of(read_local(local / f"{split}.jsonl") if local else read_hub(split), split)
+        split: rows_of(read_local(local / f"{split}.jsonl") if local else read_hub(split, revision), split)
         for split in ("train", "test")
     }
     output.mkdir(parents=True, exist_ok=True)
@@ -111,7 +112,9 @@ def prepare(output: Path, local: Path | None = None) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Makes the data set of the GSM8K example.")
     parser.add_argument("--output", type=Path, required=True, help="the folder to write into")
-    parser.add_argument("--local", type=Path, help="a folder with train.jsonl and test.jsonl, instead of the hub")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--local", type=Path, help="a folder with train.jsonl and test.jsonl, instead of the hub")
+    source.add_argument("--revision", help="a commit, tag or branch of the data set on the hub (its newest)")
     try:
         prepare(**vars(parser.parse_args()))
     except (ValueError, OSError) as error:

@@ -1,0 +1,369 @@
+"""Language models as judges: which of two responses to a prompt is better.
+
+A response is worth the share of its comparisons that it wins, a tie counts half; scores are then paired as rewards are.
+Every comparison is asked in both orders, so that a judge that prefers what stands first prefers nothing (arXiv
+2306.05685, Section 3.4). Several judges decide by majority.
+"""
+
+import asyncio
+import itertools
+import logging
+import os
+import re
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from string import Template
+
+import openai
+from omegaconf import DictConfig
+
+from recipe.spin.preferences.source import Group, RewardSource, Score
+
+POLICY = "policy"  # as a server's address: the policy's own vLLM server
+PLACEHOLDERS = {"request", "first", "second"}
+VERDICT = re.compile(r"\[\[([ABC])\]\]")
+VERDICTS = {"A": ("first", 1), "B": ("second", -1), "C": ("neither", 0)}
+NO_KEY = "none"  # servers without a key take any
+PROBE_SECONDS = 10.0
+SHOWN = 200
+
+logger = logging.getLogger(__name__)
+Ask = Callable[[str], Awaitable[str]]  # question -> answer
+
+
+class JudgeFailed(RuntimeError):
+    """A judge that gave no answer; the message names its address, what it said, and the remedy."""
+
+
+@dataclass
+class Tally:
+    """What the comparisons of a prompt's responses took.
+
+    Attributes:
+        first, second, neither, unreadable: how many answers preferred what stood first, what stood second, neither, and
+            how many could not be read.
+        example: one that could not.
+        comparisons, ties: pairs of responses, and those of them that neither won.
+        tokens: of questions and answers, as the servers counted them.
+        seconds: from the first question to the last answer.
+    """
+
+    first: int = 0
+    second: int = 0
+    neither: int = 0
+    unreadable: int = 0
+    example: str | None = None
+    comparisons: int = 0
+    ties: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+    def count(self, answer: str) -> int:
+        """Counts an answer, and returns what it is worth to the response that stood first: 1, 0 or -1."""
+        verdict = read_verdict(answer)
+        if verdict is None:
+            self.unreadable += 1
+            self.example = answer[:SHOWN]
+            logger.warning("a judge's answer holds none of [[A]], [[B]] and [[C]]: %r", answer)
+            return 0
+        name, worth = VERDICTS[verdict]
+        setattr(self, name, getattr(self, name) + 1)
+        return worth
+
+
+class JudgeSource(RewardSource):
+    """Scores a prompt's responses by what judges say of pairs of them (settings: `algorithm.judge`)."""
+
+    def __init__(self, config: DictConfig, tokenizer):
+        super().__init__(config, tokenizer)
+        self._settings = config.algorithm.judge
+        self._template = read_template(self._settings.prompt)
+        workers = config.actor_rollout_ref.rollout.agent.num_workers
+        self._calls = asyncio.Semaphore(max(1, self._settings.concurrency // workers))
+        self._began: dict[int, float] = {}
+        names = models(self._settings)
+        self._servers = [
+            None if address == POLICY else Server(address, name, self._settings)
+            for address, name in zip(self._settings.servers, names, strict=True)
+        ]
+
+    @classmethod
+    def check(cls, config: DictConfig) -> None:
+        """Looks at the settings and asks each server once what it serves."""
+        settings = config.algorithm.judge
+        check_settings(settings)
+        read_template(settings.prompt)
+        for address, name in zip(settings.servers, models(settings), strict=True):
+            if address == POLICY:
+                check_length(config)
+            else:
+                probe(address, name, settings.api_key_env)
+
+    # ------------------------------------------------------------------ scores of one prompt's responses
+
+    async def score_group(self, group: Group) -> list[Score]:
+        tally, start = Tally(), time.monotonic()
+        self._began.setdefault(group.step, start)
+        contest = self._tournament if self._settings.comparisons == "tournament" else self._all_pairs
+        values = await contest(group, tally)
+        tally.seconds = time.monotonic() - start
+        return [Score(value, asdict(tally) if number == 0 else {}) for number, value in enumerate(values)]
+
+    async def _all_pairs(self, group: Group, tally: Tally) -> list[float]:
+        """The share of its comparisons that each response wins, when each meets each."""
+        count = len(group.responses)
+        pairs = list(itertools.combinations(range(count), 2))
+        outcomes = await asyncio.gather(*(self._compare(group, a, b, tally) for a, b in pairs))
+        points = [0.0] * count
+        for (a, b), outcome in zip(pairs, outcomes, strict=True):
+            points[a] += (1 + outcome) / 2
+            points[b] += (1 - outcome) / 2
+        return [value / (count - 1) for value in points]
+
+    async def _tournament(self, group: Group, tally: Tally) -> list[float]:
+        """Comparisons that each wins in a knock-out of n - 1; after a tie the first goes on, without a point."""
+        points = [0.0] * len(group.responses)
+        left = list(range(len(group.responses)))
+        while len(left) > 1:
+            pairs = list(zip(left[::2], left[1::2], strict=False))
+            outcomes = await asyncio.gather(*(self._compare(group, a, b, tally) for a, b in pairs))
+            winners = [b if outcome < 0 else a for (a, b), outcome in zip(pairs, outcomes, strict=True)]
+            for winner, outcome in zip(winners, outcomes, strict=True):
+                points[winner] += abs(outcome)
+            left = winners + left[2 * len(pairs) :]
+        return points
+
+    async def _compare(self, group: Group, a: int, b: int, tally: Tally) -> int:
+        """1 where response a is better, -1 where b is, 0 where neither is: the sign of what all judges say together."""
+        first, second = group.responses[a], group.responses[b]
+        tally.comparisons += 1
+        if first == second:
+            tally.ties += 1
+            return 0
+        request = "\n\n".join(f"{message['role']}: {message['content']}" for message in group.messages)
+        questions = [
+            self._template.substitute(request=request, first=one, second=other)
+            for one, other in ((first, second), (second, first))
+        ]
+        asks = [self._asks(server, group, tally) for server in self._servers]
+        found = await asyncio.gather(*(self._verdict(ask, one, group, tally) for ask in asks for one in questions))
+        by_judge = [_sign(there - back) for there, back in zip(found[::2], found[1::2], strict=True)]
+        outcome = _sign(sum(by_judge))
+        tally.ties += outcome == 0
+        return outcome
+
+    async def _verdict(self, ask: Ask, question: str, group: Group, tally: Tally) -> int:
+        async with self._calls:
+            answer = await self._in_time(ask(question), group.step)
+        return tally.count(answer)
+
+    async def _in_time(self, answer: Awaitable[str], step: int) -> str:
+        limit = self._settings.step_timeout_s
+        left = None if limit is None else self._began[step] + limit - time.monotonic()
+        try:
+            return await asyncio.wait_for(answer, left)
+        except asyncio.TimeoutError as error:
+            raise JudgeFailed(
+                f"step {step}: its comparisons took longer than algorithm.judge.step_timeout_s={limit}; raise it or "
+                "algorithm.judge.concurrency, or ask less (algorithm.judge.comparisons=tournament)"
+            ) from error
+
+    def _asks(self, server: "Server | None", group: Group, tally: Tally) -> Ask:
+        async def ask_policy(question: str) -> str:
+            messages = [{"role": "user", "content": question}]
+            prompt = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            tokens = self.tokenizer.encode(prompt, add_special_tokens=False)
+            sampling = {"temperature": 0.0, "max_tokens": self._settings.max_tokens}
+            return self.tokenizer.decode(await group.generate(tokens, sampling), skip_special_tokens=True)
+
+        async def ask_server(question: str) -> str:
+            answer, tokens = await server.ask(question)
+            tally.tokens += tokens
+            return answer
+
+        return ask_policy if server is None else ask_server
+
+    # ------------------------------------------------------------------ a step's metrics
+
+    def metrics(self, infos: list[dict]) -> dict[str, float]:
+        """How much was asked and how it was answered.
+
+        Raises:
+            JudgeFailed: when more answers than `algorithm.judge.max_unreadable` could not be read.
+        """
+        tallies = [Tally(**info) for info in infos if info]
+        read = {name: sum(getattr(tally, name) for tally in tallies) for name, _ in VERDICTS.values()}
+        unreadable = sum(tally.unreadable for tally in tallies)
+        asked = sum(read.values()) + unreadable
+        limit = self._settings.max_unreadable
+        if unreadable > limit * asked:
+            example = next(tally.example for tally in tallies if tally.unreadable)
+            raise JudgeFailed(
+                f"{unreadable} of a step's {asked} answers hold none of [[A]], [[B]] and [[C]], a larger share than "
+                f"algorithm.judge.max_unreadable={limit}; one is {example!r}. Ask for these in algorithm.judge.prompt, "
+                "raise algorithm.judge.max_tokens, or take a judge that follows"
+            )
+        decided = read["first"] + read["second"]
+        metrics = {
+            "judge/asked": asked,
+            "judge/tie_rate": sum(tally.ties for tally in tallies) / sum(tally.comparisons for tally in tallies),
+            "judge/seconds_per_prompt": sum(tally.seconds for tally in tallies) / len(tallies),
+            "judge/tokens": sum(tally.tokens for tally in tallies),
+        }
+        if asked:
+            metrics["judge/unreadable_rate"] = unreadable / asked
+        if decided:
+            metrics["judge/first_rate"] = read["first"] / decided
+        return metrics
+
+
+# ---------------------------------------------------------------------- judges
+
+
+class Server:
+    """An OpenAI-compatible server, asked through openai's client, which tries again with growing pauses."""
+
+    def __init__(self, address: str, model: str | None, settings: DictConfig):
+        self._address, self._model, self._settings = address, model, settings
+        self._client = openai.AsyncOpenAI(
+            base_url=address,
+            api_key=os.environ.get(settings.api_key_env) or NO_KEY,
+            max_retries=settings.retries,
+            timeout=settings.timeout_s,
+        )
+
+    async def ask(self, question: str) -> tuple[str, int]:
+        """The answer to a question, and the tokens of both.
+
+        Raises:
+            JudgeFailed: with the server's address and what it said.
+        """
+        settings = self._settings
+        try:
+            if self._model is None:
+                self._model = first_model([model.id async for model in self._client.models.list()], self._address)
+            answer = await self._client.chat.completions.create(
+                model=self._model,
+                messages=[{"role": "user", "content": question}],
+                temperature=settings.temperature,
+                max_tokens=settings.max_tokens,
+            )
+        except openai.APIError as error:
+            raise JudgeFailed(explain(error, self._address, settings.api_key_env)) from error
+        return answer.choices[0].message.content or "", answer.usage.total_tokens if answer.usage else 0
+
+
+def read_verdict(answer: str) -> str | None:
+    """The last of [[A]], [[B]] and [[C]] in an answer; None if it has none."""
+    found = VERDICT.findall(answer)
+    return found[-1] if found else None
+
+
+def read_template(path: str) -> Template:
+    """The question, with $request, $first and $second.
+
+    Raises:
+        ValueError: when the file is missing or lacks one of them.
+    """
+    key = f"algorithm.judge.prompt={path!r}"
+    try:
+        template = Template(Path(path).expanduser().read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{key}: cannot be read ({error}); name a text file") from error
+    names = {match["named"] or match["braced"] for match in template.pattern.finditer(template.template)} - {None}
+    if names != PLACEHOLDERS or not template.is_valid():
+        raise ValueError(
+            f"{key}: must hold $request, $first and $second, and no other $name; it holds {sorted(names)}. Write $$ "
+            "for a dollar sign"
+        )
+    return template
+
+
+def models(settings: DictConfig) -> list[str | None]:
+    """The model to ask for at each server; None takes the first that it serves."""
+    given = settings.models
+    return [given] * len(settings.servers) if given is None or isinstance(given, str) else list(given)
+
+
+def check_settings(settings: DictConfig) -> None:
+    """Raises ValueError where judges and models do not fit together."""
+    servers = list(settings.servers)
+    if not all(address == POLICY or address.startswith(("http://", "https://")) for address in servers):
+        raise ValueError(
+            f"algorithm.judge.servers={servers!r}: give addresses such as http://127.0.0.1:8000/v1, or policy for the "
+            "policy's own vLLM server"
+        )
+    if len(models(settings)) != len(servers):
+        raise ValueError(f"algorithm.judge.models={settings.models!r}: give one name, a name a server, or null")
+
+
+def check_length(config: DictConfig) -> None:
+    """Raises ValueError when the policy's own vLLM server has no room for a question about two long responses."""
+    from transformers import AutoTokenizer
+
+    model_len = config.actor_rollout_ref.rollout.max_model_len
+    if model_len is None:
+        return
+    settings, data = config.algorithm.judge, config.data
+    question = read_template(settings.prompt).substitute(request="", first="", second="")
+    tokens = len(AutoTokenizer.from_pretrained(config.actor_rollout_ref.model.path).encode(question))
+    tokens += data.max_prompt_length + 2 * data.max_response_length + settings.max_tokens
+    if tokens > model_len:
+        raise ValueError(
+            f"actor_rollout_ref.rollout.max_model_len={model_len}: as its own judge the policy reads and writes up to "
+            f"{tokens} tokens; raise it, or lower algorithm.judge.max_tokens"
+        )
+
+
+def probe(address: str, model: str | None, api_key_env: str) -> None:
+    """Asks a server what it serves, before anything is started.
+
+    Raises:
+        ValueError: when it does not answer, wants another key, or does not serve the model.
+    """
+    key = os.environ.get(api_key_env) or NO_KEY
+    client = openai.OpenAI(base_url=address, api_key=key, max_retries=0, timeout=PROBE_SECONDS)
+    try:
+        served = [one.id for one in client.models.list()]
+    except openai.NotFoundError as error:
+        if model is None:
+            raise ValueError(f"judge {address}: has no list of models; name one in algorithm.judge.models") from error
+        return
+    except openai.APIError as error:
+        raise ValueError(explain(error, address, api_key_env)) from error
+    if model is not None and model not in served:
+        raise ValueError(
+            f"judge {address}: serves {', '.join(served) or 'no model'}, and not algorithm.judge.models={model!r}"
+        )
+    first_model(served, address)
+
+
+def first_model(served: list[str], address: str) -> str:
+    if not served:
+        raise ValueError(f"judge {address}: serves no model; start it with one")
+    return served[0]
+
+
+def explain(error: openai.APIError, address: str, api_key_env: str) -> str:
+    """A failed call in a sentence: the address, the status, what the server said, and the remedy."""
+    if isinstance(error, openai.APITimeoutError):
+        return (
+            f"judge {address}: no answer in time; raise algorithm.judge.timeout_s or lower algorithm.judge.concurrency"
+        )
+    if isinstance(error, openai.APIConnectionError):
+        return f"judge {address}: cannot be reached ({error.__cause__ or error}); start it, or correct the address"
+    if not isinstance(error, openai.APIStatusError):
+        return f"judge {address}: {str(error)[:SHOWN]}"
+    said = f"judge {address}: status {error.status_code}, {error.response.text[:SHOWN]!r}"
+    if error.status_code in (401, 403):
+        given = "has no value" if not os.environ.get(api_key_env) else "holds a key that it refuses"
+        return f"{said}; the environment variable {api_key_env} (algorithm.judge.api_key_env) {given}"
+    if error.status_code == 429:
+        return f"{said}; lower algorithm.judge.concurrency or raise algorithm.judge.retries"
+    return f"{said}; after {error.response.request.method} {error.response.request.url.path}"
+
+
+def _sign(value: int) -> int:
+    return (value > 0) - (value < 0)

@@ -1,0 +1,139 @@
+"""What prefers, as an interface: it may score a prompt's responses together, and it pairs those of a step."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, NamedTuple
+
+import torch
+from omegaconf import DictConfig
+from tensordict import TensorDict
+
+from recipe.spin.core_algos import PreferencePairs, compute_onlineDPO_pref
+
+SOURCES = {
+    "reward": "recipe.spin.preferences.source:RewardSource",
+    "judge": "recipe.spin.preferences.judge:JudgeSource",
+    "self_play": "recipe.spin.preferences.self_play:SelfPlaySource",
+}
+Generate = Callable[[list[int], dict[str, Any]], Any]  # prompt tokens, sampling parameters -> awaitable of tokens
+
+
+@dataclass(frozen=True)
+class Group:
+    """The n responses to one prompt of a training step.
+
+    Attributes:
+        step: number of the training step.
+        messages: the prompt, as chat messages.
+        responses: the responses' text, without special tokens.
+        rewards: what the reward function gave each; None where a run has none.
+        row: the columns of the prompt's row in the data.
+        generate: answers prompt tokens with the policy's own vLLM server; awaitable, gives the answer's tokens.
+    """
+
+    step: int
+    messages: list[dict]
+    responses: list[str]
+    rewards: list[float] | None
+    row: dict[str, Any]
+    generate: Generate
+
+
+class Score(NamedTuple):
+    """What a response is worth beside the others to its prompt, and what `metrics` is to know about it."""
+
+    value: float
+    info: dict[str, Any]
+
+
+class Pairing(NamedTuple):
+    """What a step trains on: N responses, pairs of them, and the number of each one's prompt (N,)."""
+
+    responses: TensorDict
+    pairs: PreferencePairs
+    prompt_of: torch.Tensor
+
+
+class RewardSource:
+    """Pairs responses by their scores: a reward function's or model's, or those of `score_group` in a derived class.
+
+    A source lives in each process that answers prompts, for `score_group`, and beside the trainer, for the rest.
+
+    Attributes:
+        fields: columns of the responses that `pair` reads besides the trainer's.
+        rollout_model: whose weights vLLM has while it answers training prompts: the "actor"'s or the "reference"'s.
+    """
+
+    fields: tuple[str, ...] = ()
+    rollout_model = "actor"
+
+    def __init__(self, config: DictConfig, tokenizer):
+        self.config = config
+        self.tokenizer = tokenizer
+
+    @classmethod
+    def check(cls, config: DictConfig) -> None:
+        """Looks, before Ray starts, at the settings that are this source's own. Raises ValueError with the remedy."""
+
+    @classmethod
+    def scores_groups(cls) -> bool:
+        return cls.score_group is not RewardSource.score_group
+
+    async def score_group(self, group: Group) -> list[Score]:
+        """A score for each of the responses to a prompt, which takes the place of the reward in pairing them.
+
+        Asked for each prompt of a training step as soon as its responses are there, while vLLM answers others.
+        """
+        raise NotImplementedError
+
+    def pair(self, responses: TensorDict, rewards: torch.Tensor, mask: torch.Tensor, step: int) -> Pairing:
+        """Pairs the responses (N,) to a step's prompts, n neighbours each, by rewards (N, T) over mask (N, T)."""
+        algorithm, rollout = self.config.algorithm, self.config.actor_rollout_ref.rollout
+        pairs = compute_onlineDPO_pref(
+            rewards,
+            mask,
+            n=rollout.n,
+            pairing=algorithm.dpo_pairing,
+            tie_policy=algorithm.dpo_tie_policy,
+            min_margin=algorithm.dpo_min_margin,
+            generator=torch.Generator().manual_seed(rollout.seed + step),
+        )
+        return Pairing(responses, pairs, torch.arange(len(responses)) // rollout.n)
+
+    def metrics(self, infos: list[dict[str, Any]]) -> dict[str, float]:
+        """A step's metrics from what `score_group` noted of each response. An exception ends the run."""
+        return {}
+
+    def held_out_metrics(
+        self, batches: Iterable[dict], logps: Callable[[list, list], torch.Tensor]
+    ) -> dict[str, float]:
+        """Metrics of a validation besides those of the answers.
+
+        `logps(prompts, responses)` gives the log-probs (N,) of N responses under the actor, both given as tokens.
+        """
+        return {}
+
+
+def source_class(name: str) -> type[RewardSource]:
+    """The class of a source by its name, or by `module:Class`.
+
+    Raises:
+        ValueError: when there is no such source, or it cannot be imported.
+    """
+    place = SOURCES.get(name, name)
+    module, colon, attribute = place.partition(":")
+    if not colon:
+        raise ValueError(f"choose one of {', '.join(SOURCES)}, or name a class of your own as module:Class")
+    try:
+        found = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"cannot be imported ({error}); PYTHONPATH must lead to its module") from error
+    if not (isinstance(found, type) and issubclass(found, RewardSource)):
+        raise ValueError("must be a class derived from recipe.spin.preferences.source.RewardSource")
+    return found
+
+
+def load_source(config: DictConfig, tokenizer) -> RewardSource:
+    """The source that the config asks for."""
+    return source_class(config.algorithm.preference_source)(config, tokenizer)

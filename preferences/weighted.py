@@ -1,0 +1,57 @@
+"""Several reward functions as one, their scores summed up by weight: for `reward.custom_reward_function`."""
+
+import asyncio
+import importlib.util
+import inspect
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+
+async def compute_score(
+    data_source: str,
+    solution_str: str,
+    ground_truth: str,
+    extra_info: dict[str, Any] | None = None,
+    *,
+    functions: Mapping[str, Mapping[str, Any]],
+    **kwargs: Any,
+) -> dict[str, float]:
+    """The weighted sum as `score`, each function's own score under its name, and `acc` of the first that gives one.
+
+    Args:
+        functions: by name `{path: file, name: function (compute_score), weight: number (1)}`; a function is called as
+            a reward function of its own would be, asynchronous ones together.
+    """
+    arguments = dict(
+        data_source=data_source, solution_str=solution_str, ground_truth=ground_truth, extra_info=extra_info, **kwargs
+    )
+    calls = (_call(load(one["path"], one.get("name", "compute_score")), arguments) for one in functions.values())
+    results = dict(zip(functions, await asyncio.gather(*calls), strict=True))
+    scores = {name: _score(name, result) for name, result in results.items()}
+    total = sum(functions[name].get("weight", 1.0) * score for name, score in scores.items())
+    accuracies = [result["acc"] for result in results.values() if isinstance(result, Mapping) and "acc" in result]
+    return {"score": total, **scores} | ({"acc": accuracies[0]} if accuracies else {})
+
+
+@cache
+def load(path: str, name: str) -> Callable[..., Any]:
+    """The function of that name in a Python file."""
+    spec = importlib.util.spec_from_file_location(f"reward_{abs(hash(path))}", Path(path).expanduser())
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return getattr(module, name)
+
+
+async def _call(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+    if inspect.iscoroutinefunction(function):
+        return await function(**arguments)
+    return await asyncio.to_thread(function, **arguments)
+
+
+def _score(name: str, result: Any) -> float:
+    score = result["score"] if isinstance(result, Mapping) else result
+    if not isinstance(score, int | float):
+        raise TypeError(f"the reward {name!r} returned {result!r}: give a number, or a dict with a number as score")
+    return float(score)

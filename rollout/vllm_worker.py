@@ -1,0 +1,13 @@
+"""What a vLLM worker has besides its own: verl's receiver of weights, on the run's socket and with a time limit."""
+
+from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
+
+from recipe.spin import verl_patches
+from recipe.spin.rollout.weights import own_socket
+
+verl_patches.limit_weight_transfer()
+
+
+class RolloutWorkerExtension(vLLMColocateWorkerExtension):
+    def _get_zmq_handle(self) -> str:
+        return own_socket(super()._get_zmq_handle())

@@ -1,0 +1,89 @@
+"""The Ray cluster of a run: one of its own on this machine, or one that it joins."""
+
+import os
+import re
+from importlib.util import find_spec
+from pathlib import Path
+from uuid import uuid4
+
+from omegaconf import DictConfig, open_dict
+
+from recipe.spin.rollout.weights import ONE_MACHINE, RUN_NAME
+
+# What processes on other nodes need of the driver's environment; those of this machine inherit it
+PASSED_ON = ("GLOO_", "HF_", "MALLOC_", "NCCL_", "OMP_", "PYTORCH_", "TORCH_", "TRANSFORMERS_", "VERL_", "VLLM_")
+OF_A_NODE = ("VLLM_HOST_IP",)
+# Ray prints and stores its runtime environment: secrets never go there
+SECRET = re.compile(r"_(KEY|TOKEN|SECRET|PASSWORD)$")
+# What the services want that metrics are logged to; only the process that drives the run talks to them
+LOGGING = ("CLEARML_", "MLFLOW_", "SWANLAB_", "WANDB_")
+
+# Nothing of a run on one machine listens on the network, unless the user names an interface
+ON_LOOPBACK = {
+    ONE_MACHINE: "1",
+    # Ray's own switch for systems whose firewall asks about every listening process
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "GLOO_SOCKET_IFNAME": "lo",
+    "NCCL_SOCKET_IFNAME": "lo",
+    "VLLM_HOST_IP": "127.0.0.1",
+}
+
+
+def address(config: DictConfig) -> str:
+    """The address of the cluster that a run joins; "local" for one that it starts for itself."""
+    named = config.ray_kwargs.ray_init.get("address") or os.environ.get("RAY_ADDRESS")
+    return named or ("auto" if config.trainer.nnodes > 1 else "local")
+
+
+def prepare(config: DictConfig) -> bool:
+    """Completes `ray_kwargs.ray_init` for this run; returns whether it joins a cluster.
+
+    The run gets a name, which is its namespace in Ray and tells its sockets from those of other runs.
+    """
+    ray_init = config.ray_kwargs.ray_init
+    name = f"spin-{uuid4().hex[:8]}"
+    with open_dict(config):
+        ray_init.address = address(config)
+        ray_init.setdefault("namespace", name)
+        variables = {RUN_NAME: name}
+        joins = ray_init.address != "local"
+        if joins:
+            for key in ("num_cpus", "num_gpus", "object_store_memory"):  # the cluster's own, which a joiner cannot set
+                ray_init.pop(key, None)
+            variables |= passed_on(dict(os.environ))
+        else:
+            keep_to_loopback()
+        runtime_env = ray_init.setdefault("runtime_env", {})
+        runtime_env.env_vars = variables | dict(runtime_env.get("env_vars") or {})
+    return joins
+
+
+def passed_on(environment: dict[str, str]) -> dict[str, str]:
+    """The part of the driver's environment that the processes of other nodes get; no secrets."""
+    found = {
+        name: value
+        for name, value in environment.items()
+        if name.startswith(PASSED_ON) and name not in OF_A_NODE and not SECRET.search(name)
+    }
+    return found | {"PYTHONPATH": os.pathsep.join(import_paths(environment.get("PYTHONPATH", "")))}
+
+
+def import_paths(pythonpath: str) -> list[str]:
+    """The driver's PYTHONPATH, and the folder that holds the package `recipe` unless it is installed."""
+    paths = [path for path in pythonpath.split(os.pathsep) if path]
+    folder = str(Path(next(iter(find_spec("recipe.spin").submodule_search_locations))).parents[1])
+    return paths if folder in paths or Path(folder).name == "site-packages" else [folder, *paths]
+
+
+def logging_settings(environment: dict[str, str]) -> dict[str, str]:
+    """The variables, keys among them, of the services that metrics are logged to."""
+    return {name: value for name, value in environment.items() if name.startswith(LOGGING)}
+
+
+def keep_to_loopback() -> None:
+    """Makes Ray, TransferQueue, vLLM, gloo and NCCL of a run on one machine listen on loopback alone."""
+    from ray._private import ray_constants
+
+    for name, value in ON_LOOPBACK.items():
+        os.environ.setdefault(name, value)
+    ray_constants.ENABLE_RAY_CLUSTER = False  # Ray read its switch when Hydra, looking for verl's config, imported it

@@ -1,0 +1,36 @@
+"""A model of the hub at one revision: `owner/name@revision` as its path."""
+
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from recipe.spin.run.check import ConfigError
+
+KEY = "actor_rollout_ref.model.path"
+# The weights once more, in formats that neither PyTorch nor vLLM is given here
+UNUSED = ("original/*", "*.gguf", "*.onnx", "*.h5", "*.msgpack", "*.ot")
+
+
+def fetch_pinned_model(config: DictConfig) -> None:
+    """Puts the folder of that revision, downloaded unless it is there, in place of the path; others stay.
+
+    verl gives no revision to the hub, which would then serve the newest.
+
+    Raises:
+        ConfigError: when the hub does not give that revision.
+    """
+    path = config.actor_rollout_ref.model.path
+    name, at, revision = str(path).partition("@")
+    if not at or Path(path).expanduser().exists():
+        return
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        folder = snapshot_download(name, revision=revision, ignore_patterns=list(UNUSED))
+    except (OSError, HFValidationError) as error:  # no such name or revision, no access, no network
+        raise ConfigError(
+            f"{KEY}={path!r}: the hub did not give revision {revision!r} of {name!r} ({str(error).strip()}); correct "
+            "name and revision (a commit, tag or branch), or give a folder"
+        ) from error
+    config.actor_rollout_ref.model.path = folder

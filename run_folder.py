@@ -1,0 +1,83 @@
+"""The folder of a run: its checkpoints and its metrics by step, of which a stopped run's next part goes on."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+TRACKER = "latest_checkpointed_iteration.txt"  # verl writes it last: the step of the newest complete checkpoint
+CHECKPOINT = re.compile(r"global_step_(0|[1-9][0-9]*)")
+METRICS = re.compile(r"from_step_([0-9]{8})(?:-([0-9]+))?\.jsonl")
+
+
+def checkpoints(folder: Path) -> dict[int, Path]:
+    """The folders that verl names as checkpoints, complete or not, by step. Other names are the user's."""
+    found = {}
+    for path in folder.glob("global_step_*"):
+        name = CHECKPOINT.fullmatch(path.name)
+        if name and path.is_dir() and not path.is_symlink():
+            found[int(name[1])] = path
+    return dict(sorted(found.items()))
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether a save came to its end; the place in the data is written last."""
+    return (checkpoint / "data.pt").exists()
+
+
+def tracked_step(folder: Path) -> int | None:
+    """The step that the tracker names; None without one, or where a kill cut it off or a hand changed it."""
+    tracker = folder / TRACKER
+    text = tracker.read_text().strip() if tracker.exists() else ""
+    return int(text) if re.fullmatch("[0-9]+", text) else None
+
+
+def prune(folder: Path, step: int, keep: int | None) -> None:
+    """Removes all but the newest `keep` checkpoints up to `step`; none where keep is None or below 1.
+
+    The one that the tracker names stays in any case, and so do those above `step`, which are not of this run's making.
+    """
+    if keep is None or keep < 1:
+        return
+    tracked = tracked_step(folder)
+    past = {number: path for number, path in checkpoints(folder).items() if number <= step}
+    for number in sorted(past)[:-keep]:
+        if number != tracked:
+            shutil.rmtree(past[number])
+
+
+def metrics_files(folder: Path) -> dict[tuple[int, int], Path]:
+    """The metrics that the run's parts wrote, by the step they began at and their number of those that began there."""
+    found = {}
+    for path in (folder / "metrics").glob("from_step_*.jsonl"):
+        name = METRICS.fullmatch(path.name)
+        if name:
+            found[int(name[1]), int(name[2] or 1)] = path
+    return dict(sorted(found.items()))
+
+
+def next_metrics_file(folder: Path, step: int) -> Path:
+    """A file that is not there yet for the metrics of a part that begins at `step`; verl would empty one that is."""
+    (folder / "metrics").mkdir(parents=True, exist_ok=True)
+    number = 1 + max((number for start, number in metrics_files(folder) if start == step), default=0)
+    return folder / "metrics" / (f"from_step_{step:08d}" + (f"-{number}" if number > 1 else "") + ".jsonl")
+
+
+def read_history(folder: Path) -> tuple[dict[int, dict[str, float | None]], int]:
+    """Metrics by step from the files that the run's parts wrote, and the number of lines that are no metrics.
+
+    What a resumed part repeated counts once. A kill leaves a line that is cut off; a metric that is no number is None.
+    """
+    history: dict[int, dict[str, float | None]] = {}
+    unreadable = 0
+    for (start, _), file in metrics_files(folder).items():
+        history = {step: metrics for step, metrics in history.items() if step <= start}
+        for line in file.read_text(errors="replace").splitlines():
+            try:
+                entry = json.loads(line)
+                step, metrics = int(entry["step"]), dict(entry["data"])
+            except (ValueError, TypeError, KeyError):
+                unreadable += 1
+                continue
+            history.setdefault(step, {}).update(metrics)
+    return dict(sorted(history.items())), unreadable

@@ -1,0 +1,100 @@
+"""A Ray cluster for the tests, started as a user would with `ray start`: one raylet a node, all on this machine."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+
+LOOPBACK = "127.0.0.1"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((LOOPBACK, 0))
+        return probe.getsockname()[1]
+
+
+class RayCluster:
+    """Nodes with so many logical GPUs each; `address` is what RAY_ADDRESS names. Ends by its own processes alone.
+
+    The nodes know nothing of the recipe: no PYTHONPATH, none of the CPU profile's variables, another folder.
+    """
+
+    def __init__(self, gpus: list[int], environment: dict[str, str]):
+        self.folder = Path(tempfile.mkdtemp(prefix="ray-"))  # short: sockets lie deep below it
+        self.address = f"{LOOPBACK}:{free_port()}"
+        self._environment = environment
+        self._nodes: list[subprocess.Popen] = []
+        try:
+            for number, count in enumerate(gpus):
+                self._start(count, head=number == 0)
+                self._await(number + 1)
+        except BaseException:
+            self.stop()
+            raise
+
+    def _start(self, gpus: int, head: bool) -> None:
+        where = ["--head", f"--port={self.address.rpartition(':')[2]}", "--include-dashboard=false"]
+        if not head:
+            where = [f"--address={self.address}"]
+        options = [f"--num-gpus={gpus}", "--num-cpus=24", "--object-store-memory=500000000", "--block"]
+        options += [f"--node-ip-address={LOOPBACK}", f"--temp-dir={self.folder}", "--min-worker-port=0"]
+        options += [f"--dashboard-agent-listen-port={free_port()}", "--max-worker-port=0", "--disable-usage-stats"]
+        if head:
+            options.append(f"--ray-client-server-port={free_port()}")
+        with open(self.folder / f"node-{len(self._nodes)}.log", "w") as log:
+            node = subprocess.Popen(
+                [str(Path(sys.executable).parent / "ray"), "start", *where, *options],
+                cwd=self.folder,
+                env=self._environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+        self._nodes.append(node)
+
+    def _await(self, nodes: int) -> None:
+        """Returns when Ray counts so many nodes."""
+        count = (
+            f"import ray; ray.init('{self.address}', log_to_driver=False); print(sum(n['Alive'] for n in ray.nodes()))"
+        )
+        for _ in range(30):
+            told = subprocess.run([sys.executable, "-c", count], env=self._environment, capture_output=True, text=True)
+            if told.stdout.strip() == str(nodes):
+                return
+            if self._nodes[-1].poll() is not None:
+                break
+            time.sleep(1)
+        raise RuntimeError(f"node {nodes} did not come up: {told.stderr}{self._log_text()}")
+
+    def _log_text(self) -> str:
+        return "\n".join(file.read_text() for file in self.folder.glob("node-*.log"))
+
+    def logs(self) -> str:
+        """All that the cluster has written about its runs."""
+        files = [file for file in self.folder.rglob("*") if file.is_file()]
+        return "\n".join(file.read_text(errors="replace") for file in files)
+
+    def stop(self) -> None:
+        for node in reversed(self._nodes):
+            try:
+                processes = psutil.Process(node.pid).children(recursive=True)
+            except psutil.NoSuchProcess:
+                continue
+            node.terminate()
+            _, alive = psutil.wait_procs(processes, timeout=15)
+            for process in alive:
+                process.kill()
+            node.kill()
+            node.wait()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def bare_environment() -> dict[str, str]:
+    """What a node's shell has: where programs are, and the home."""
+    return {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}

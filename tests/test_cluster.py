@@ -1,0 +1,153 @@
+"""What a run brings along to a Ray cluster of its own, and to one that it joins."""
+
+import copy
+import os
+import tempfile
+import threading
+from pathlib import Path
+
+import psutil
+import pytest
+from checkable_run import composed, override
+from omegaconf import DictConfig, OmegaConf
+from ray._private import ray_constants
+
+from recipe.spin import fsdp_workers
+from recipe.spin.main_spin import TaskRunner
+from recipe.spin.rollout.weights import ONE_MACHINE, RUN_NAME
+from recipe.spin.run import cluster, report
+from recipe.spin.run import monitor as run_monitor
+from recipe.spin.run.monitor import RunMonitor
+
+ROOT = Path(__file__).resolve().parent.parent
+SECRETS = {"WANDB_API_KEY": "s3cret-1", "HF_TOKEN": "s3cret-2", "VLLM_API_KEY": "s3cret-3", "HF_HUB_TOKEN": "s3cret-4"}
+SETTINGS = {
+    "HF_HOME": "/shared/models",
+    "NCCL_SOCKET_IFNAME": "eth1",
+    "VERL_PLATFORM": "cpu",
+    "OMP_NUM_THREADS": "2",
+    "VLLM_HOST_IP": "10.0.0.1",  # the driver's own
+    "HOME": "/home/me",
+    "PYTHONPATH": "/mine",
+}
+
+
+@pytest.fixture
+def environment(monkeypatch) -> dict[str, str]:
+    variables = {**SETTINGS, **SECRETS}
+    monkeypatch.setattr(os, "environ", variables)
+    monkeypatch.setattr(ray_constants, "ENABLE_RAY_CLUSTER", True)
+    return variables
+
+
+def config(*overrides: str) -> DictConfig:
+    result = copy.deepcopy(composed("cpu"))
+    OmegaConf.set_struct(result, False)  # as Hydra's "+key=value" adds a key
+    result = override(result, list(overrides))
+    OmegaConf.set_struct(result, True)
+    OmegaConf.resolve(result)
+    return result
+
+
+def prepared(settings: DictConfig) -> tuple[bool, dict]:
+    joins = cluster.prepare(settings)
+    return joins, OmegaConf.to_container(settings.ray_kwargs.ray_init)
+
+
+def test_a_run_on_one_machine_has_a_cluster_of_its_own_on_loopback(environment):
+    joins, ray_init = prepared(config())
+    assert not joins and ray_init["address"] == "local"  # never one that somebody else started on the machine
+    assert ray_init["num_gpus"] == 1 and ray_init["object_store_memory"] == 500000000
+    assert list(ray_init["runtime_env"]["env_vars"]) == [RUN_NAME]  # the rest is inherited
+    assert environment.items() >= (cluster.ON_LOOPBACK | SETTINGS).items()  # what the user names is kept
+    assert environment["GLOO_SOCKET_IFNAME"] == "lo" and environment["NCCL_SOCKET_IFNAME"] == "eth1"
+    assert not ray_constants.ENABLE_RAY_CLUSTER
+
+
+@pytest.mark.parametrize(
+    ("variables", "overrides", "address"),
+    [
+        ({}, ["trainer.nnodes=2"], "auto"),
+        ({"RAY_ADDRESS": "head:6379"}, [], "head:6379"),
+        ({"RAY_ADDRESS": "head:6379"}, ["trainer.nnodes=2"], "head:6379"),
+        ({"RAY_ADDRESS": "head:6379"}, ["ray_kwargs.ray_init.address=other:1"], "other:1"),
+    ],
+)
+def test_a_run_joins_the_cluster_that_is_named(environment, variables, overrides, address):
+    environment.update(variables)
+    before = dict(environment)
+    joins, ray_init = prepared(config(*overrides))
+    assert joins and ray_init["address"] == address
+    assert not ray_init.keys() & {"num_cpus", "num_gpus", "object_store_memory"}  # Ray refuses them from a joiner
+    assert environment == before and ray_constants.ENABLE_RAY_CLUSTER
+
+
+def test_ray_address_local_is_a_cluster_of_its_own(environment):
+    environment["RAY_ADDRESS"] = "local"
+    assert not cluster.prepare(config())
+
+
+def test_workers_on_other_nodes_get_the_drivers_settings_and_no_secrets(environment):
+    _, ray_init = prepared(config("trainer.nnodes=2"))
+    variables = ray_init["runtime_env"]["env_vars"]
+    assert variables.pop(RUN_NAME) == ray_init["namespace"]
+    assert variables.pop("PYTHONPATH").split(":") == [str(ROOT), "/mine"]
+    assert variables == {name: SETTINGS[name] for name in list(SETTINGS)[:4]}
+    assert not [secret for secret in SECRETS.values() if secret in OmegaConf.to_yaml(OmegaConf.create(ray_init))]
+
+
+def test_what_the_user_sets_for_the_workers_is_kept(environment):
+    settings = config("trainer.nnodes=2")
+    OmegaConf.update(settings, "ray_kwargs.ray_init.runtime_env.env_vars", {"HF_HOME": "/local"}, force_add=True)
+    OmegaConf.update(settings, "ray_kwargs.ray_init.namespace", "mine", force_add=True)
+    _, ray_init = prepared(settings)
+    assert ray_init["runtime_env"]["env_vars"]["HF_HOME"] == "/local"
+    assert ray_init["namespace"] == "mine"
+
+
+def test_two_runs_have_different_names(environment):
+    names = {prepared(config())[1]["namespace"] for _ in range(2)}
+    assert len(names) == 2
+
+
+def test_the_checkout_is_importable_elsewhere_once():
+    assert cluster.import_paths(f"/a:{ROOT}") == ["/a", str(ROOT)]
+    assert cluster.import_paths("") == [str(ROOT)]
+
+
+def test_keys_of_logging_services_reach_the_process_that_logs(environment):
+    settings = cluster.logging_settings(environment | {"WANDB_MODE": "offline"})
+    assert settings == {"WANDB_API_KEY": "s3cret-1", "WANDB_MODE": "offline"}
+    TaskRunner({"MLFLOW_TRACKING_PASSWORD": "s3cret-5"})
+    assert environment["MLFLOW_TRACKING_PASSWORD"] == "s3cret-5"
+
+
+def test_on_a_joined_cluster_nothing_is_claimed_that_only_a_part_is_seen_of(tmp_path, monkeypatch):
+    looked = threading.Event()
+    monkeypatch.setenv("TMPDIR", "/somewhere")
+    monkeypatch.setattr(run_monitor, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(run_monitor, "process_tree", lambda: [psutil.Process()])
+    monkeypatch.setattr(run_monitor, "_ask_task_runner", looked.set)
+    with RunMonitor(tmp_path / "logs", joins=True) as monitor:
+        assert os.environ["TMPDIR"] == "/somewhere"
+        assert looked.wait(10)
+    assert monitor.peak_memory_gb is None
+    assert "each node" in monitor.logs and str(tmp_path) not in monitor.logs
+
+
+def test_the_report_of_a_joined_run_tells_no_memory(capsys):
+    summary = {"steps": 4, "seconds": 60, "before": {}, "after": {}, "peak_memory_gb": None, "checkpoint": None}
+    report.print_summary(summary, Path("run"))
+    assert "4 steps" in (told := capsys.readouterr().out) and "memory" not in told
+    report.print_summary(summary | {"peak_memory_gb": 1.5}, Path("run"))
+    assert "memory of all processes: 1.5 GB" in capsys.readouterr().out
+
+
+def test_ranks_of_one_machine_meet_without_a_server(monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", "/private")
+    alone = {ONE_MACHINE: "1", RUN_NAME: "spin-1", "MASTER_PORT": "4000"}
+    fsdp_workers.meet_in_a_file(alone)
+    assert alone["DIST_INIT_METHOD"] == "file:///private/spin-1-ranks-4000"
+    several = {RUN_NAME: "spin-1", "MASTER_PORT": "4000"}
+    fsdp_workers.meet_in_a_file(several)
+    assert "DIST_INIT_METHOD" not in several

@@ -1,0 +1,256 @@
+"""What judges make of responses, asked through a real server; the settings and servers that are refused."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+from worker_harness import compose
+
+from benchmarks.rule_judge import RuleJudge, is_sum
+from recipe.spin.preferences.judge import JudgeFailed, JudgeSource, read_verdict
+from recipe.spin.preferences.source import Group, source_class
+
+ROOT = Path(__file__).resolve().parents[1]
+RESPONSES = ["3", "7", "11", "7"]
+
+
+def length(request: str, response: str) -> float:
+    return len(response)
+
+
+def number(request: str, response: str) -> float:
+    return float(response)
+
+
+def group(responses: list[str], generate=None) -> Group:
+    return Group(1, [{"role": "user", "content": "What is 3 + 4?"}], responses, None, {}, generate)
+
+
+def settings(*servers: RuleJudge, **changes) -> list[str]:
+    addresses = ",".join(server.address for server in servers)
+    overrides = {"servers": f"[{addresses}]", "retries": 0, "timeout_s": 5} | changes
+    return [
+        "algorithm.preference_source=judge",
+        *(f"algorithm.judge.{key}={value}" for key, value in overrides.items()),
+    ]
+
+
+def judge_of(*servers: RuleJudge, tokenizer=None, **changes) -> JudgeSource:
+    return JudgeSource(compose(*settings(*servers, **changes), device="cpu"), tokenizer)
+
+
+def scores(source: JudgeSource, responses=RESPONSES, generate=None) -> tuple[list[float], dict[str, float]]:
+    found = asyncio.run(source.score_group(group(responses, generate)))
+    return [score.value for score in found], source.metrics([score.info for score in found])
+
+
+def test_a_response_is_worth_the_share_of_its_comparisons_that_it_wins():
+    with RuleJudge(number) as server:
+        values, metrics = scores(judge_of(server))
+    assert values == pytest.approx([0, 0.5, 1, 0.5])  # 7 wins against 3, loses to 11, ties with itself
+    assert len(server.questions) == 10  # five comparisons in two orders; equal responses are not asked about
+    assert metrics["judge/asked"] == 10 and metrics["judge/tie_rate"] == pytest.approx(1 / 6)
+    assert metrics["judge/first_rate"] == 0.5 and metrics["judge/unreadable_rate"] == 0
+    assert metrics["judge/tokens"] == 1000 and metrics["judge/seconds_per_prompt"] > 0
+
+
+def test_a_tournament_asks_about_n_less_one_pairs():
+    with RuleJudge(number) as server:
+        values, _ = scores(judge_of(server, comparisons="tournament"), ["5", "3", "9", "1", "2"])
+    assert values == [1, 0, 3, 0, 0] and len(server.questions) == 2 * 4
+
+
+def test_the_request_and_both_responses_reach_the_judge_as_they_are():
+    with RuleJudge(length) as server:
+        scores(judge_of(server), ["$first {0}", "[[A]]"])
+    first, second = sorted(server.questions)
+    assert "user: What is 3 + 4?" in first and "$first {0}" in first and "[[A]]" in first
+    assert first.index("$first {0}") < first.index("[Answer B]") < second.index("$first {0}")
+
+
+class Biased(RuleJudge):
+    def answer(self, question: str) -> str:
+        super().answer(question)
+        return "The first one, as always: [[A]]"
+
+
+def test_a_judge_that_always_says_first_prefers_nothing():
+    with Biased(number) as server:
+        values, metrics = scores(judge_of(server))
+    assert values == [0.5] * 4 and metrics["judge/tie_rate"] == 1 and metrics["judge/first_rate"] == 1
+
+
+def test_several_judges_decide_by_majority():
+    with RuleJudge(number) as good, RuleJudge(number) as too, RuleJudge(lambda *asked: -number(*asked)) as bad:
+        assert scores(judge_of(good, bad, too), ["1", "2"])[0] == [0, 1]
+        assert scores(judge_of(good, bad), ["1", "2"])[0] == [0.5, 0.5]
+
+
+def test_unreadable_answers_count_as_ties_up_to_a_share(caplog):
+    with RuleJudge(number, unreadable=1.0) as server:
+        values, metrics = scores(judge_of(server, max_unreadable=1.0))
+        assert values == [0.5] * 4 and metrics["judge/unreadable_rate"] == 1
+        assert "I would rather not say." in caplog.text
+        with pytest.raises(JudgeFailed, match=r"10 of a step's 10 answers .*max_unreadable=0.2.*rather not say"):
+            scores(judge_of(server))
+
+
+@pytest.mark.parametrize(
+    ("answer", "verdict"),
+    [("[[A]]", "A"), ("not [[A]] but [[B]].", "B"), ("[[C]]\n", "C"), ("[A]", None), ("", None), ("[[D]]", None)],
+)
+def test_the_last_verdict_of_an_answer_counts(answer, verdict):
+    assert read_verdict(answer) == verdict
+
+
+def test_a_busy_server_is_asked_again():
+    with RuleJudge(number, refusals=2) as server:
+        assert scores(judge_of(server, retries=3), ["1", "2"])[0] == [0, 1]
+
+
+def test_a_server_that_stays_busy_is_named_with_the_remedy():
+    with (
+        RuleJudge(number, refusals=100) as server,
+        pytest.raises(JudgeFailed, match=r"127.0.0.1.*status 429.*too many requests.*algorithm.judge.concurrency"),
+    ):
+        scores(judge_of(server))
+
+
+def test_a_slow_server_ends_in_an_error():
+    with RuleJudge(number, delay=2) as server:
+        with pytest.raises(JudgeFailed, match="algorithm.judge.timeout_s"):
+            scores(judge_of(server, timeout_s=0.1), ["1", "2"])
+        with pytest.raises(JudgeFailed, match="step 1: .*algorithm.judge.step_timeout_s=0.1"):
+            scores(judge_of(server, step_timeout_s=0.1), ["1", "2"])
+
+
+def test_the_key_comes_from_the_environment_and_is_never_shown(monkeypatch, caplog):
+    with RuleJudge(number, key="secret-key") as server:
+        monkeypatch.setenv("MY_KEY", "secret-key")
+        assert scores(judge_of(server, api_key_env="MY_KEY"), ["1", "2"])[0] == [0, 1]
+        monkeypatch.setenv("MY_KEY", "another-key")
+        with pytest.raises(JudgeFailed, match="status 401.*MY_KEY .*holds a key that it refuses") as caught:
+            scores(judge_of(server, api_key_env="MY_KEY"), ["1", "2"])
+    assert "another-key" not in str(caught.value) + caplog.text
+
+
+class Tokenizer:
+    """Tokens are letters."""
+
+    def apply_chat_template(self, messages, **options) -> str:
+        return messages[0]["content"]
+
+    def encode(self, text: str, **options) -> list[int]:
+        return list(map(ord, text))
+
+    def decode(self, tokens: list[int], **options) -> str:
+        return "".join(map(chr, tokens))
+
+
+def test_the_policy_judges_through_its_own_server():
+    asked = []
+
+    async def generate(tokens: list[int], sampling: dict) -> list[int]:
+        question = Tokenizer().decode(tokens)
+        asked.append(sampling)
+        return Tokenizer().encode("[[A]]" if "[Answer A]\nyes, it is\n" in question else "[[B]]")
+
+    config = compose("algorithm.preference_source=judge", "algorithm.judge.max_tokens=7", device="cpu")
+    values, metrics = scores(JudgeSource(config, Tokenizer()), ["no", "yes, it is"], generate)
+    assert values == [0, 1] and metrics["judge/asked"] == 2
+    assert asked == [{"temperature": 0.0, "max_tokens": 7}] * 2
+
+
+# ---------------------------------------------------------------------- before Ray starts
+
+
+def test_a_server_is_asked_once_before_anything_starts(run):
+    with RuleJudge(number) as server:
+        run.check(*settings(server))
+        run.check(*settings(server, models="rule"))
+        assert server.questions == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"servers": "[]"}, "algorithm.judge.servers=[]: must be a list"),
+        ({"servers": "[127.0.0.1:8000]"}, "algorithm.judge.servers"),
+        ({"servers": "http://127.0.0.1:1/v1"}, "algorithm.judge.servers"),
+        ({"servers": "[http://127.0.0.1:1/v1]"}, "judge http://127.0.0.1:1/v1: cannot be reached"),
+        ({"models": "[a,b]"}, "algorithm.judge.models"),
+        ({"models": "other"}, "serves rule, and not algorithm.judge.models='other'"),
+        ({"comparisons": "best"}, "algorithm.judge.comparisons='best': must be one of all, tournament"),
+        ({"concurrency": 0}, "algorithm.judge.concurrency=0"),
+        ({"max_tokens": "many"}, "algorithm.judge.max_tokens='many'"),
+        ({"retries": -1}, "algorithm.judge.retries=-1"),
+        ({"timeout_s": 0}, "algorithm.judge.timeout_s=0"),
+        ({"step_timeout_s": "soon"}, "algorithm.judge.step_timeout_s='soon'"),
+        ({"max_unreadable": 2}, "algorithm.judge.max_unreadable=2"),
+        ({"prompt": "/no/such/file"}, "algorithm.judge.prompt='/no/such/file': cannot be read"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(run, changes, words):
+    with RuleJudge(number) as server:
+        assert words in run.refusal(*settings(server, **changes))
+
+
+@pytest.mark.parametrize(
+    "text", ["Which is better, $first or $second?", "$request $first $second $third", "$request $first $second $"]
+)
+def test_a_question_must_hold_what_is_asked_about(run, text):
+    (run.folder / "question.txt").write_text(text)
+    with RuleJudge(number) as server:
+        message = run.refusal(*settings(server, prompt=run.folder / "question.txt"))
+    assert "must hold $request, $first and $second" in message
+
+
+def test_a_missing_key_is_said_before_anything_starts(run, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with RuleJudge(number, key="secret-key") as server:
+        message = run.refusal(*settings(server))
+    assert "status 401" in message and "OPENAI_API_KEY" in message and "has no value" in message
+
+
+def test_a_policy_that_judges_needs_room_for_the_question(run):
+    message = run.refusal("algorithm.preference_source=judge")
+    assert "actor_rollout_ref.rollout.max_model_len=128" in message and "algorithm.judge.max_tokens" in message
+    run.check("algorithm.preference_source=judge", "actor_rollout_ref.rollout.max_model_len=4096")
+
+
+def test_a_source_of_ones_own_is_named_by_its_module():
+    assert source_class("recipe.spin.preferences.judge:JudgeSource") is JudgeSource
+    assert JudgeSource.scores_groups() and not source_class("reward").scores_groups()
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("jury", "choose one of reward, judge, self_play, or name a class of your own as module:Class"),
+        ("no_such_module:Source", "cannot be imported"),
+        ("recipe.spin.preferences.judge:NoSuch", "cannot be imported"),
+        ("recipe.spin.preferences.judge:Group", "derived from"),
+        (5, "must be a text"),
+    ],
+)
+def test_a_source_that_is_none_is_refused(run, name, words):
+    message = run.refusal(f"algorithm.preference_source={name}")
+    assert "algorithm.preference_source=" in message and words in message
+
+
+def test_the_example_of_the_documentation_prefers_the_shorter_of_two_right_responses():
+    text = (ROOT / "docs" / "preferences.md").read_text()
+    names: dict = {}
+    exec(text.split("```python")[1].split("```")[0], names)
+    asked = Group(1, [], ["12345", "123", "1"], [1.0, 1.0, 0.0], {}, None)
+    source = names["ShortestRight"](None, None)
+    found = asyncio.run(source.score_group(asked))
+    assert [score.value for score in found] == pytest.approx([1.0, 1.04, 0.0])
+    assert source.metrics([score.info for score in found]) == {"mine/length": 3.0}
+
+
+def test_the_rule_of_the_benchmark_knows_sums():
+    request = "user: What is 3 + 4? Answer with the number only."
+    assert [is_sum(request, text) for text in ("7", "3 + 4 = 7.", "07", "8", "", "seven")] == [1, 1, 1, 0, 0, 0]
+    assert OmegaConf.is_config(compose(device="cpu").algorithm.judge)

@@ -1,0 +1,195 @@
+"""Runs beside each other on one machine or one cluster: their weights, their data and their run folders do not meet."""
+
+import asyncio
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import ray
+import torch
+from transfer_queue import interface
+from verl.workers.rollout.vllm_rollout import bucketed_weight_transfer as transfer
+
+from recipe.spin import verl_patches
+from recipe.spin.rollout.weights import RUN_NAME, has_own_sockets, own_socket
+from recipe.spin.run.check import ConfigError
+from recipe.spin.run.lock import hold_run_folder
+
+ROOT = Path(__file__).resolve().parent.parent
+VERLS = "ipc:///tmp/rl-colocate-zmq-01000000-replica-1-rank-0.sock"
+
+
+# ---- weights ---------------------------------------------------------------------------------------------------------
+def address_of(run: str, monkeypatch, folder: Path) -> str:
+    monkeypatch.setenv(RUN_NAME, run)
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    return own_socket(VERLS)
+
+
+def test_the_socket_of_weights_is_the_runs_own(monkeypatch, tmp_path):
+    first, second = (address_of(run, monkeypatch, tmp_path) for run in ("spin-1", "spin-2"))
+    assert first == f"ipc://{tmp_path}/spin-1-weights-1-rank-0.sock" and second != first
+    assert own_socket(VERLS) == second  # sender and receiver, in different processes, name the same
+    assert own_socket(VERLS.replace("rank-0", "rank-1")) != second
+    assert own_socket(VERLS.replace("replica-1", "replica-0")) != second
+
+
+def test_split_engines_keep_verls_socket():
+    """verl builds their vLLM workers, which know of no other."""
+    rollout = SimpleNamespace(name="vllm", disaggregation=SimpleNamespace(enabled=False))
+    assert has_own_sockets(rollout)
+    rollout.disaggregation.enabled = True
+    assert not has_own_sockets(rollout)
+
+
+@pytest.fixture
+def limited(monkeypatch):
+    """verl's two sides with a limit of 0.3 s, in this test alone."""
+    for side, method in (("Sender", "async_send_weights"), ("Receiver", "receive_weights")):
+        for name in (method, "_init_socket"):
+            side_class = getattr(transfer, f"BucketedWeight{side}")
+            monkeypatch.setattr(side_class, name, getattr(side_class, name))
+    verl_patches.limit_weight_transfer(seconds=0.3)
+
+
+def send(address: str, value: float) -> None:
+    weights = [(f"weight {i}", torch.full((1000,), value)) for i in range(3)]
+    asyncio.run(transfer.BucketedWeightSender(address, 1, use_shm=True).async_send_weights(iter(weights)))
+
+
+def receive(address: str) -> set[float]:
+    found = set()
+    receiver = transfer.BucketedWeightReceiver(address, torch.device("cpu"), use_shm=True)
+    receiver.receive_weights(lambda weights, last: found.update(tensor[0].item() for _, tensor in weights))
+    return found
+
+
+def test_two_runs_each_get_their_own_weights(monkeypatch, tmp_path):
+    """Both senders are there before the receivers, which with one address meet the second twice."""
+    addresses = [address_of(run, monkeypatch, tmp_path) for run in ("spin-1", "spin-2")]
+    senders = [
+        threading.Thread(target=send, args=each, daemon=True) for each in zip(addresses, (1.0, 2.0), strict=True)
+    ]
+    for sender, address in zip(senders, addresses, strict=True):
+        sender.start()
+        while not Path(address.removeprefix("ipc://")).exists():
+            sender.join(0.01)
+    assert [receive(address) for address in addresses] == [{1.0}, {2.0}]
+    for sender in senders:
+        sender.join(10)
+        assert not sender.is_alive()
+
+
+def test_a_receiver_whose_sender_has_died_says_so(limited, tmp_path):
+    with pytest.raises(TimeoutError, match="trainer's rank did not send weights for 0.3 s"):
+        receive(f"ipc://{tmp_path}/nobody")
+
+
+def test_a_sender_whose_receiver_has_died_says_so(limited, tmp_path):
+    with pytest.raises(TimeoutError, match="vLLM's worker did not take weights for 0.3 s"):
+        send(f"ipc://{tmp_path}/nobody", 1.0)
+    assert not (tmp_path / "nobody").exists()
+
+
+def test_a_transfer_within_the_limit_is_as_before(limited, tmp_path):
+    address = f"ipc://{tmp_path}/both"
+    sender = threading.Thread(target=send, args=(address, 3.0), daemon=True)
+    sender.start()
+    assert receive(address) == {3.0}
+    sender.join(10)
+
+
+def test_vllms_worker_receives_on_the_runs_socket(monkeypatch, tmp_path):
+    from recipe.spin.rollout.server import RolloutServer
+    from recipe.spin.rollout.vllm_worker import RolloutWorkerExtension
+
+    name = RolloutServer._get_worker_extension_cls(None)
+    assert name == f"{RolloutWorkerExtension.__module__}.{RolloutWorkerExtension.__qualname__}"
+    monkeypatch.setenv("VERL_REPLICA_RANK", "1")
+    expected = address_of("spin-1", monkeypatch, tmp_path)
+    worker = object.__new__(RolloutWorkerExtension)  # verl's own makes it a worker of the machine's platform
+    worker.local_rank, worker.model_runner = 0, SimpleNamespace(vllm_config=None)
+    assert worker._get_zmq_handle() == expected
+
+
+def test_vllms_http_server_has_a_key_that_nobody_knows(monkeypatch):
+    from recipe.spin.rollout import server
+
+    monkeypatch.setattr(os, "environ", {})
+    monkeypatch.setattr(server.vLLMHttpServer, "__init__", lambda self: None)
+    keys = set()
+    for _ in range(2):
+        server.RolloutServer()
+        keys.add(os.environ.pop("VLLM_API_KEY"))
+    assert len(keys) == 2 and all(len(key) == 32 for key in keys)
+
+
+# ---- TransferQueue ---------------------------------------------------------------------------------------------------
+def test_transfer_queues_actor_is_the_runs_own(monkeypatch):
+    """It is looked for and made in the namespace of the run's job, not in one of the whole cluster."""
+    asked = []
+    monkeypatch.setattr(ray, "get_actor", lambda *args, **options: asked.append((args, options)))
+    controller = SimpleNamespace(options=lambda **options: asked.append(options))
+    monkeypatch.setattr(interface, "TransferQueueController", controller)
+    monkeypatch.setattr(interface, "ray", ray)
+    monkeypatch.setattr(interface, "_TQ_CONTROLLER", None)
+    verl_patches.own_transfer_queue()
+    verl_patches.own_transfer_queue()  # in a process that two modules prepare
+    interface.ray.get_actor("TransferQueueController", namespace="transfer_queue")
+    interface.TransferQueueController.options(name="TransferQueueController", namespace="transfer_queue")
+    assert asked == [(("TransferQueueController",), {}), {"name": "TransferQueueController"}]
+
+
+@pytest.mark.parametrize("file", ["fsdp_workers.py", "rollout/agent_loop.py", "examples/preference_advantage.py"])
+def test_every_process_that_uses_transfer_queue_has_it_so(monkeypatch, file):
+    """The modules that their actors come from see to it, each by itself."""
+    called = []
+    monkeypatch.setattr(verl_patches, "own_transfer_queue", lambda: called.append(file))
+    spec = importlib.util.spec_from_file_location("copy_of_a_module", ROOT / file)
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    assert called == [file]
+
+
+# ---- the run folder --------------------------------------------------------------------------------------------------
+HOLD = (
+    "import sys; from recipe.spin.run.lock import hold_run_folder as hold; hold(sys.argv[1]); print('held', flush=True)"
+)
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another command that has the folder `run`, and lives until it is killed."""
+    program = [sys.executable, "-c", f"{HOLD}; sys.stdin.read()", str(tmp_path / "run")]
+    process = subprocess.Popen(program, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_the_second_command_in_a_run_folder_is_refused(holder, tmp_path):
+    with pytest.raises(ConfigError, match="another command is training in this folder") as refusal:
+        hold_run_folder(tmp_path / "run")
+    assert str(tmp_path / "run") in str(refusal.value) and "RUN_DIR" in str(refusal.value)
+    hold_run_folder(tmp_path / "run-2")
+
+
+def test_a_folder_is_free_when_its_command_was_killed(holder, tmp_path):
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.wait(10)
+    hold_run_folder(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_second_run_ends_before_ray_starts(holder, run, tmp_path):
+    command = [sys.executable, "-m", "recipe.spin.main_spin", "device=cpu", *run.overrides()]
+    command.append(f"trainer.default_local_dir={tmp_path}/run")
+    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert told.returncode == 1 and "another command is training in this folder" in told.stderr
+    assert "starting Ray" not in told.stderr and [file.name for file in (tmp_path / "run").iterdir()] == [".lock"]

@@ -1,0 +1,58 @@
+"""A hub model at one revision, with a stand-in for the hub."""
+
+import huggingface_hub
+import pytest
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from omegaconf import OmegaConf
+
+from recipe.spin.run.check import ConfigError
+from recipe.spin.run.pinned_model import fetch_pinned_model
+
+
+@pytest.fixture
+def fetch(monkeypatch):
+    """Puts a model path through; returns the path that verl gets, and what the hub was asked for."""
+
+    def start(path, fails: Exception | None = None):
+        asked = []
+
+        def snapshot_download(name, revision, ignore_patterns):
+            asked.append((name, revision))
+            if fails:
+                raise fails
+            return f"/cache/{name}/{revision}"
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+        config = OmegaConf.create({"actor_rollout_ref": {"model": {"path": path}}})
+        fetch_pinned_model(config)
+        return config.actor_rollout_ref.model.path, asked
+
+    return start
+
+
+def test_a_revision_is_fetched(fetch):
+    assert fetch("a/b@0123abc") == ("/cache/a/b/0123abc", [("a/b", "0123abc")])
+
+
+@pytest.mark.parametrize("path", ["a/b", "gpt2", "/models/a", None, 5])
+def test_other_paths_stay(fetch, path):
+    assert fetch(path) == (path, [])
+
+
+def test_a_folder_may_have_the_sign_in_its_name(fetch, tmp_path):
+    (tmp_path / "a@b").mkdir()
+    assert fetch(f"{tmp_path}/a@b") == (f"{tmp_path}/a@b", [])
+
+
+@pytest.mark.parametrize(
+    ("path", "error"),
+    [
+        ("a/b@no", LocalEntryNotFoundError("Cannot find an appropriate snapshot")),
+        ("/no/a@b", HFValidationError("Repo id must be in the form 'repo_name'")),
+        ("a/b@", OSError("no revision")),
+    ],
+)
+def test_what_the_hub_does_not_give_is_refused_with_its_words(fetch, path, error):
+    with pytest.raises(ConfigError) as caught:
+        fetch(path, fails=error)
+    assert all(part in str(caught.value) for part in (path, str(error), "actor_rollout_ref.model.path"))

@@ -1,0 +1,320 @@
+"""A run goes on from its folder's checkpoint with the same settings alone; what is in the way is set aside."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from checkable_run import Run, write_rows
+from checkable_run import row as data_row
+from omegaconf import open_dict
+from worker_harness import ROOT, compose, cpu_environment
+
+from recipe.spin.run import resume
+from recipe.spin.run.check import ConfigError
+from recipe.spin.run_folder import TRACKER, checkpoints
+
+
+class Folder:
+    """A run's folder, and the settings that runs in it are started with."""
+
+    def __init__(self, run: Run):
+        self.run, self.path = run, run.folder / "run"
+        run.settings["trainer.default_local_dir"] = str(self.path)
+
+    def start(self, *overrides: str):
+        """The config as verl gets it."""
+        config = self.run.check(*overrides)
+        resume.prepare(config)
+        return config
+
+    def save(self, *steps: int) -> None:
+        """As a run does that comes to these steps; the last one is tracked."""
+        for step in steps:
+            (self.path / f"global_step_{step}" / "actor").mkdir(parents=True)
+            (self.path / f"global_step_{step}" / "data.pt").touch()
+            (self.path / TRACKER).write_text(str(step))
+
+    def refusal(self, *overrides: str) -> str:
+        before = sorted(self.path.rglob("*"))
+        with pytest.raises(ConfigError) as caught:
+            self.start(*overrides)
+        assert sorted(self.path.rglob("*")) == before
+        return str(caught.value)
+
+    def stored(self) -> dict:
+        return yaml.safe_load((self.path / resume.SETTINGS).read_text())
+
+
+@pytest.fixture
+def folder(run) -> Folder:
+    return Folder(run)
+
+
+@pytest.fixture
+def stopped(folder) -> Folder:
+    """A run that was stopped behind its step 6."""
+    folder.start()
+    folder.save(3, 6)
+    return folder
+
+
+# ---- settings --------------------------------------------------------------------------------------------------------
+def test_the_same_settings_go_on(stopped, capsys):
+    stopped.start()
+    assert list(checkpoints(stopped.path)) == [3, 6]
+    assert capsys.readouterr().err == ""
+
+
+CHANGES = {
+    "algorithm.dpo_loss_type": "ipo",
+    "algorithm.dpo_beta": "{schedule:linear,start:0.1,end:0.2}",
+    "algorithm.dpo_pairing": "all",
+    "actor_rollout_ref.rollout.n": "6",
+    "actor_rollout_ref.rollout.seed": "7",
+    "actor_rollout_ref.rollout.temperature": "0.7",
+    "actor_rollout_ref.actor.optim.lr": "1e-3",
+    "actor_rollout_ref.actor.ppo_mini_batch_size": "2",
+    "data.seed": "7",
+    "data.train_batch_size": "2",
+    "data.max_response_length": "12",
+    "trainer.ref_update_freq": "0",
+    "trainer.ref_update_alpha": "0.5",
+}
+
+
+def test_what_changes_the_meaning_is_refused(stopped):
+    message = stopped.refusal(*(f"{key}={value}" for key, value in CHANGES.items()))
+    assert [key for key in CHANGES if not re.search(rf"^  {key}: .+ -> .+$", message, re.MULTILINE)] == []
+    assert "step 6" in message and "RUN_DIR" in message and "trainer.resume_mode=force" in message
+
+
+def test_another_preference_source_is_refused(stopped):
+    def conversation(number: int) -> dict:
+        return {"real": [{"role": "user", "content": f"{number} + 1?"}, {"role": "assistant", "content": "2"}]}
+
+    train = write_rows(stopped.run.folder / "real.jsonl", list(map(conversation, range(8))))
+    test = write_rows(stopped.run.folder / "held_out.jsonl", list(map(conversation, range(8, 12))))
+    message = stopped.refusal(
+        "algorithm.preference_source=self_play",
+        "actor_rollout_ref.rollout.n=1",
+        f"data.train_files={train}",
+        f"data.val_files={test}",
+    )
+    assert "algorithm.preference_source: reward -> self_play" in message
+
+
+def test_another_model_is_refused(stopped, tiny_models):
+    message = stopped.refusal(f"actor_rollout_ref.model.path={tiny_models['qwen2']}")
+    assert f"actor_rollout_ref.model.path: {tiny_models['llama']} -> {tiny_models['qwen2']}" in message
+
+
+def test_a_data_folder_of_the_same_name_is_another(stopped, tmp_path):
+    (tmp_path / "other" / tmp_path.name).mkdir(parents=True)
+    file = write_rows(tmp_path / "other" / tmp_path.name / "train.parquet", [data_row(number) for number in range(8)])
+    assert f"-> {file}" in stopped.refusal(f"data.train_files={file}")
+
+
+def test_a_path_may_be_written_in_another_way(stopped, monkeypatch):
+    monkeypatch.chdir(stopped.run.folder)
+    stopped.start("data.train_files=train.parquet", "reward.custom_reward_function.path=./reward.py")
+
+
+HARMLESS = {
+    "trainer.total_training_steps": "40",
+    "trainer.save_freq": "5",
+    "trainer.test_freq": "5",
+    "trainer.logger": "[file,console]",
+    "trainer.max_actor_ckpt_to_keep": "5",
+    "trainer.experiment_name": "other",
+    "reward.num_workers": "2",
+    "actor_rollout_ref.rollout.agent.num_workers": "2",
+    "actor_rollout_ref.rollout.gpu_memory_utilization": "0.3",
+    "actor_rollout_ref.rollout.checkpoint_engine.update_weights_bucket_megabytes": "256",
+    "actor_rollout_ref.actor.ppo_max_token_len_per_gpu": "4096",
+    "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu": "2",
+    "actor_rollout_ref.actor.fsdp_config.param_offload": "True",
+    "ray_kwargs.ray_init.num_cpus": "32",
+}
+
+
+def test_harmless_changes_are_said_and_taken(stopped, capsys):
+    overrides = [f"{key}={value}" for key, value in HARMLESS.items()]
+    stopped.start(*overrides)
+    said = capsys.readouterr().err
+    assert [key for key in HARMLESS if not re.search(rf"^  {key}: .+ -> .+$", said, re.MULTILINE)] == []
+    stopped.start(*overrides)  # stored
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        "algorithm.dpo_beta={schedule:linear,start:0.1,end:0.2}",
+        "actor_rollout_ref.actor.optim.lr_scheduler_type=cosine",
+    ],
+)
+def test_the_length_matters_to_a_schedule(folder, schedule):
+    folder.start(schedule)
+    folder.save(6)
+    assert "trainer.total_training_steps: 12 -> 40" in folder.refusal(schedule, "trainer.total_training_steps=40")
+
+
+def test_force_takes_the_checkpoint_in_spite_of_the_settings(stopped, capsys):
+    config = stopped.start("algorithm.dpo_loss_type=ipo", "trainer.resume_mode=force")
+    assert config.trainer.resume_mode == "auto"  # verl's name for it
+    assert "algorithm.dpo_loss_type: sigmoid -> ipo" in capsys.readouterr().err
+    assert list(checkpoints(stopped.path)) == [3, 6]
+    stopped.start("algorithm.dpo_loss_type=ipo")
+    assert "ipo -> sigmoid" in stopped.refusal()
+
+
+@pytest.mark.parametrize("mode", ["auto", "force"])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("trainer.n_gpus_per_node=2", "trainer.nnodes * trainer.n_gpus_per_node: 1 -> 2"),
+        ("data.dataloader_num_workers=2", "data.dataloader_num_workers: 0 -> 2"),
+        ("actor_rollout_ref.actor.strategy=fsdp", "actor_rollout_ref.actor.strategy: fsdp2 -> fsdp"),
+    ],
+)
+def test_what_no_checkpoint_can_be_loaded_with_is_refused(stopped, mode, change, words):
+    assert words in stopped.refusal(change, f"trainer.resume_mode={mode}")
+
+
+def test_ranks_may_stand_in_other_machines(folder):
+    two = ["trainer.device=cuda", "trainer.nnodes=2", "trainer.n_gpus_per_node=4"]
+    folder.start(*two)
+    folder.save(6)
+    folder.start("trainer.device=cuda", "trainer.nnodes=4", "trainer.n_gpus_per_node=2")
+
+
+def test_before_the_first_checkpoint_settings_may_change(folder):
+    folder.start()
+    folder.start("algorithm.dpo_loss_type=ipo")
+    assert folder.stored()["algorithm"]["dpo_loss_type"] == "ipo"
+
+
+def test_a_checkpoint_without_settings_is_taken_and_that_is_said(stopped, capsys):
+    (stopped.path / resume.SETTINGS).unlink()
+    stopped.start("algorithm.dpo_loss_type=ipo")
+    assert "does not hold its settings" in capsys.readouterr().err
+
+
+def test_secrets_are_not_stored(folder):
+    config = folder.run.check()
+    with open_dict(config):
+        config.ray_kwargs.ray_init.runtime_env = {"env_vars": {"WANDB_API_KEY": "hidden"}}
+        config.data.hf_token = "hidden"
+        config.trainer.wandb_proxy = "http://me:hidden@proxy:80"
+    resume.prepare(config)
+    text = (folder.path / resume.SETTINGS).read_text()
+    assert "hidden" not in text and "http://proxy:80" in text
+    for key in ("prompt_key", "reward_fn_key", "ppo_max_token_len_per_gpu"):
+        assert f"{key}: " in text
+
+
+# ---- where it begins -------------------------------------------------------------------------------------------------
+def test_what_is_above_the_step_is_set_aside(stopped, capsys):
+    (stopped.path / "global_step_9" / "actor").mkdir(parents=True)  # cut off while it was saved
+    (stopped.path / "global_step_best").mkdir()
+    (stopped.path / "summary.json").write_text("{}")
+    (stopped.path / "metrics").mkdir()
+    for name in ("from_step_00000000.jsonl", "from_step_00000003.jsonl", "from_step_00000007.jsonl"):
+        (stopped.path / "metrics" / name).touch()
+    stopped.start()
+    aside = stopped.path / "set_aside_1"
+    assert sorted(str(path.relative_to(aside)) for path in aside.glob("*/*")) == [
+        "global_step_9/actor",
+        "metrics/from_step_00000007.jsonl",
+    ]
+    assert (aside / "summary.json").exists() and not (stopped.path / "summary.json").exists()
+    assert list(checkpoints(stopped.path)) == [3, 6] and (stopped.path / "global_step_best").exists()
+    assert "begins at step 6" in (said := capsys.readouterr().err) and str(aside) in said
+
+
+def test_starting_over_sets_everything_aside(stopped):
+    (stopped.path / "metrics").mkdir()
+    (stopped.path / "metrics" / "from_step_00000000.jsonl").touch()
+    config = stopped.start("trainer.resume_mode=disable", "algorithm.dpo_loss_type=ipo")
+    assert config.trainer.resume_mode == "disable"
+    assert list(checkpoints(stopped.path)) == [] and not (stopped.path / TRACKER).exists()
+    assert list(checkpoints(stopped.path / "set_aside_1")) == [3, 6]
+    stopped.save(2)
+    stopped.start("algorithm.dpo_loss_type=ipo")
+    assert list(checkpoints(stopped.path)) == [2]
+
+
+def test_going_back_to_an_earlier_checkpoint(stopped, capsys):
+    path = f"trainer.resume_from_path={stopped.path}/global_step_3"
+    config = stopped.start("trainer.resume_mode=resume_path", path, "algorithm.dpo_loss_type=ipo")
+    assert config.trainer.resume_mode == "resume_path"
+    assert "sigmoid -> ipo" in capsys.readouterr().err
+    assert list(checkpoints(stopped.path)) == [3] and (stopped.path / TRACKER).read_text() == "3"
+
+
+def test_a_checkpoint_of_another_folder(stopped, tmp_path, capsys):
+    path = f"trainer.resume_from_path={stopped.path}/global_step_3"
+    stopped.start(f"trainer.default_local_dir={tmp_path}/next", "trainer.resume_mode=resume_path", path)
+    assert list(checkpoints(stopped.path)) == [3, 6] and (tmp_path / "next" / resume.SETTINGS).exists()
+
+
+def test_a_tracker_that_a_kill_emptied_is_mended(stopped, capsys):
+    """verl opens it, which empties it, and then writes: the checkpoint that it would have named is complete."""
+    (stopped.path / TRACKER).write_text("")
+    stopped.start()
+    assert (stopped.path / TRACKER).read_text() == "6" and "global_step_6 is complete" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["12", "six"])
+def test_a_tracker_that_names_no_checkpoint_is_refused(stopped, text):
+    (stopped.path / TRACKER).write_text(text)
+    message = stopped.refusal()
+    assert text in message and "3, 6" in message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["trainer.resume_mode=never"], "auto, disable, resume_path, force"),
+        (["trainer.resume_mode=resume_path"], "trainer.resume_from_path=None"),
+        (["trainer.resume_mode=resume_path", "trainer.resume_from_path=/no/global_step_1"], "name one"),
+    ],
+)
+def test_ways_to_resume_that_do_not_exist(folder, overrides, words):
+    with pytest.raises(ConfigError, match=words):
+        folder.start(*overrides)
+
+
+def test_a_folder_that_cannot_be_written(folder):
+    folder.path.write_text("a file")
+    with pytest.raises(ConfigError, match="trainer.default_local_dir"):
+        folder.start()
+
+
+@pytest.mark.parametrize("number", [1.5, "two", True])
+def test_checkpoints_to_keep_are_a_whole_number(run, number):
+    assert "trainer.max_actor_ckpt_to_keep" in run.refusal(f"trainer.max_actor_ckpt_to_keep={number}")
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+def test_the_command_refuses_before_ray_starts(stopped, tmp_path):
+    # A command composes with Hydra itself: a comparison with its own settings, of which the seed alone differs
+    overrides = [f"{key}={value}" for key, value in stopped.run.settings.items()]
+    config = compose(*overrides)
+    resume._store(resume.settings_of(config), stopped.path)
+    result = subprocess.run(
+        [sys.executable, "-m", "recipe.spin.main_spin", "device=cpu", *overrides, "data.seed=7"],
+        cwd=tmp_path,
+        env=os.environ | cpu_environment() | {"PYTHONPATH": str(ROOT), "RAY_TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert result.returncode != 0 and "Traceback" not in result.stderr
+    assert "  data.seed: 1 -> 7" in result.stderr and "trainer.resume_mode=force" in result.stderr
+    assert "->" not in result.stderr.replace("data.seed: 1 -> 7", "")
+    assert not list(Path(tmp_path).glob("ray*"))

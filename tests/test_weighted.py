@@ -1,0 +1,57 @@
+"""Several reward functions with weights."""
+
+import asyncio
+import re
+from pathlib import Path
+
+import pytest
+from worker_harness import compose
+
+from recipe.spin.preferences.weighted import compute_score
+
+REWARDS = """
+import asyncio
+
+def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
+    right = float(solution_str == ground_truth)
+    return {"score": right, "acc": right}
+
+async def compute_brevity(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
+    await asyncio.sleep(0)
+    return -len(solution_str)
+
+def compute_none(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
+    return None
+"""
+
+
+@pytest.fixture
+def path(tmp_path) -> str:
+    (tmp_path / "rewards.py").write_text(REWARDS)
+    return str(tmp_path / "rewards.py")
+
+
+def score(**functions) -> dict[str, float]:
+    return asyncio.run(compute_score("sums", "seven", "seven", {"index": 0}, functions=functions))
+
+
+def test_scores_add_up_by_weight_and_are_kept_by_name(path):
+    found = score(right={"path": path, "weight": 2.0}, brief={"path": path, "name": "compute_brevity", "weight": 0.1})
+    assert found == {"score": pytest.approx(2 - 0.5), "right": 1.0, "brief": -5.0, "acc": 1.0}
+
+
+def test_without_an_accuracy_there_is_none(path):
+    assert score(brief={"path": path, "name": "compute_brevity"}) == {"score": -5.0, "brief": -5.0}
+
+
+def test_a_function_that_gives_no_number_is_named(path):
+    with pytest.raises(TypeError, match="the reward 'lazy' returned None"):
+        score(lazy={"path": path, "name": "compute_none"})
+
+
+def test_the_overrides_of_the_documentation_are_what_it_takes():
+    text = (Path(__file__).resolve().parents[1] / "docs" / "preferences.md").read_text()
+    overrides = re.findall(r"'(\+reward\.\S+=\{.*\})'", text)
+    functions = compose(*overrides, device="cpu").reward.custom_reward_function.reward_kwargs.functions
+    assert functions.right.path == "examples/arithmetic/reward.py"
+    assert functions.brief == {"path": "/data/mine.py", "name": "compute_brevity", "weight": 0.1}
