@@ -31,7 +31,10 @@ def check_model(settings: Settings) -> None:
     elif folder.exists() or not HUB_NAME.fullmatch(path):
         settings.require(False, PATH, "there is no such folder; give a model folder or a hub name such as a/b")
     elif _cached_file(path, "config.json") is None:
-        remedy = "there is no such folder, and the hub has no such model; correct the name"
+        remedy = (
+            "there is no such folder, and the hub has no such model, or shows it to others alone; correct the name, or "
+            "set HF_TOKEN"
+        )
         settings.require(_is_on_hub(path) is not False, PATH, remedy)
 
 
