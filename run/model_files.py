@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from recipe.spin.run.faults import ConfigError, Settings
 
 PATH = "actor_rollout_ref.model.path"
+MODEL_LENGTH = "actor_rollout_ref.rollout.max_model_len"
 BUCKET = "actor_rollout_ref.rollout.checkpoint_engine.update_weights_bucket_megabytes"
 CONFIGURATION = ("config.json",)
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -30,7 +31,10 @@ def check_model(settings: Settings) -> None:
     elif folder.exists() or not HUB_NAME.fullmatch(path):
         settings.require(False, PATH, "there is no such folder; give a model folder or a hub name such as a/b")
     elif _cached_file(path, "config.json") is None:
-        remedy = "there is no such folder, and the hub has no such model; correct the name"
+        remedy = (
+            "there is no such folder, and the hub has no such model, or shows it to others alone; correct the name, or "
+            "set HF_TOKEN"
+        )
         settings.require(_is_on_hub(path) is not False, PATH, remedy)
 
 
@@ -42,6 +46,12 @@ def _check_folder(settings: Settings, folder: Path) -> None:
     config = _read_json(settings, folder / "config.json")
     if not settings["actor_rollout_ref.model.trust_remote_code"]:
         _check_architecture(settings, config)
+    positions, length = _of_text(config).get("max_position_embeddings"), settings[MODEL_LENGTH]
+    settings.require(
+        not isinstance(positions, int) or length is None or length <= positions,
+        MODEL_LENGTH,
+        f"the model was made for {positions} tokens at most; lower it, or set null",
+    )
     for file in _shards(settings, folder):
         fault = weights_fault(file)
         settings.require(not fault, PATH, f"{file.name} {fault}; copy or save the model again")
@@ -55,6 +65,12 @@ def _read_json(settings: Settings, file: Path) -> dict:
     settings.require(isinstance(content, dict), PATH, f"{file.name} cannot be read as JSON ({fault}); {SAVE}")
     settings[PATH]  # leaves, where it has a fault
     return content
+
+
+def _of_text(config: dict) -> dict:
+    """The part of a model's config.json that is the language model's, in models of text and images."""
+    part = config.get("text_config")
+    return part if isinstance(part, dict) else config
 
 
 def _check_architecture(settings: Settings, config: dict) -> None:
@@ -190,8 +206,7 @@ def fit_weight_bucket(config: DictConfig) -> None:
     file = folder / "config.json" if folder.is_dir() else _cached_file(path, "config.json")
     if file is None:
         return
-    model = json.loads(file.read_bytes())
-    model = model.get("text_config") or model  # models of text and images
+    model = _of_text(json.loads(file.read_bytes()))
     vocabulary, hidden = model.get("vocab_size", 0), model.get("hidden_size", 0)
     engine = config.actor_rollout_ref.rollout.checkpoint_engine
     needed = ceil(vocabulary * hidden * 4 / 2**20)

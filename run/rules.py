@@ -135,6 +135,12 @@ def batches_divide(settings: Settings) -> None:
         "data.gen_batch_size",
         f"data.train_batch_size={batch} prompts are fetched in whole parts of this size; set a divisor, or null",
     )
+    responses, count = batch * settings[f"{ROLLOUT}.n"], ranks(settings)
+    settings.require(
+        settings[f"{ACTOR}.use_dynamic_bsz"] or responses % count == 0,
+        "data.train_batch_size",
+        f"without {ACTOR}.use_dynamic_bsz verl wants its {responses} responses to divide over the {count} ranks",
+    )
 
 
 def a_prompt_with_its_responses_fits_one_micro_batch(settings: Settings) -> None:

@@ -33,16 +33,17 @@ class Section(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
 
 
-def own(
-    default: Any = ..., meaning: str | None = None, *, shown: str | None = None, remedy: str | None = None, **limits
-):
-    """A key. meaning: its row in the README; shown: its default there; remedy: what a fault says besides the rule."""
-    return Field(default, description=meaning, json_schema_extra={"shown": shown, "remedy": remedy}, **limits)
+def own(default: Any, meaning: str, *, shown: str | None = None, remedy: str | None = None):
+    """A key of the README's table. shown: its default there; remedy: what a fault says besides the rule.
+
+    The default is not the field's, as the config has every key.
+    """
+    return Field(description=meaning, json_schema_extra={"default": default, "shown": shown, "remedy": remedy})
 
 
-def verl(remedy: str, **limits):
+def verl(remedy: str):
     """A key of verl's whose fault has a remedy besides the rule."""
-    return own(remedy=remedy, **limits)
+    return Field(json_schema_extra={"remedy": remedy})
 
 
 def unused(default: Any):
@@ -63,6 +64,7 @@ Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 TopP = Annotated[float, Field(gt=0, le=1)]
+LoraRank = Annotated[int, Field(ge=0, le=512)]  # vLLM's limit
 TopK = Annotated[int, Field(ge=-1)]
 Text = Annotated[str, Field(min_length=1)]
 OneOrMore = BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
@@ -199,7 +201,7 @@ class Model(Section):
     override_config: dict
     use_remove_padding: bool
     enable_gradient_checkpointing: bool
-    lora_rank: Whole = own(
+    lora_rank: LoraRank = own(
         0, "with LoRA the reference is the base model, the adapter off; takes `trainer.ref_update_freq=0`"
     )
     lora_alpha: Count
@@ -443,8 +445,8 @@ def readme_table() -> str:
     """The README's table of settings."""
     rows = ["| key | default | meaning |", "|---|---|---|"]
     for key, field in described():
-        default = field.json_schema_extra["shown"] or ("null" if field.default is None else field.default)
-        rows.append(f"| `{key}` | {default} | {field.description} |")
+        default, shown = field.json_schema_extra["default"], field.json_schema_extra["shown"]
+        rows.append(f"| `{key}` | {shown or ('null' if default is None else default)} | {field.description} |")
     return "\n".join(rows)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from checkable_run import REFUSED, Run, composed, override, row
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 
@@ -52,7 +52,7 @@ def changed(values: dict, changes: dict) -> DictConfig:
         *sections, name = key.split(".")
         section = values
         for part in sections:
-            section = section[part]
+            section = section.get(part)
             if not isinstance(section, dict):  # changed itself
                 break
         else:
@@ -62,6 +62,7 @@ def changed(values: dict, changes: dict) -> DictConfig:
 
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(CHANGES)
+@example({"actor_rollout_ref.rollout": {}})
 def test_settings_of_any_kind(values, changes):
     try:
         check_config(changed(values, changes))

@@ -8,7 +8,9 @@ import huggingface_hub
 import pytest
 from checkable_run import composed, override
 from huggingface_hub.errors import OfflineModeIsEnabled
+from omegaconf import OmegaConf
 
+from recipe.spin import main_spin
 from recipe.spin.run import model_files
 from recipe.spin.run.model_files import BUCKET, fit_weight_bucket
 
@@ -183,3 +185,12 @@ def test_a_weight_buffer_that_is_large_enough_stays(tmp_path, capsys):
     assert bucket(tmp_path, {"vocab_size": 49152, "hidden_size": 576}) == 128
     assert bucket(tmp_path, GEMMA_3_270M, f"{BUCKET}=700") == 700
     assert capsys.readouterr().err == ""
+
+
+def test_the_command_starts_with_a_buffer_that_fits(run, folder, tmp_path, monkeypatch):
+    change(folder / "config.json", vocab_size=2**20)  # of 64 numbers each
+    started = []
+    monkeypatch.setattr(main_spin, "run_spin", started.append)
+    overrides = run.overrides(f"{PATH}={folder}", f"trainer.default_local_dir={tmp_path / 'run'}")
+    main_spin.main.__wrapped__(override(composed("cpu"), overrides))
+    assert [OmegaConf.select(config, BUCKET) for config in started] == [256]

@@ -15,6 +15,11 @@ BAD = [
         f"{ACTOR}.ppo_mini_batch_size=8 {ACTOR}.use_dynamic_bsz=False",
         [f"{ACTOR}.ppo_mini_batch_size=8", "at most data.train_batch_size=4"],
     ),
+    (
+        f"{ACTOR}.use_dynamic_bsz=False data.train_batch_size=3 {ROLLOUT}.n=3 trainer.n_gpus_per_node=2",
+        ["data.train_batch_size=3", "its 9 responses", "2 ranks"],
+    ),
+    (f"{ROLLOUT}.max_model_len=1000", [f"{ROLLOUT}.max_model_len=1000", "512 tokens at most"]),
     (f"{ROLLOUT}.tensor_model_parallel_size=2", [f"{ROLLOUT}.tensor_model_parallel_size=2", "the 1 ranks"]),
     (f"{ROLLOUT}.data_parallel_size=2", [f"{ROLLOUT}.data_parallel_size=2", "groups of 2"]),
     (

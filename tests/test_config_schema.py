@@ -27,11 +27,11 @@ def test_the_readme_has_the_table_of_the_schema():
 def test_defaults_are_those_of_the_config(key):
     field = dict(described())[key]
     value = rules.Settings(composed("gpu")).value(key)
-    shown = field.json_schema_extra["shown"]  # a key of data, or a file of the recipe
+    shown = field.json_schema_extra["shown"]  # another key, or a file of the recipe
     if shown and shown not in composed("gpu").data:
-        assert value == str(ROOT / "recipe" / "spin" / shown) or value == str(ROOT / shown)
+        assert value.endswith(f"/{shown}") and (ROOT / shown).is_file()
     else:
-        assert value == (composed("gpu").data[shown] if shown else field.default)
+        assert value == (composed("gpu").data[shown] if shown else field.json_schema_extra["default"])
 
 
 def keys_of(section: dict, path: str = "") -> list[str]:
@@ -84,6 +84,7 @@ BAD = [
     ("data.dataloader_num_workers=-1", ["data.dataloader_num_workers=-1", "at least 0"]),
     ("reward.num_workers=0", ["reward.num_workers=0", "at least 1"]),
     ("actor_rollout_ref.model.lora_rank=null", ["actor_rollout_ref.model.lora_rank=None", "whole number"]),
+    ("actor_rollout_ref.model.lora_rank=1024", ["actor_rollout_ref.model.lora_rank=1024", "at most 512"]),
     ("actor_rollout_ref.model.override_config=null", ["override_config=None", "a section of keys"]),
     ("actor_rollout_ref.model.path=5", ["actor_rollout_ref.model.path=5", "name a model"]),
     (f"{ACTOR}.optim=null", [f"{ACTOR}.optim=None", "a section of keys"]),
