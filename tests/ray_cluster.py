@@ -47,7 +47,7 @@ class RayCluster:
         where = ["--head", f"--port={self.address.rpartition(':')[2]}", "--include-dashboard=false"]
         if not head:
             where = [f"--address={self.address}"]
-        options = [f"--num-gpus={gpus}", "--num-cpus=24", "--object-store-memory=500000000", "--block"]
+        options = [f"--num-gpus={gpus}", "--num-cpus=48", "--object-store-memory=500000000", "--block"]
         options += [f"--temp-dir={self.folder}", "--min-worker-port=0", "--max-worker-port=0"]
         options += [f"--dashboard-agent-listen-port={free_port()}", "--disable-usage-stats"]
         if head:
@@ -98,5 +98,6 @@ class RayCluster:
 
 
 def bare_environment() -> dict[str, str]:
-    """What a node's shell has: where programs are, the home, and the cluster's token."""
-    return {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ} | TOKEN
+    """What a node's shell has: programs, the home, the cluster's token; and workers that wait behind nobody."""
+    inherited = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
+    return inherited | TOKEN | {"RAY_worker_niceness": "0"}
