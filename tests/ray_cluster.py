@@ -1,6 +1,7 @@
 """A Ray cluster for the tests, started as a user would with `ray start`: one raylet a node, all on this machine."""
 
 import os
+import secrets
 import shutil
 import socket
 import subprocess
@@ -10,13 +11,16 @@ import time
 from pathlib import Path
 
 import psutil
+import ray
 
-LOOPBACK = "127.0.0.1"
+# As docs/clusters.md asks for; a head node takes the token of an earlier cluster by itself, and others would not
+TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+SECONDS_TO_START = 90
 
 
 def free_port() -> int:
     with socket.socket() as probe:
-        probe.bind((LOOPBACK, 0))
+        probe.bind(("", 0))
         return probe.getsockname()[1]
 
 
@@ -28,7 +32,7 @@ class RayCluster:
 
     def __init__(self, gpus: list[int], environment: dict[str, str]):
         self.folder = Path(tempfile.mkdtemp(prefix="ray-"))  # short: sockets lie deep below it
-        self.address = f"{LOOPBACK}:{free_port()}"
+        self.address = f"{ray.util.get_node_ip_address()}:{free_port()}"
         self._environment = environment
         self._nodes: list[subprocess.Popen] = []
         try:
@@ -43,9 +47,9 @@ class RayCluster:
         where = ["--head", f"--port={self.address.rpartition(':')[2]}", "--include-dashboard=false"]
         if not head:
             where = [f"--address={self.address}"]
-        options = [f"--num-gpus={gpus}", "--num-cpus=24", "--object-store-memory=500000000", "--block"]
-        options += [f"--node-ip-address={LOOPBACK}", f"--temp-dir={self.folder}", "--min-worker-port=0"]
-        options += [f"--dashboard-agent-listen-port={free_port()}", "--max-worker-port=0", "--disable-usage-stats"]
+        options = [f"--num-gpus={gpus}", "--num-cpus=48", "--object-store-memory=500000000", "--block"]
+        options += [f"--temp-dir={self.folder}", "--min-worker-port=0", "--max-worker-port=0"]
+        options += [f"--dashboard-agent-listen-port={free_port()}", "--disable-usage-stats"]
         if head:
             options.append(f"--ray-client-server-port={free_port()}")
         with open(self.folder / f"node-{len(self._nodes)}.log", "w") as log:
@@ -63,14 +67,12 @@ class RayCluster:
         count = (
             f"import ray; ray.init('{self.address}', log_to_driver=False); print(sum(n['Alive'] for n in ray.nodes()))"
         )
-        for _ in range(30):
+        deadline = time.monotonic() + SECONDS_TO_START
+        while time.monotonic() < deadline and self._nodes[-1].poll() is None:
             told = subprocess.run([sys.executable, "-c", count], env=self._environment, capture_output=True, text=True)
             if told.stdout.strip() == str(nodes):
                 return
-            if self._nodes[-1].poll() is not None:
-                break
-            time.sleep(1)
-        raise RuntimeError(f"node {nodes} did not come up: {told.stderr}{self._log_text()}")
+        raise RuntimeError(f"node {nodes} did not come up: {told.stderr[-2000:]}\n{self._log_text()[-2000:]}")
 
     def _log_text(self) -> str:
         return "\n".join(file.read_text() for file in self.folder.glob("node-*.log"))
@@ -96,5 +98,6 @@ class RayCluster:
 
 
 def bare_environment() -> dict[str, str]:
-    """What a node's shell has: where programs are, and the home."""
-    return {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
+    """What a node's shell has: programs, the home, the cluster's token; and workers that wait behind nobody."""
+    inherited = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
+    return inherited | TOKEN | {"RAY_worker_niceness": "0"}

@@ -41,6 +41,13 @@ def test_variables_are_those_that_run_spin_reads(name):
     assert re.search(r"run_spin\.sh\"? --install", text)
 
 
+def test_every_cluster_asks_for_a_token():
+    [task] = documents("skypilot.yaml")
+    assert task["envs"]["RAY_AUTH_MODE"] == "token" and "RAY_AUTH_TOKEN" in task["secrets"]
+    assert documents("kuberay.yaml")[0]["spec"]["rayClusterSpec"]["authOptions"]["mode"] == "token"
+    assert "\nRAY_AUTH_MODE=token\n" in shell("slurm.sbatch")[0]
+
+
 def test_both_of_kuberays_nodes_are_alike_and_as_many_as_the_run_takes():
     job, _ = documents("kuberay.yaml")
     cluster = job["spec"]["rayClusterSpec"]

@@ -144,8 +144,8 @@ def processes(run: Path, describe=lambda process: " ".join(process.cmdline()) or
 
 def listening(process: psutil.Process) -> set[tuple[str, str]]:
     """The addresses on which a process takes connections, with its name."""
-    sockets = process.net_connections(kind="tcp")
-    return {(socket.laddr.ip, process.name()) for socket in sockets if socket.status == psutil.CONN_LISTEN}
+    sockets = [socket for socket in process.net_connections(kind="tcp") if socket.status == psutil.CONN_LISTEN]
+    return {(socket.laddr.ip.removeprefix("::ffff:"), process.name()) for socket in sockets}
 
 
 def watch_listening(run: Path, found: set, ended: threading.Event) -> None:

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from ray_cluster import RayCluster, bare_environment
+from ray_cluster import TOKEN, RayCluster, bare_environment
 from test_end_to_end import MARK, ROOT, finish, metrics, processes, start, task, tiny_llama  # noqa: F401
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
@@ -45,7 +45,8 @@ def two_at_once(task: Path, model: Path, folder: Path) -> list[Path]:
 @pytest.fixture
 def shared_cluster(monkeypatch):
     cluster = RayCluster(gpus=[2], environment=bare_environment())
-    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+    for name, value in {"RAY_ADDRESS": cluster.address, **TOKEN}.items():
+        monkeypatch.setenv(name, value)
     yield cluster
     cluster.stop()
 
@@ -64,7 +65,7 @@ def test_two_runs_on_one_cluster(shared_cluster, task, tiny_llama, tmp_path, mon
         assert_trained(run, 4)
         assert json.loads((run / "summary.json").read_text())["peak_memory_gb"] is None
     written = shared_cluster.logs()
-    assert "spin-" in written and SECRET not in written
+    assert "spin-" in written and SECRET not in written and TOKEN["RAY_AUTH_TOKEN"] not in written
 
 
 def run_spin(task: Path, model: Path, run: Path, address: str, steps: int) -> str:
