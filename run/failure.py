@@ -1,6 +1,7 @@
 """A run that failed, for its user: the cause, the remedy and where to read on."""
 
 import contextlib
+import re
 import shutil
 import tempfile
 import traceback
@@ -81,7 +82,7 @@ def first_cause(error: str, logs: Path | None) -> str:
 
 def _last_exception(text: str) -> str:
     lines = [line for line in text.strip().splitlines() if line and not line.startswith((" ", "\t", "During handling"))]
-    return lines[-1] if lines else text
+    return re.sub(r"^(\w+\.)+(?=\w+: )", "", lines[-1]) if lines else text  # less the exception's module
 
 
 def full_disks(run_folder: Path) -> list[str]:

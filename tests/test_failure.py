@@ -49,8 +49,8 @@ def test_what_the_agent_loop_logged_is_the_cause_and_only_of_this_run(tmp_path, 
     older.mkdir(parents=True)
     (older / "worker-1.err").write_text("Error in _run_prompt\nKeyError: 'an older run'\n")
     assert refusal(older, error)[0] == "RuntimeError: generating or scoring failed"
-    (ray_logs / "worker-1.err").write_text("ERROR: Error in _run_prompt for uid=1\n  File y\nKeyError: 'this run'\n")
-    assert refusal(older, error)[0] == "KeyError: 'this run'"
+    (ray_logs / "worker-1.err").write_text("ERROR: Error in _run_prompt for uid=1\n  File y\na.b.MyError: in a.b: it\n")
+    assert refusal(older, error)[0] == "MyError: in a.b: it"
 
 
 def test_a_full_disk_is_named_whatever_the_error_says(tmp_path, ray_logs, monkeypatch):

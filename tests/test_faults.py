@@ -105,7 +105,7 @@ def last_lines(process, folder: Path) -> list[str]:
 def test_a_killed_process_is_named_and_ends_the_run(component, moment, run, tmp_path, monkeypatch):
     start, temporary = run
     monkeypatch.setenv("SPIN_FAULT", f"{component}:{moment}")
-    overrides = [f"trainer.val_before_train={moment == 'validation'}"]
+    overrides = [f"trainer.val_before_train={moment == 'validation'}", "trainer.total_training_steps=150"]
     if moment == "scoring":
         overrides += reward(tmp_path, "compute_slowly")
     process = start(tmp_path / "run", *overrides, program=["-m", "faulty_run"])
