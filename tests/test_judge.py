@@ -216,7 +216,8 @@ def test_a_missing_key_is_said_before_anything_starts(run, monkeypatch):
 def test_a_policy_that_judges_needs_room_for_the_question(run):
     message = run.refusal("algorithm.preference_source=judge")
     assert "actor_rollout_ref.rollout.max_model_len=128" in message and "algorithm.judge.max_tokens" in message
-    run.check("algorithm.preference_source=judge", "actor_rollout_ref.rollout.max_model_len=4096")
+    room = "actor_rollout_ref.rollout.max_model_len=512"
+    run.check("algorithm.preference_source=judge", room, "algorithm.judge.max_tokens=16")
 
 
 def test_a_source_of_ones_own_is_named_by_its_module():
