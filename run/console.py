@@ -51,7 +51,7 @@ class Console:
             self._draw(progress)
         else:
             self._write_step(progress)
-            if not training:
+            if not (training and self._step):
                 self.waits_for(progress["doing"])
 
     def warn(self, text: str) -> None:

@@ -28,7 +28,6 @@ UNEXPECTED = (ActorDiedErrorContext.WORKER_DIED, ActorDiedErrorContext.NODE_DIED
 RAYS_PROCESSES = {"gcs_server": "Ray's control service (gcs_server)", "raylet": "Ray's node manager (raylet)"}
 COMPONENTS = {
     "WorkerDict": "the trainer's rank {number}",
-    "SpinWorker": "the trainer's rank {number}",
     "RolloutServer": "vLLM's server {number}",
     "vLLMHttpServer": "vLLM's server {number}",
     "RolloutWorker": "agent loop worker {number}",
@@ -154,7 +153,10 @@ def _actors_of_this_job() -> list[dict]:
     """Ray's table; `ray.util.state` would ask a dashboard, which a run does without. Empty before Ray has started."""
     if not ray.is_initialized():
         return []
-    return list(ray_state.actors(job_id=ray_worker.global_worker.current_job_id).values())
+    try:
+        return list(ray_state.actors(job_id=ray_worker.global_worker.current_job_id).values())
+    except (ray.exceptions.RayError, RuntimeError):  # it starts, or ends; of its death its processes tell
+        return []
 
 
 def _ending(actor: dict) -> str | None:

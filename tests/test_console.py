@@ -59,6 +59,7 @@ def test_without_a_terminal_a_line_a_step_stays(clock):
         "[spin] starting Ray took 10 s; loading the model ...",
         "[spin] still loading the model: 60 s",
         "[spin] loading the model took 80 s; answering the held-out prompts ...",
+        "[spin] answering the held-out prompts took 6 s; training ...",
         "[spin] step 1 of 4, accuracy 0.25, pairs 12 (30.0 s, 2 min left)",
         "[spin] step 2 of 4, accuracy 0.25, pairs 12 (30.0 s, 1 min left)",
         "[spin] step 3 of 4, accuracy 0.25, pairs 12 (30.0 s, 0 min left)",
