@@ -283,7 +283,8 @@ def test_a_full_disk_is_refused_before_ray_starts_unless_the_estimate_is_not_wan
 
 def test_a_model_that_is_not_here_yet_is_told_and_not_refused(capsys):
     cores = "ray_kwargs.ray_init.num_cpus=64"
-    assert machine.first_fault(settings(ONE, cores, "actor_rollout_ref.model.path=nobody/nothing-of-the-kind")) is None
+    config = settings(ONE, cores, "actor_rollout_ref.model.path=nobody/nothing-of-the-kind", device="cpu")
+    assert machine.first_fault(config) is None
     error = capsys.readouterr().err
     assert "memory and disk were not checked" in error and "nobody/nothing-of-the-kind" in error
 
