@@ -255,6 +255,7 @@ def layout_of(config: DictConfig) -> Layout:
         offload_policy=fsdp.offload_policy,
         reference_offload=ref.fsdp_config.param_offload,
         lora_rank=model.lora_rank,
+        plays_reference=config.algorithm.preference_source == "self_play",
         rollout_share=rollout.gpu_memory_utilization,
         rollout_devices=rollout.tensor_model_parallel_size,
         rollout_sleeps=rollout.free_cache_engine,
@@ -311,7 +312,7 @@ def remedies(model: Model, layout: Layout, memory_bytes: float, row: float) -> l
         found.append(_set(f"{ACTOR}.fsdp_config.param_offload=True", param_offload=True))
     if layout.rollout_devices == 1 and layout.devices % 4 == 0:
         found.append(_set(f"{ROLLOUT}.tensor_model_parallel_size=4", rollout_devices=4))
-    if not layout.lora_rank:
+    if not layout.lora_rank and not layout.plays_reference:
         settings = f"actor_rollout_ref.model.lora_rank={LORA_RANK} trainer.ref_update_freq=0"
         found.append(_set(settings, lora_rank=LORA_RANK))
     return found

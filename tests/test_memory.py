@@ -234,6 +234,12 @@ def test_three_billion_on_one_of_80_gb_leave_vllm_less(qwen):
     assert examined(folder, gpu(80), "actor_rollout_ref.rollout.gpu_memory_utilization=0.4").verdict == OK
 
 
+def test_self_play_is_not_told_to_use_adapters(qwen):
+    """check_config refuses them: vLLM plays the reference."""
+    finding = examined(qwen("3B"), gpu(24), "algorithm.preference_source=self_play")
+    assert finding.verdict == FAIL and "lora_rank" not in finding.text
+
+
 def test_memory_that_others_hold_counts(qwen):
     finding = examined(qwen("0.5B"), gpu(24, free=15))
     assert finding.verdict == FAIL and "15.0 of 24.0 GB are free" in finding.text
