@@ -306,6 +306,8 @@ def remedies(model: Model, layout: Layout, memory_bytes: float, row: float) -> l
     if tokens < layout.tokens:
         logits = tokens * layout.logits / layout.tokens
         found.append(_set(f"{ACTOR}.ppo_max_token_len_per_gpu={ceil(tokens)}", tokens=tokens, logits=logits))
+    if not layout.reference_offload and not layout.lora_rank:
+        found.append(_set(f"{REF}.fsdp_config.param_offload=True", reference_offload=True))
     if not layout.optimizer_offload:
         found.append(_set(f"{ACTOR}.fsdp_config.optimizer_offload=True", optimizer_offload=True))
     if not layout.param_offload:
