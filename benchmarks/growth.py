@@ -115,7 +115,8 @@ def predict(machine: Machine, model: Model, load: Load, devices: int = 1, layout
     seconds = {
         "generation": generation_seconds(machine, model, load, per_device),
         # Weights are gathered for a layer while the layer before it computes
-        "reference": max(forward / machine.flops / machine.forward_share, network["reference"] / rate),
+        "reference": max(forward / machine.flops / machine.forward_share, network["reference"] / rate)
+        + fetch_seconds(machine, model, layout, micro_batches),
         "update": max((forward + backward) / machine.flops / machine.update_share, network["update"] / rate)
         + adamw_seconds(machine, model, devices)
         + offload_seconds(machine, model, layout),
@@ -154,6 +155,12 @@ def refresh_seconds(machine: Machine, model: Model, devices: int = 1) -> float:
 def adamw_seconds(machine: Machine, model: Model, devices: int) -> float:
     """Clipping reads gradients; AdamW reads weight, gradient and two moments, and writes all but the gradient."""
     return model.parameters / devices * FP32 * (1 + 4 + 3) / machine.memory_bandwidth
+
+
+def fetch_seconds(machine: Machine, model: Model, layout: Layout, micro_batches: int) -> float:
+    """A reference on the host comes to the device once a micro-batch; counted as if no arithmetic hid it."""
+    shard = model.parameters * layout.reference_bytes / layout.devices
+    return layout.reference_offload * micro_batches * shard / machine.host_bandwidth
 
 
 def offload_seconds(machine: Machine, model: Model, layout: Layout) -> float:

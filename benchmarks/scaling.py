@@ -308,8 +308,10 @@ def fit_row(name: str, model: Model, machine: Machine, gpus: int) -> str:
 
 
 def shorten(settings: str) -> str:
-    """Keys without the sections that they stand in."""
-    return " ".join(f"`{one.split('=')[0].split('.')[-1]}={one.split('=')[1]}`" for one in settings.split())
+    """Keys without actor_rollout_ref and fsdp_config."""
+    return " ".join(
+        f"`{one.replace('actor_rollout_ref.', '').replace('fsdp_config.', '')}`" for one in settings.split()
+    )
 
 
 # ---- The document ----------------------------------------------------------------------------------------------------

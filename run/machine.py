@@ -255,6 +255,7 @@ def layout_of(config: DictConfig) -> Layout:
         offload_policy=fsdp.offload_policy,
         reference_offload=ref.fsdp_config.param_offload,
         lora_rank=model.lora_rank,
+        plays_reference=config.algorithm.preference_source == "self_play",
         rollout_share=rollout.gpu_memory_utilization,
         rollout_devices=rollout.tensor_model_parallel_size,
         rollout_sleeps=rollout.free_cache_engine,
@@ -305,13 +306,15 @@ def remedies(model: Model, layout: Layout, memory_bytes: float, row: float) -> l
     if tokens < layout.tokens:
         logits = tokens * layout.logits / layout.tokens
         found.append(_set(f"{ACTOR}.ppo_max_token_len_per_gpu={ceil(tokens)}", tokens=tokens, logits=logits))
+    if not layout.reference_offload and not layout.lora_rank:
+        found.append(_set(f"{REF}.fsdp_config.param_offload=True", reference_offload=True))
     if not layout.optimizer_offload:
         found.append(_set(f"{ACTOR}.fsdp_config.optimizer_offload=True", optimizer_offload=True))
     if not layout.param_offload:
         found.append(_set(f"{ACTOR}.fsdp_config.param_offload=True", param_offload=True))
     if layout.rollout_devices == 1 and layout.devices % 4 == 0:
         found.append(_set(f"{ROLLOUT}.tensor_model_parallel_size=4", rollout_devices=4))
-    if not layout.lora_rank:
+    if not layout.lora_rank and not layout.plays_reference:
         settings = f"actor_rollout_ref.model.lora_rank={LORA_RANK} trainer.ref_update_freq=0"
         found.append(_set(settings, lora_rank=LORA_RANK))
     return found

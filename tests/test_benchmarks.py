@@ -378,6 +378,15 @@ def test_deferred_reduction_keeps_gradients_whole_and_sends_them_once():
     assert once.network["update"] < each.network["update"]
 
 
+def test_a_reference_on_the_host_is_fetched_every_micro_batch():
+    layout = growth.layout_of(growth.H100, BUSY, 8)
+    offloaded = dataclasses.replace(layout, reference_offload=True)
+    near, far = (growth.predict(growth.H100, growth.QWEN_3B, BUSY, 8, one).seconds for one in (layout, offloaded))
+    micro_batches = -(-512 * 800 // 16384)
+    shard = 2 * growth.QWEN_3B.parameters / 8
+    assert far["reference"] - near["reference"] == pytest.approx(micro_batches * shard / growth.H100.host_bandwidth)
+
+
 def test_what_waits_on_the_host_crosses_twice_a_step():
     layout = growth.layout_of(growth.H100, BUSY, 8)
     offloaded = dataclasses.replace(layout, optimizer_offload=True)

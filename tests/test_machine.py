@@ -281,10 +281,12 @@ def test_a_full_disk_is_refused_before_ray_starts_unless_the_estimate_is_not_wan
     run.check("trainer.check_memory=False")
 
 
-def test_a_model_that_is_not_here_yet_is_told_and_not_refused():
-    told = list(machine._estimates(settings(ONE, "actor_rollout_ref.model.path=nobody/nothing-of-the-kind")))
-    assert [finding.verdict for finding in told] == [machine.WARN]
-    assert "memory and disk were not checked" in told[0].text and "nobody/nothing-of-the-kind" in told[0].text
+def test_a_model_that_is_not_here_yet_is_told_and_not_refused(capsys):
+    cores = "ray_kwargs.ray_init.num_cpus=64"
+    config = settings(ONE, cores, "actor_rollout_ref.model.path=nobody/nothing-of-the-kind", device="cpu")
+    assert machine.first_fault(config) is None
+    error = capsys.readouterr().err
+    assert "memory and disk were not checked" in error and "nobody/nothing-of-the-kind" in error
 
 
 def test_a_model_that_is_no_dense_transformer_is_told(tmp_path):

@@ -75,6 +75,7 @@ def test_gradients_are_whole_only_while_their_reduction_is_deferred():
 @pytest.mark.parametrize(
     ("changes", "lower", "same"),
     [
+        ({"reference_offload": True}, "training", "nothing"),
         ({"optimizer_offload": True}, "generation", "training"),
         ({"param_offload": True}, "generation", "training"),
         ({"rollout_share": 0.3}, "generation", "training"),
@@ -84,8 +85,8 @@ def test_gradients_are_whole_only_while_their_reduction_is_deferred():
 )
 def test_a_setting_lowers_its_phase_and_leaves_another(changes, lower, same):
     """What is offloaded comes back for training (verl's train mode loads it), so that only vLLM has more room."""
-    before = memory.peaks(QWEN_3B, EIGHT, 80e9)
-    after = memory.peaks(QWEN_3B, dataclasses.replace(EIGHT, **changes), 80e9)
+    before = memory.peaks(QWEN_3B, EIGHT, 80e9) | {"nothing": 0}
+    after = memory.peaks(QWEN_3B, dataclasses.replace(EIGHT, **changes), 80e9) | {"nothing": 0}
     assert after[lower] < before[lower] and after[same] == before[same]
 
 
@@ -232,6 +233,12 @@ def test_three_billion_on_one_of_80_gb_leave_vllm_less(qwen):
     for key in ("optimizer_offload=True (", "param_offload=True (", "lora_rank=32"):
         assert key in finding.text
     assert examined(folder, gpu(80), "actor_rollout_ref.rollout.gpu_memory_utilization=0.4").verdict == OK
+
+
+def test_self_play_is_not_told_to_use_adapters(qwen):
+    """check_config refuses them: vLLM plays the reference."""
+    finding = examined(qwen("3B"), gpu(24), "algorithm.preference_source=self_play")
+    assert finding.verdict == FAIL and "lora_rank" not in finding.text
 
 
 def test_memory_that_others_hold_counts(qwen):

@@ -174,7 +174,7 @@ class Worker:
         self.trainer.config = config
         self.trainer.actor_rollout_wg = OneRank(self.worker)
         self.trainer.global_steps, self.trainer.total_training_steps, self.trainer.steps_per_epoch = 1, 100, 100
-        self.trainer._reference_equals_actor = False
+        self.trainer._reference_equals_actor, self.trainer._skipped_in_a_row = False, 0
 
     def rows(self, prompts: int, prompt: int, response: int):
         """Rows of random tokens, the first of two responses preferred; and the prompts and responses themselves."""
@@ -218,7 +218,7 @@ class Worker:
     def refresh(self) -> Finding:
         """After an update actor and reference differ; after a refresh their log-probs must not, to the bit."""
         before = self.logp_gap()
-        seconds = timed(self.device, self.trainer._refresh_reference)
+        seconds = timed(self.device, self.worker.refresh_reference)
         after = self.logp_gap()
         figures = {"gap_before": before, "gap_after": after, "seconds": seconds}
         text = f"log-probs of responses differ by {before:.3g} before it and by {after:.3g} after it; {seconds:.3f} s"
