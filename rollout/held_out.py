@@ -10,7 +10,7 @@ class HeldOutValidation:
     """What differs from the validation of verl's trainer, to be put before it among a trainer's bases."""
 
     def _validate(self) -> dict[str, float]:
-        """Answers the held-out prompts as `val_kwargs` say and, if those are samples, greedily too, all in one go."""
+        """Answers the held-out prompts greedily and, if `val_kwargs` ask for samples, with these too, all in one go."""
         loader = self.val_dataloader
         self.val_dataloader = self._held_out = HeldOutRows(loader, self.config.actor_rollout_ref.rollout.val_kwargs)
         try:
@@ -19,7 +19,7 @@ class HeldOutValidation:
             self.val_dataloader = loader
 
     def _val_metrics_update(self, data_sources, sample_uids, infos, turns, expected_acc_counts=None):
-        """verl's metrics of the answers that `val_kwargs` ask for, and of the greedy ones under names of their own."""
+        """verl's metrics of the samples, and of the greedy answers under names of their own."""
         uids = [uid for _, uid in expected_acc_counts]  # one a row, in the rows' order
         greedy_prompts = {uid for uid, greedy in zip(uids, self._held_out.greedy, strict=True) if greedy}
         metrics = {}
@@ -40,7 +40,8 @@ class HeldOutValidation:
 class HeldOutRows:
     """The held-out batches with the columns by which SpinAgentLoop samples: the same seeds at every validation.
 
-    Where `val_kwargs` ask for samples each row is followed by itself once more, to be answered greedily.
+    Where `val_kwargs` ask for samples each row is followed by itself once more, to be answered greedily; else it stands
+    once, for its one greedy answer.
 
     Attributes:
         greedy: of each row handed out, whether it is the greedy one.
@@ -48,7 +49,8 @@ class HeldOutRows:
 
     def __init__(self, loader, val_kwargs):
         self._loader = loader
-        self._kinds = (False, True) if val_kwargs.temperature > 0 else (False,)
+        samples = val_kwargs.do_sample and val_kwargs.temperature > 0
+        self._kinds = (False, True) if samples else (True,)
         self._n = val_kwargs.n
         self.greedy: list[bool] = []
 

@@ -38,6 +38,9 @@ FLAGS = (
     "algorithm.dpo_average_log_prob",
     f"{ACTOR}.use_dynamic_bsz",
     SHARE_PROMPT,
+    "actor_rollout_ref.seed_responses",
+    f"{REF}.fsdp_config.param_offload",
+    f"{ROLLOUT}.val_kwargs.do_sample",
 )
 # verl's ways of training that SPIN has no use for: each would be paid for, or ignored
 UNUSED = ("critic.enable", f"{ACTOR}.use_kl_loss", "algorithm.use_kl_in_reward")
@@ -205,6 +208,7 @@ def _check_workers(config: DictConfig) -> None:
         config,
         f"the reference is copied shard by shard; give {ACTOR}.fsdp_config and {REF}.fsdp_config the same",
     )
+    _check_precision(config)
     ranks = config.trainer.nnodes * config.trainer.n_gpus_per_node
     if config.trainer.device == "cpu" and actor.strategy == "fsdp" and ranks > 1:
         _require(
@@ -228,6 +232,24 @@ def _check_workers(config: DictConfig) -> None:
         "trainer.n_gpus_per_node",
         config,
         f"this machine shows {gpus} GPUs; lower it, or use device=cpu on a machine without GPUs",
+    )
+
+
+def _check_precision(config: DictConfig) -> None:
+    """A refreshed reference equals the actor only if it holds and computes what the actor computes with."""
+    actor, ref = (config.actor_rollout_ref[name].fsdp_config for name in ("actor", "ref"))
+    _require(
+        ref.mixed_precision == actor.mixed_precision,
+        f"{REF}.fsdp_config.mixed_precision",
+        config,
+        f"the reference computes as the actor does; leave it out, and it follows {ACTOR}.fsdp_config.mixed_precision",
+    )
+    computed = (actor.mixed_precision or {}).get("param_dtype", "bf16")  # verl's default
+    _require(
+        ref.model_dtype in ("fp32", computed),
+        f"{REF}.fsdp_config.model_dtype",
+        config,
+        f"the actor computes in {computed}, and the reference must hold the same numbers; use {computed} or fp32",
     )
 
 
