@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.tensor import DTensor
 from verl.single_controller.base.decorator import Dispatch, make_nd_compute_dataproto_dispatch_fn, register
 from verl.utils import tensordict_utils as tu
+from verl.utils.device import get_torch_device
 from verl.workers.engine_workers import ActorRolloutRefWorker
 
 from recipe.spin import verl_patches
@@ -132,6 +133,7 @@ def mix_parameters(source: torch.nn.Module, target: torch.nn.Module, alpha: floa
     _reshard(target)
     _mix(dict(source.named_parameters()), dict(target.named_parameters()), alpha)
     _mix(dict(source.named_buffers()), dict(target.named_buffers()), 1.0)
+    get_torch_device().synchronize()  # copies to pinned memory of the host may still be under way
 
 
 def _mix(source: dict[str, torch.Tensor], target: dict[str, torch.Tensor], alpha: float) -> None:
@@ -145,7 +147,8 @@ def _mix(source: dict[str, torch.Tensor], target: dict[str, torch.Tensor], alpha
                 "actor_rollout_ref.actor.fsdp_config and actor_rollout_ref.ref.fsdp_config the same fsdp_size"
             )
         if alpha == 1.0:
-            old.copy_(new)
+            # Cast where the source lies: copy_ would bring an fp32 shard to the host whole, through pageable memory
+            old.copy_(new.to(old.dtype), non_blocking=True)
         else:
             old.lerp_(new.to(old), alpha)
 

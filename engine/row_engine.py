@@ -3,6 +3,8 @@
 Two engines, by what a row becomes: SharedPromptEngine computes its prompt once, SeparateEngine once a response.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -49,15 +51,44 @@ class RowEngine(FSDPEngineWithLMHead):
             torch.manual_seed(self.engine_config.seed)
             return super()._build_lora_module(module)
 
+    @contextmanager
+    def _configured(self, **changes) -> Iterator[None]:
+        """verl builds a model as `engine_config` says; within, it says something else."""
+        config = self.engine_config
+        self.engine_config = replace(config, **changes)
+        try:
+            yield
+        finally:
+            self.engine_config = config
+
+    def _build_module(self):
+        """Loads the model in fp32 and rounds its parameters, and nothing else, to `model_dtype`.
+
+        verl rounds the buffers too. Rotary frequencies in bf16 are off by up to a radian at position 500, and a bf16
+        reference would not be the fp32 actor that it was copied from.
+        """
+        dtype = self.engine_config.model_dtype or ("bf16" if self.engine_config.forward_only else "fp32")
+        with self._configured(model_dtype="fp32"):
+            module = super()._build_module()
+        for parameter in module.parameters():
+            parameter.data = parameter.data.to(PrecisionType.to_dtype(dtype))
+        return module
+
     def _build_fsdp_module(self, module):
-        """A single rank that computes in the precision of its weights has nothing to shard, gather, reduce or cast."""
+        """Shards as verl does, but leaves a reference on the device unless `param_offload` asks for the host.
+
+        A single rank that keeps and computes everything in fp32 has nothing to shard, gather, reduce or cast. Any other
+        goes through FSDP, so that a bf16 reference is laid out as its actor with fp32 masters is.
+        """
         config = self.engine_config
         precision = PrecisionType.to_dtype((config.mixed_precision or {}).get("param_dtype", "bf16"))
-        weights = next(module.parameters()).dtype
-        if torch.distributed.get_world_size() > 1 or precision != weights or config.offload_policy:
+        offloaded = config.forward_only and config.param_offload
+        plain = {precision, next(module.parameters()).dtype} == {torch.float32}
+        if plain and torch.distributed.get_world_size() == 1 and not config.offload_policy and not offloaded:
+            self._autocast_dtype = precision
+            return module.to(get_device_id())
+        with self._configured(forward_only=offloaded):  # verl offloads whatever is forward-only
             return super()._build_fsdp_module(module)
-        self._autocast_dtype = precision
-        return module.to(get_device_id())
 
     def _build_optimizer(self, module):
         """Without FSDP AdamW runs fused, in one pass over the weights where torch's default on a CPU takes ten."""

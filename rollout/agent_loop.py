@@ -1,4 +1,4 @@
-"""How prompts are answered: verl's agent loops, with a seed for every response and requests in rounds (rounds.py)."""
+"""How prompts are answered: verl's agent loops, with seeds for the responses and requests in rounds (rounds.py)."""
 
 import asyncio
 import zlib
@@ -34,17 +34,18 @@ WAIT_SECONDS = 60.0
 
 
 class SpinAgentLoop(SingleTurnAgentLoop):
-    """Seeds each response by the run's seed, the prompt's place in the run and the response's number.
+    """Answers greedily where it is told to, and seeds sampled responses if `actor_rollout_ref.seed_responses` says so.
 
-    What a response is then depends neither on how requests meet in vLLM's batches nor on earlier runs. One object
-    answers all prompts: it keeps nothing of them.
+    A seed follows from the run's seed, the prompt's place in the run and the response's number. What is drawn then
+    depends neither on how requests meet in vLLM's batches nor on what was drawn before. One object answers all prompts:
+    it keeps nothing of them.
     """
 
     async def run(self, sampling_params: dict[str, Any], **kwargs) -> AgentLoopOutput:
         params = dict(sampling_params)
         if kwargs.get(GREEDY, False):
             params.update(temperature=0.0, top_p=1.0, top_k=-1)
-        else:
+        elif self.config.actor_rollout_ref.seed_responses:
             identity = f"{self.rollout_config.seed}/{kwargs[SAMPLING_SEED]}/{kwargs['session_id']}"
             params["seed"] = zlib.crc32(identity.encode())
         return await super().run(params, **kwargs)

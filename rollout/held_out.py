@@ -12,7 +12,7 @@ class HeldOutValidation:
     """What differs from the validation of verl's trainer, to be put before it among a trainer's bases."""
 
     def _validate(self) -> dict[str, float]:
-        """Answers the held-out prompts as `val_kwargs` say and, if those are samples, greedily too, all in one go."""
+        """Answers the held-out prompts greedily and, if `val_kwargs` ask for samples, with these too, all in one go."""
         loader = self.val_dataloader
         self.val_dataloader = self._held_out = HeldOutRows(loader, self.config.actor_rollout_ref.rollout.val_kwargs)
         try:
@@ -73,7 +73,8 @@ def without_made_up_accuracy(infos: dict[str, list]) -> dict[str, list]:
 class HeldOutRows:
     """The held-out batches with the columns by which SpinAgentLoop samples: the same seeds at every validation.
 
-    Where `val_kwargs` ask for samples each row is followed by itself once more, to be answered greedily.
+    Where `val_kwargs` ask for samples each row is followed by itself once more, to be answered greedily; else it stands
+    once, for its one greedy answer.
 
     Attributes:
         greedy: of each row handed out, whether it is the greedy one.
@@ -81,7 +82,8 @@ class HeldOutRows:
 
     def __init__(self, loader, val_kwargs):
         self._loader = loader
-        self._kinds = (False, True) if val_kwargs.temperature > 0 else (False,)
+        samples = val_kwargs.do_sample and val_kwargs.temperature > 0
+        self._kinds = (False, True) if samples else (True,)
         self._n = val_kwargs.n
         self.greedy: list[bool] = []
 

@@ -121,6 +121,23 @@ def reference_is_sharded_as_the_actor(settings: Settings) -> None:
         settings.require(settings[f"{REF}.{key}"] == settings[f"{ACTOR}.{key}"], f"{REF}.{key}", remedy)
 
 
+def reference_holds_what_the_actor_computes_with(settings: Settings) -> None:
+    """A refreshed reference then equals the actor to the bit."""
+    actor, ref = f"{ACTOR}.fsdp_config", f"{REF}.fsdp_config"
+    precision = settings[f"{actor}.mixed_precision"]
+    settings.require(
+        settings[f"{ref}.mixed_precision"] == precision,
+        f"{ref}.mixed_precision",
+        f"the reference computes as the actor does; leave it out, and it follows {actor}.mixed_precision",
+    )
+    computed = (precision or {}).get("param_dtype", "bf16")  # verl's default
+    settings.require(
+        settings[f"{ref}.model_dtype"] in ("fp32", computed),
+        f"{ref}.model_dtype",
+        f"the actor computes in {computed}, and the reference must hold the same numbers; use {computed} or fp32",
+    )
+
+
 # ---- Batches ---------------------------------------------------------------------------------------------------------
 def batches_divide(settings: Settings) -> None:
     batch = settings["data.train_batch_size"]
@@ -245,15 +262,6 @@ def sequences_fit_vllm(settings: Settings) -> None:
     )
 
 
-def greedy_validation_is_asked_for_by_temperature(settings: Settings) -> None:
-    values = f"{ROLLOUT}.val_kwargs"
-    settings.require(
-        settings[f"{values}.do_sample"] or settings[f"{values}.temperature"] == 0,
-        f"{values}.do_sample",
-        f"verl's trainer does not read it; for greedy answers alone set {values}.temperature=0",
-    )
-
-
 def the_queue_holds_a_batch(settings: Settings) -> None:
     answers = settings["data.train_batch_size"] * settings[f"{ROLLOUT}.n"]
     require_queue(settings, answers, f"a batch has {answers} responses", "lower data.train_batch_size")
@@ -308,6 +316,7 @@ RULES: tuple[Callable[[Settings], None], ...] = (
     lora_has_no_second_model,
     small_steps_need_fp32,
     reference_is_sharded_as_the_actor,
+    reference_holds_what_the_actor_computes_with,
     batches_divide,
     a_prompt_with_its_responses_fits_one_micro_batch,
     ranks_fall_into_groups,
@@ -315,7 +324,6 @@ RULES: tuple[Callable[[Settings], None], ...] = (
     sequence_parallelism_can_work,
     fsdp1_gathers_no_model_on_cpus,
     sequences_fit_vllm,
-    greedy_validation_is_asked_for_by_temperature,
     the_queue_holds_a_batch,
     loggers_are_installed,
     the_run_folder_can_be_written,

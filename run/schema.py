@@ -221,6 +221,8 @@ class Engine(Section):
     ulysses_sequence_parallel_size: Count
     fsdp_size: int
     model_dtype: Text
+    mixed_precision: dict | None
+    param_offload: bool
 
 
 class Checkpoint(Section):
@@ -286,7 +288,7 @@ class Rollout(Section):
     name: Literal["vllm"] = verl("SPIN generates with vllm")
     mode: Literal["async"]
     n: Count = own(
-        2,
+        8,
         "responses per prompt (1 with self-play; 4 in the CPU profile)",
         remedy="a pair needs at least 2 responses to a prompt, with self-play 1",
     )
@@ -311,6 +313,9 @@ class Rollout(Section):
 
 
 class ActorRolloutRef(Section):
+    seed_responses: bool = own(
+        False, "one seed gives one run: each response is sampled by a seed of its own (True in the CPU profile)"
+    )
     share_prompt: bool = own(
         True, "compute a prompt once for all its responses; False gives each response a copy of it"
     )

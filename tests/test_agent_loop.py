@@ -7,12 +7,20 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 from verl.experimental.agent_loop.agent_loop import AgentLoopWorker
+from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
 from verl.trainer.ppo.v1 import agent_loop_tq
 from verl.utils import tensordict_utils as tu
 from verl.workers.rollout.replica import TokenOutput
 
 from recipe.spin.rollout import agent_loop
-from recipe.spin.rollout.agent_loop import RolloutClient, RolloutWorker, WholeRounds
+from recipe.spin.rollout.agent_loop import (
+    GREEDY,
+    SAMPLING_SEED,
+    RolloutClient,
+    RolloutWorker,
+    SpinAgentLoop,
+    WholeRounds,
+)
 from recipe.spin.rollout.rounds import Round
 
 
@@ -134,6 +142,39 @@ def test_a_sessions_second_request_goes_to_the_same_replica_at_once():
 
     asyncio.run(run())
     assert servers[0].rounds == [["a"], ["a2"]] and servers[1].rounds == [["b"], ["b2"]]
+
+
+# ---------------------------------------------------------------------- the agent loop
+
+
+@pytest.fixture
+def sampling(monkeypatch):
+    """The sampling parameters with which a response is asked for."""
+
+    async def run(self, sampling_params, **kwargs):
+        return sampling_params
+
+    monkeypatch.setattr(SingleTurnAgentLoop, "run", run)
+
+    def params(seed_responses: bool, prompt: str = "p0", session: int = 0, greedy: bool = False) -> dict:
+        loop = SpinAgentLoop.__new__(SpinAgentLoop)
+        loop.config = OmegaConf.create({"actor_rollout_ref": {"seed_responses": seed_responses}})
+        loop.rollout_config = OmegaConf.create({"seed": 5})
+        columns = {SAMPLING_SEED: prompt, GREEDY: greedy, "session_id": session}
+        return asyncio.run(loop.run({"temperature": 0.7, "top_p": 0.9, "top_k": 20}, **columns))
+
+    return params
+
+
+def test_each_sampled_response_has_a_seed_of_its_own_if_seeds_are_asked_for(sampling):
+    seeds = [sampling(True, prompt, session)["seed"] for prompt in ("p0", "p1") for session in (0, 1)]
+    assert len(set(seeds)) == 4 and seeds[0] == sampling(True)["seed"]
+    assert sampling(False) == {"temperature": 0.7, "top_p": 0.9, "top_k": 20}
+
+
+@pytest.mark.parametrize("seed_responses", [True, False])
+def test_a_greedy_answer_needs_no_seed(sampling, seed_responses):
+    assert sampling(seed_responses, greedy=True) == {"temperature": 0.0, "top_p": 1.0, "top_k": -1}
 
 
 # ---------------------------------------------------------------------- the worker

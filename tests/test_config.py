@@ -73,7 +73,26 @@ SHARE_PROMPT = "actor_rollout_ref.share_prompt"
 def test_gpu_profile(run, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     monkeypatch.setattr("recipe.spin.run.check.first_fault", lambda config: None)  # test_machine.py has its checks
-    assert run.check(device="gpu").trainer.device == "cuda"
+    config = run.check(device="gpu")
+    assert config.trainer.device == "cuda"
+    actor, ref, rollout = (config.actor_rollout_ref[name] for name in ("actor", "ref", "rollout"))
+    assert (actor.fsdp_config.model_dtype, ref.fsdp_config.model_dtype) == ("fp32", "bf16")
+    assert actor.optim.override_optimizer_config == {"eps": 1e-4} and actor.optim.lr == 1e-6
+    assert (rollout.n, rollout.val_kwargs.n, rollout.val_kwargs.do_sample) == (8, 1, False)
+
+
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_responses_are_seeded_only_where_it_costs_nothing(device):
+    assert compose(device=device).actor_rollout_ref.seed_responses is (device == "cpu")
+
+
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_the_reference_computes_in_the_actors_precision(run, monkeypatch, device):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr("recipe.spin.run.check.first_fault", lambda config: None)
+    key = "actor_rollout_ref.actor.fsdp_config.mixed_precision.reduce_dtype"
+    config = run.check(f"{key}=bf16", device=device)
+    assert config.actor_rollout_ref.ref.fsdp_config.mixed_precision.reduce_dtype == "bf16"
 
 
 @pytest.mark.parametrize(
@@ -178,6 +197,15 @@ def test_settings_that_work(run, overrides):
             ["trainer.ref_update_freq=", "lora_rank=8", "set trainer.ref_update_freq=0"],
         ),
         ("actor_rollout_ref.actor.shuffle=True", ["actor_rollout_ref.actor.shuffle=True", "order of the batch"]),
+        ("actor_rollout_ref.seed_responses=1", ["actor_rollout_ref.seed_responses=1", "True or False"]),
+        (
+            "actor_rollout_ref.ref.fsdp_config.model_dtype=bf16",
+            ["actor_rollout_ref.ref.fsdp_config.model_dtype='bf16'", "computes in fp32", "use fp32"],
+        ),
+        (
+            "actor_rollout_ref.ref.fsdp_config.mixed_precision={param_dtype:bf16}",
+            ["actor_rollout_ref.ref.fsdp_config.mixed_precision", "computes as the actor does"],
+        ),
         (f"{SHARE_PROMPT}=1", [f"{SHARE_PROMPT}=1", "True or False"]),
         ("actor_rollout_ref.actor.ppo_epochs=0", ["actor_rollout_ref.actor.ppo_epochs=0", "at least 1"]),
         ("data.train_batch_size=null", ["data.train_batch_size=None", "whole number"]),

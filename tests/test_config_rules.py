@@ -31,7 +31,6 @@ BAD = [
         [f"{ROLLOUT}.max_num_batched_tokens=32", "at least 64", "a whole prompt"],
     ),
     (f"{ROLLOUT}.max_num_batched_tokens=100", [f"{ROLLOUT}.max_num_batched_tokens=100", "at least 128"]),
-    (f"{ROLLOUT}.val_kwargs.do_sample=False", [f"{ROLLOUT}.val_kwargs.do_sample=False", "val_kwargs.temperature=0"]),
     (f"{QUEUE}=15", [f"{QUEUE}=15", "a batch has 16 responses"]),
     (f"{QUEUE}=19", [f"{QUEUE}=19", "4 held-out prompts with 5 answers each make 20"]),
     ("algorithm.dpo_beta=end:0.01", ["algorithm.dpo_beta='end:0.01'", "quotes"]),

@@ -69,9 +69,11 @@ def task(tmp_path_factory) -> Path:
     return folder
 
 
-def start(task: Path, model: Path, run: Path, *overrides: str, program=("-m", "recipe.spin.main_spin")):
+def start(
+    task: Path, model: Path, run: Path, *overrides: str, program=("-m", "recipe.spin.main_spin"), device: str = "cpu"
+):
     """Starts a run as a user would."""
-    command = [sys.executable, *program, "device=cpu", f"actor_rollout_ref.model.path={model}"]
+    command = [sys.executable, *program, f"device={device}", f"actor_rollout_ref.model.path={model}"]
     command += [
         f"data.train_files={task}/train.parquet",
         f"data.val_files={task}/test.parquet",
@@ -81,7 +83,7 @@ def start(task: Path, model: Path, run: Path, *overrides: str, program=("-m", "r
         "data.max_response_length=8",
         "actor_rollout_ref.actor.optim.lr=1e-2",
         "actor_rollout_ref.rollout.checkpoint_engine.update_weights_bucket_megabytes=16",
-        "actor_rollout_ref.rollout.engine_kwargs.vllm.kv_cache_memory_bytes=20000000",
+        "++actor_rollout_ref.rollout.engine_kwargs.vllm.kv_cache_memory_bytes=20000000",
         "trainer.total_training_steps=4",
         "trainer.ref_update_freq=2",
         "trainer.save_freq=2",

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from plain_model import load_model, response_logp
-from worker_jobs import make_batches, play, refuse
+from worker_jobs import count_offloads, make_batches, make_long_batch, play, refresh, refuse
 
 pytestmark = pytest.mark.slow
 
@@ -19,6 +19,21 @@ LAYOUTS = {
     "fsdp2-1-rank": (1, "fsdp2", []),
     "fsdp2-2-ranks": (2, "fsdp2", []),
     "fsdp2-2-ranks-gathered": (2, "fsdp2", GATHERED),
+    "fsdp1-1-rank": (1, "fsdp", []),
+    "fsdp1-2-ranks": (2, "fsdp", []),
+}
+
+
+OFFLOADED = "actor_rollout_ref.ref.fsdp_config.param_offload=True"
+# As on GPUs: masters in fp32, arithmetic and the reference in bf16
+BF16 = [
+    "actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype=bf16",
+    "actor_rollout_ref.ref.fsdp_config.model_dtype=bf16",
+]
+BF16_LAYOUTS = {
+    "fsdp2-1-rank": (1, "fsdp2", []),
+    "fsdp2-2-ranks": (2, "fsdp2", []),
+    "fsdp2-2-ranks-offloaded": (2, "fsdp2", [OFFLOADED]),
     "fsdp1-1-rank": (1, "fsdp", []),
     "fsdp1-2-ranks": (2, "fsdp", []),
 }
@@ -110,3 +125,21 @@ def test_reference_sharded_unlike_the_actor_is_refused(tiny_models, ranks):
     for message in ranks[2].run(refuse, settings):
         assert "actor_rollout_ref.ref.fsdp_config" in message
         assert "fsdp_size" in message
+
+
+@pytest.mark.parametrize(("world_size", "strategy", "more"), BF16_LAYOUTS.values(), ids=BF16_LAYOUTS.keys())
+def test_bf16_reference_computes_exactly_as_the_actor(tiny_models, ranks, tmp_path, world_size, strategy, more):
+    """At position 400 a rotary frequency that was rounded to bf16 would turn a token by up to 0.8 radians more."""
+    settings = [*overrides(tiny_models["llama"], strategy), *BF16, *more]
+    seen, *_ = ranks[world_size].run(refresh, settings, make_long_batch(), str(tmp_path))
+    for stage in ("loaded", "refreshed", "resumed"):
+        assert same(seen[stage]["reference"], seen[stage]["actor"]), stage
+    assert far(seen["trained"]["actor"], seen["trained"]["reference"])
+    assert same(seen["resumed"]["reference"], seen["refreshed"]["reference"])
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "fsdp2"])
+def test_reference_is_on_the_host_only_where_param_offload_says_so(tiny_models, ranks, strategy):
+    settings = [*overrides(tiny_models["llama"], strategy), *BF16]
+    assert ranks[1].run(count_offloads, settings) == [0]
+    assert ranks[1].run(count_offloads, [*settings, OFFLOADED]) == [1]

@@ -85,16 +85,16 @@ def test_metrics_that_show_likelihood_and_length_going(trainer, average, per_tok
     assert metrics["response_length/gap"] == 3.0 and metrics["kl/token"] == pytest.approx(0.2)
 
 
-def held_out(trainer, temperature: float):
+def held_out(**val_kwargs):
     """The rows that a validation of two batches hands out."""
     batches = [{"raw_prompt": np.array(["p0", "p1"], dtype=object), "index": torch.tensor([0, 1])}]
     batches.append({"raw_prompt": np.array(["p2"], dtype=object), "index": torch.tensor([2])})
-    rows = HeldOutRows(batches, OmegaConf.create({"temperature": temperature, "n": 3}))
+    rows = HeldOutRows(batches, OmegaConf.create({"temperature": 1.0, "do_sample": True, "n": 3} | val_kwargs))
     return rows, list(rows)
 
 
-def test_each_held_out_prompt_is_sampled_and_answered_greedily_in_one_pass(trainer):
-    rows, batches = held_out(trainer, temperature=1.0)
+def test_each_held_out_prompt_is_sampled_and_answered_greedily_in_one_pass():
+    rows, batches = held_out()
     assert batches[0]["raw_prompt"].tolist() == ["p0", "p0", "p1", "p1"]
     assert batches[0]["index"].tolist() == [0, 0, 1, 1]
     assert batches[0][GREEDY].tolist() == [False, True, False, True]
@@ -103,10 +103,11 @@ def test_each_held_out_prompt_is_sampled_and_answered_greedily_in_one_pass(train
     assert rows.greedy == [False, True] * 3
 
 
-def test_held_out_prompts_are_answered_once_where_all_answers_are_greedy(trainer):
-    rows, batches = held_out(trainer, temperature=0.0)
-    assert batches[0]["raw_prompt"].tolist() == ["p0", "p1"] and rows.greedy == [False] * 3
-    assert batches[0]["__rollout_n__"].tolist() == [3, 3]
+@pytest.mark.parametrize("val_kwargs", [{"temperature": 0.0}, {"do_sample": False}])
+def test_held_out_prompts_get_one_greedy_answer_where_no_samples_are_asked_for(val_kwargs):
+    rows, batches = held_out(**val_kwargs)
+    assert batches[0]["raw_prompt"].tolist() == ["p0", "p1"] and rows.greedy == [True] * 3
+    assert batches[0][GREEDY].tolist() == [True, True] and batches[0]["__rollout_n__"].tolist() == [1, 1]
 
 
 RIGHT = [1, 0, 0, 1, 0, 1, 1, 0]

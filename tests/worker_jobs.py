@@ -251,6 +251,48 @@ def play(rank: int, overrides: list[str], batches: list[Batch], folder: str) -> 
     }
 
 
+def make_long_batch(prompts: int = 4, length: int = 400, seed: int = 2) -> Batch:
+    """One batch of long prompts with two responses each: far positions show what positions are computed from."""
+    draw = random.Random(seed)
+    questions = [draw.choices(range(300), k=length) for _ in range(prompts)]
+    responses = [draw.choices(range(300), k=MAX_RESPONSE) for _ in range(2 * prompts)]
+    masks = [[1] * len(response) for response in responses]
+    first = list(range(0, 2 * prompts, 2))
+    repeated = [question for question in questions for _ in range(2)]
+    return Batch(repeated, responses, masks, first, [row + 1 for row in first], [1.0] * prompts)
+
+
+def refresh(rank: int, overrides: list[str], batch: Batch, folder: str) -> dict:
+    """Trains once, refreshes, saves and resumes; returns log-probs of the batch at each stage."""
+    players = Players(overrides, batch)
+    seen = {"loaded": players.both()}
+    players.train(batch)
+    seen["trained"] = players.both()
+    players.worker.refresh_reference()
+    seen["refreshed"] = players.both()
+    players.worker.save_checkpoint(f"{folder}/actor", global_step=1)
+    resumed = Players(overrides, batch)
+    resumed.worker.load_checkpoint(f"{folder}/actor")
+    seen["resumed"] = resumed.both()
+    return seen
+
+
+def count_offloads(rank: int, overrides: list[str]) -> int:
+    """How many of a worker's two models FSDP was told to keep on the host."""
+    from unittest import mock
+
+    from torch.distributed import fsdp
+    from verl.workers.engine.fsdp import transformer_impl
+    from worker_harness import make_worker
+
+    with (
+        mock.patch.object(fsdp, "CPUOffload", wraps=fsdp.CPUOffload) as fsdp1,
+        mock.patch.object(transformer_impl, "CPUOffloadPolicy", wraps=transformer_impl.CPUOffloadPolicy) as fsdp2,
+    ):
+        make_worker(*overrides)
+    return fsdp1.call_count + fsdp2.call_count
+
+
 def refuse(rank: int, overrides: list[str]) -> str:
     """The message with which a reference is refused that is sharded unlike the actor."""
     worker = make_trainer(*overrides).actor_rollout_wg.worker

@@ -1,0 +1,79 @@
+"""The GPU profile without a GPU: its own settings, but for what a CPU cannot do and for sizes."""
+
+import json
+import math
+
+import pytest
+import torch
+from test_end_to_end import metrics, succeed, task, tiny_llama  # noqa: F401 - the fixtures of whole runs
+from torch.utils._python_dispatch import TorchDispatchMode
+
+ROLLOUT = "actor_rollout_ref.rollout"
+CPU = [
+    "trainer.device=cpu",
+    "trainer.n_gpus_per_node=1",
+    "++ray_kwargs.ray_init.num_gpus=1",  # logical ones
+    "++ray_kwargs.ray_init.num_cpus=24",
+    "++ray_kwargs.ray_init.object_store_memory=500000000",
+    # no CUDA graphs, and no device memory to hand back and forth
+    f"{ROLLOUT}.enforce_eager=True",
+    f"{ROLLOUT}.free_cache_engine=False",
+    f"++{ROLLOUT}.enable_sleep_mode=False",
+    f"++{ROLLOUT}.engine_kwargs.vllm.distributed_executor_backend=uni",
+]
+SIZES = [
+    "data.max_prompt_length=64",
+    f"{ROLLOUT}.max_model_len=128",
+    f"{ROLLOUT}.agent.num_workers=1",
+    "reward.num_workers=1",
+    "transfer_queue.backend.SimpleStorage.num_data_storage_units=1",
+]
+SETTINGS = [
+    "actor_rollout_ref.actor.optim.lr=1e-3",
+    # A loss that sorts the batch asks the reference for log-probs even where it equals the policy
+    "algorithm.dpo_loss_type=aot",
+]
+
+
+class Copies(TorchDispatchMode):
+    """Records the dtypes of what is copied into tensors, and of those."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.copy_.default:
+            self.seen.append((args[1].dtype, args[0].dtype))
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_refreshed_shard_is_rounded_on_the_device_that_it_leaves():
+    """Of a copy that rounds on its way to the host, the host would get the fp32 shard first."""
+    from recipe.spin.fsdp_workers import mix_parameters
+
+    actor, reference = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2).bfloat16()
+    with Copies() as copies:
+        mix_parameters(actor, reference)
+    assert copies.seen == [(torch.bfloat16, torch.bfloat16)] * 2
+    assert torch.equal(reference.weight, actor.weight.bfloat16())
+
+
+@pytest.mark.slow
+def test_a_run_with_the_profiles_own_settings(task, tiny_llama, tmp_path):  # noqa: F811
+    """bf16 arithmetic over fp32 masters, a bf16 reference, n=8, the best against the worst, dynamic micro-batches,
+    recomputed activations, greedy validation: two steps with a refresh, a checkpoint, and two more after a resume."""
+    run = tmp_path / "run"
+    for steps in (2, 4):
+        overrides = [*CPU, *SIZES, *SETTINGS, f"trainer.total_training_steps={steps}"]
+        succeed(task, tiny_llama, run, *overrides, device="gpu")
+    history = metrics(run)
+    for step in (1, 2, 4):  # as loaded; refreshed; refreshed
+        assert history[step]["actor/loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert history[3]["actor/loss"] != pytest.approx(math.log(2), abs=1e-4)  # the refreshed reference came back
+    for step in (1, 2, 3, 4):
+        assert history[step]["pairs/used"] >= 3
+        # A logit of 8 to 16 is rounded by up to 1/32, in vLLM and in FSDP
+        assert 0 < history[step]["rollout/logp_gap_max"] < 0.25
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["steps"] == 4 and summary["before"].keys() == summary["after"].keys() == {"greedy"}
