@@ -3,7 +3,7 @@
 import math
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -35,7 +35,7 @@ class DPOSettings:
     label_smoothing: float = 0.0
     reference_free: bool = False
     average_log_prob: bool = False
-    options: LossOptions = field(default_factory=LossOptions)
+    options: LossOptions = LossOptions()
 
     @property
     def batch_coupled(self) -> bool:
