@@ -25,17 +25,17 @@ from verl.utils.py_functional import rename_dict
 from verl.workers.rollout.replica import RolloutReplicaRegistry
 
 from recipe.spin import run_folder, verl_patches
-from recipe.spin.core_algos import LossOptions, PreferencePairs, beta_at, has_score, penalize_missing_eos
+from recipe.spin.core_algos import LossOptions, PreferencePairs, beta_at, penalize_missing_eos
 from recipe.spin.dp_actor import DPOSettings
 from recipe.spin.engine.plan import plan_mini_batches
 from recipe.spin.engine.rows import arrange, build_rows, make_rows, nest, pad_rows, pair_totals, trajectory_place
 from recipe.spin.fsdp_workers import SpinWorker
 from recipe.spin.preferences.source import RewardSource, load_source
+from recipe.spin.rollout import answers
 from recipe.spin.rollout.agent_loop import SAMPLING_SEED, RolloutClient, WholeRounds
 from recipe.spin.rollout.held_out import HeldOutValidation
 from recipe.spin.rollout.opponent import OpponentInVLLM
 from recipe.spin.rollout.reward_worker import use_reward_worker
-from recipe.spin.rollout.scoring import FAULT, RewardError
 from recipe.spin.rollout.weights import has_own_sockets
 
 RESPONSE_FIELDS = ["prompts", "responses", "response_mask", "rollout_log_probs"]
@@ -57,6 +57,7 @@ class SpinTrainer(OpponentInVLLM, HeldOutValidation, PPOTrainerSync):
         self._fetched = (0, 0)  # step, and the prompts fetched in it so far
         self._reference_equals_actor = False  # to the bit: as loaded, or just refreshed
         self._skipped_in_a_row = 0  # optimizer steps
+        self._without_pairs_in_a_row = 0  # steps
 
     # ------------------------------------------------------------------ setup
 
@@ -141,6 +142,10 @@ class SpinTrainer(OpponentInVLLM, HeldOutValidation, PPOTrainerSync):
     def on_train_begin(self):
         self.progress["doing"] = "training"
 
+    @cached_property
+    def _end_tokens(self) -> set[int]:
+        return answers.end_tokens(self.config.actor_rollout_ref.model.path, self.tokenizer)
+
     # ------------------------------------------------------------------ one step
 
     def prepare_step(self) -> dict:
@@ -179,6 +184,7 @@ class SpinTrainer(OpponentInVLLM, HeldOutValidation, PPOTrainerSync):
             rows = self._prefer(batch, metrics)
 
         metrics["training/reference_refreshed"] = float(self._reference_is_due())
+        self._check_pairs(rows is not None)
 
         if rows is not None:
             with marked_timer("ref", timing_raw, color="olive"):
@@ -199,10 +205,10 @@ class SpinTrainer(OpponentInVLLM, HeldOutValidation, PPOTrainerSync):
         extra = responses.pop("extra_fields").tolist()
         rewards = pad_rows(responses.pop("rm_scores"))
         mask = pad_rows(responses["response_mask"])
-        ended = self._ended(responses)
+        ended = answers.ended(responses["responses"].unbind(), self._end_tokens)
         if self.config.algorithm.reward_error == "skip":
-            metrics["score/missing"] = self._count_missing(rewards, extra)
-        metrics.update(self._response_metrics(rewards, mask, ended, responses, extra))
+            metrics["score/missing"] = answers.count_missing(rewards, extra)
+        metrics.update(answers.response_metrics(rewards, mask, ended, responses, extra))
         metrics.update(self.source.metrics([one.get("preference", {}) for one in extra]))
         penalty = self.config.algorithm.missing_eos_penalty
         if penalty:
@@ -218,11 +224,6 @@ class SpinTrainer(OpponentInVLLM, HeldOutValidation, PPOTrainerSync):
         metrics["pairs/score_margin"] = pairs.margin.mean().item()
         return self._lay_out(responses, pairs, prompt_of)
 
-    def _ended(self, responses: TensorDict) -> torch.Tensor:
-        """Which responses (N,) ended by themselves."""
-        rows = responses["responses"].unbind()
-        return torch.tensor([len(row) > 0 and row[-1].item() in self._end_tokens for row in rows])
-
     def _check_complete(self, prompts: list[str], n: int) -> None:
         uids, counts = np.unique(prompts, return_counts=True)
         if (counts != n).any() or len(uids) < self.config.data.train_batch_size:
@@ -230,46 +231,6 @@ class SpinTrainer(OpponentInVLLM, HeldOutValidation, PPOTrainerSync):
                 f"step {self.global_steps}: {len(uids)} of {self.config.data.train_batch_size} prompts have responses, "
                 f"{int((counts == n).sum())} of them all {n}: generating or scoring the others failed"
             )
-
-    def _count_missing(self, rewards: torch.Tensor, extra: list[dict]) -> int:
-        """How many responses the reward gave no score; a few may lack one, but not all."""
-        missing = ~has_score(rewards)
-        if missing.all():
-            faults = [fields[FAULT] for fields in extra if FAULT in fields]
-            raise RewardError(f"step {self.global_steps}: no response has a score. The first: {' '.join(faults[:1])}")
-        return int(missing.sum())
-
-    @cached_property
-    def _end_tokens(self) -> set[int]:
-        """The tokens at which generation stops: those of the model's generation config and the tokenizer's."""
-        from verl.utils.model import get_generation_config
-
-        generation_config = get_generation_config(self.config.actor_rollout_ref.model.path)
-        tokens = getattr(generation_config, "eos_token_id", None)
-        tokens = tokens if isinstance(tokens, list) else [tokens]
-        return {token for token in [*tokens, self.tokenizer.eos_token_id] if token is not None}
-
-    @staticmethod
-    def _response_metrics(rewards, mask, ended, responses: TensorDict, extra: list[dict]) -> dict[str, float]:
-        """What the rollout looks like, over all responses."""
-        scores, lengths = (rewards * mask).sum(-1), mask.sum(-1)
-        scored = has_score(rewards)
-        scores = scores[scored]
-        metrics = {
-            "score/mean": scores.mean().item(),
-            "score/std": scores.std(correction=0).item(),
-            "response_length/mean": lengths.float().mean().item(),
-            "response_length/max": lengths.max().item(),
-            "response/end_token_rate": ended.float().mean().item(),
-        }
-        if "rollout_log_probs" in responses:
-            # the mean of -log p over sampled tokens estimates the entropy per token without another forward pass
-            log_probs = pad_rows(responses["rollout_log_probs"])
-            metrics["rollout/entropy"] = (-(log_probs * mask).sum() / mask.sum()).item()
-        info = [fields.get("reward_extra_info", {}) for fields, found in zip(extra, scored, strict=True) if found]
-        if info and all("acc" in one and "score" in one for one in info):  # verl calls a plain number `acc` as well
-            metrics["score/accuracy"] = float(np.mean([one["acc"] for one in info]))
-        return metrics | _named_rewards(info)
 
     def _lay_out(self, responses: TensorDict, pairs: PreferencePairs, prompt_of: torch.Tensor) -> TensorDict:
         """The rows of the pairs (engine/rows.py), arranged for ranks and optimizer steps (engine/plan.py)."""
@@ -365,6 +326,17 @@ class SpinTrainer(OpponentInVLLM, HeldOutValidation, PPOTrainerSync):
                     "actor_rollout_ref.actor.optim.lr or check the model's weights"
                 )
 
+    def _check_pairs(self, found: bool) -> None:
+        """A step without a pair trains nothing; stops a run in which they follow each other."""
+        limit = self.config.trainer.max_steps_without_pairs
+        self._without_pairs_in_a_row = 0 if found else self._without_pairs_in_a_row + 1
+        if self._without_pairs_in_a_row >= limit:
+            raise RuntimeError(
+                f"step {self.global_steps}: {limit} steps in a row gave no pair, as all responses to each prompt tie "
+                f"(trainer.max_steps_without_pairs={limit}). Give the reward or the judge more grades, sample more "
+                "responses (actor_rollout_ref.rollout.n), or take prompts that are neither too hard nor too easy"
+            )
+
     def _dpo_settings(self) -> DPOSettings:
         algorithm = self.config.algorithm
         losses, weights = algorithm.dpo_loss_type, algorithm.dpo_loss_weights
@@ -387,8 +359,8 @@ class SpinTrainer(OpponentInVLLM, HeldOutValidation, PPOTrainerSync):
     def _actor_logps(self, prompts: list[torch.Tensor], responses: list[torch.Tensor]) -> torch.Tensor:
         """Log-probs (N,) of N responses at temperature 1 under the actor."""
         padding = -len(prompts) % self._dp_size
-        answers = [[response] for response in responses + responses[:1] * padding]
-        rows = make_rows(prompts + prompts[:1] * padding, answers)
+        alone = [[response] for response in responses + responses[:1] * padding]
+        rows = make_rows(prompts + prompts[:1] * padding, alone)
         tu.assign_non_tensor_data(rows, "temperature", 1.0)
         tu.assign_non_tensor(rows, average_log_prob=False)
         return self.actor_rollout_wg.compute_actor_logps(rows)["logps"].values()[: len(prompts)]
@@ -434,17 +406,6 @@ class SpinTrainer(OpponentInVLLM, HeldOutValidation, PPOTrainerSync):
         finally:
             self.config.trainer.max_actor_ckpt_to_keep = keep
         run_folder.prune(Path(self.config.trainer.default_local_dir), self.global_steps, keep)
-
-
-def _named_rewards(info: list[dict]) -> dict[str, float]:
-    """Means of the numbers that a reward function returned beside `score` and `acc`, by its names for them."""
-    names = set.intersection(*map(set, info)) - {"score", "acc"} if info else set()
-    values = {name: [one[name] for one in info] for name in sorted(names)}
-    return {
-        f"reward/{name}": float(np.mean(found))
-        for name, found in values.items()
-        if all(isinstance(value, int | float) for value in found)
-    }
 
 
 def sends_rounds(rollout) -> bool:

@@ -155,6 +155,7 @@ class Trainer(Section):
     max_skipped_steps: Count = own(
         3, "optimizer steps in a row without a finite gradient after which the run stops; each is skipped"
     )
+    max_steps_without_pairs: Count = own(20, "steps in a row in which all responses tie after which the run stops")
     check_memory: bool = own(True, "refuse a run for which memory or disk do not suffice by an estimate")
     use_v1: Literal[True]
     v1: V1

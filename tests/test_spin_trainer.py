@@ -14,16 +14,17 @@ from verl.trainer.ppo.v1 import trainer_base
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils import tensordict_utils as tu
-from worker_harness import compose, nest
+from worker_harness import compose
 
 from recipe.spin.dp_actor import DPOSettings
 from recipe.spin.preferences.source import RewardSource
+from recipe.spin.rollout import answers
 from recipe.spin.rollout.agent_loop import GREEDY, SAMPLING_SEED
 from recipe.spin.rollout.held_out import HeldOutRows
 from recipe.spin.rollout.scoring import FAULT, RewardError
 from recipe.spin.run import report
 from recipe.spin.run_folder import TRACKER, checkpoints, tracked_step
-from recipe.spin.spin_trainer import SpinTrainer, _named_rewards
+from recipe.spin.spin_trainer import SpinTrainer
 
 
 @pytest.fixture
@@ -33,11 +34,9 @@ def trainer() -> SpinTrainer:
     return trainer
 
 
-def test_a_response_has_ended_if_its_last_token_says_so(trainer):
-    trainer.__dict__["_end_tokens"] = {2, 5}
-    rows = [[1, 2], [2, 1], [5], []]
-    responses = TensorDict({"responses": nest([torch.tensor(row).long() for row in rows])}, batch_size=4)
-    assert trainer._ended(responses).tolist() == [True, False, True, False]
+def test_a_response_has_ended_if_its_last_token_says_so():
+    rows = [torch.tensor(row).long() for row in ([1, 2], [2, 1], [5], [])]
+    assert answers.ended(rows, {2, 5}).tolist() == [True, False, True, False]
 
 
 @pytest.mark.parametrize(
@@ -56,8 +55,8 @@ def test_dynamic_sampling_has_a_limit(trainer, enable, limit, fetched, stops):
 
 def test_rewards_are_in_the_metrics_by_their_names():
     info = [{"score": 1.0, "acc": 1.0, "brief": -2, "right": True, "why": "a"}, {"score": 0.0, "brief": -4, "why": ""}]
-    assert _named_rewards(info) == {"reward/brief": -3.0}
-    assert _named_rewards([{}, {}]) == {}
+    assert answers.named_rewards(info) == {"reward/brief": -3.0}
+    assert answers.named_rewards([{}, {}]) == {}
 
 
 @pytest.mark.parametrize(("buffer", "seconds"), [(ReplayBuffer, 0.05), (type("Sampler", (ReplayBuffer,), {}), 0.25)])
@@ -83,6 +82,15 @@ def test_metrics_that_show_likelihood_and_length_going(trainer, average, per_tok
     trainer._update_actor(TensorDict({}, batch_size=1), metrics)
     assert metrics["logps/chosen_token"] == per_token and metrics["logps/chosen"] == -6.0
     assert metrics["response_length/gap"] == 3.0 and metrics["kl/token"] == pytest.approx(0.2)
+
+
+def test_steps_without_a_pair_in_a_row_stop_the_run(trainer):
+    trainer.config = OmegaConf.create({"trainer": {"max_steps_without_pairs": 2}})
+    trainer._without_pairs_in_a_row = 0
+    for found in (False, True, False):
+        trainer._check_pairs(found)
+    with pytest.raises(RuntimeError, match="step 7: 2 steps in a row gave no pair.*max_steps_without_pairs=2"):
+        trainer._check_pairs(False)
 
 
 def held_out(**val_kwargs):
@@ -142,7 +150,7 @@ def test_a_reward_that_is_a_number_is_no_accuracy(trainer):
     response = torch.ones(1, 2)
     for info, expected in (({"acc": 0.5}, None), ({"acc": 1.0, "score": 0.5}, 1.0)):
         extra = [{"reward_extra_info": info}]
-        assert trainer._response_metrics(response, response, response, {}, extra).get("score/accuracy") == expected
+        assert answers.response_metrics(response, response, response, {}, extra).get("score/accuracy") == expected
 
 
 def test_held_out_answers_that_failed_stop_the_run_above_a_share(trainer):
@@ -310,15 +318,15 @@ def test_metrics_of_scores_leave_out_responses_without_one(trainer):
     mask = torch.tensor([[1, 1], [1, 1], [1, 0]])
     graded = [{"reward_extra_info": {"score": value, "acc": value}} for value in (1.0, 0.0)]
     extra = [graded[0], {FAULT: "broken"}, graded[1]]
-    metrics = trainer._response_metrics(rewards, mask, torch.ones(3), TensorDict({}, batch_size=3), extra)
+    metrics = answers.response_metrics(rewards, mask, torch.ones(3), TensorDict({}, batch_size=3), extra)
     assert metrics["score/mean"] == 2.0 and metrics["score/std"] == 1.0 and metrics["score/accuracy"] == 0.5
     assert metrics["response_length/mean"] == pytest.approx(5 / 3)
-    assert trainer._count_missing(rewards, extra) == 1
+    assert answers.count_missing(rewards, extra) == 1
 
 
 def test_a_reward_that_gives_no_score_at_all_stops_the_run(trainer):
-    with pytest.raises(RewardError, match="step 7: no response has a score. The first: broken"):
-        trainer._count_missing(torch.tensor([[NAN], [NAN]]), [{FAULT: "broken"}, {FAULT: "too"}])
+    with pytest.raises(RewardError, match="no response has a score. The first: broken"):
+        answers.count_missing(torch.tensor([[NAN], [NAN]]), [{FAULT: "broken"}, {FAULT: "too"}])
 
 
 def test_held_out_prompts_without_a_score_are_left_out_and_counted(trainer):
