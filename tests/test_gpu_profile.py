@@ -22,6 +22,7 @@ CPU = [
     f"++{ROLLOUT}.engine_kwargs.vllm.distributed_executor_backend=uni",
 ]
 SIZES = [
+    "trainer.total_epochs=2",
     "data.max_prompt_length=64",
     f"{ROLLOUT}.max_model_len=128",
     f"{ROLLOUT}.agent.num_workers=1",
