@@ -307,6 +307,19 @@ def fit_row(name: str, model: Model, machine: Machine, gpus: int) -> str:
     return f"| {' | '.join([*cells, *(f'{value:.1f}' for value in seconds)])} |"
 
 
+def parts_table() -> str:
+    """What holds the memory of one A10 in training, in GB, and the phases beside it."""
+    lines = []
+    for name, model in MODELS.items():
+        layout = layout_of(A10, PROFILE_FULLEST, devices=1)
+        peaks = memory.peaks(model, layout, A10.memory)
+        held = memory.training(model, layout) | {"in all": peaks["training"], "generating": peaks["generation"]}
+        if not lines:
+            lines = [f"| model | {' | '.join(held)} |", f"|{' --- |' * (len(held) + 1)}"]
+        lines.append(f"| {name} | {' | '.join(f'{value / 1e9:.1f}' for value in held.values())} |")
+    return "\n".join(lines)
+
+
 def shorten(settings: str) -> str:
     """Keys without actor_rollout_ref and fsdp_config."""
     return " ".join(
@@ -339,6 +352,7 @@ def fill(text: str, tables: dict[str, str]) -> str:
 
 def write_tables() -> None:
     tables = {"1,024 prompts": gpu_table(), "128 prompts a GPU": gpu_table(prompts=128), "fit": fit_table()}
+    tables["parts"] = parts_table()
     for name, table in (("plain", plain_table), ("engine", engine_table)):
         if result := latest(name):
             tables[name] = table(result)

@@ -467,5 +467,5 @@ def test_tables_stand_between_their_marks_and_nowhere_else():
 def test_the_documents_predictions_are_the_models():
     text = scaling.DOCUMENT.read_text()
     tables = {"1,024 prompts": scaling.gpu_table(), "128 prompts a GPU": scaling.gpu_table(prompts=128)}
-    tables["fit"] = scaling.fit_table()
+    tables |= {"fit": scaling.fit_table(), "parts": scaling.parts_table()}
     assert scaling.fill(text, tables) == text
