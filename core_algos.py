@@ -195,7 +195,7 @@ def length_desensitized_logps(token_logps: Tensor, response_mask: Tensor, shared
 
 
 def wpo_weights(token_logps: Tensor, log_expected_probs: Tensor, response_mask: Tensor) -> Tensor:
-    """WPO's weight of each response: how likely the policy would be to give it, about 1 for one of its own.
+    """WPO's weight of each response: how likely the policy would be to give it; its own have 1 at most, on average.
 
     exp of the mean over tokens of log pi(y_t) - log sum_v pi(v)^2, both at the token's place. The loss of a pair is
     multiplied by both its responses' weights; there is no gradient through them.
