@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic.fields import FieldInfo
 
 from recipe.spin.core_algos import PAIRINGS, TIE_POLICIES
+from recipe.spin.losses import F_DIVERGENCES
 from recipe.spin.run.faults import Settings
 
 LOGGERS = (
@@ -118,12 +119,12 @@ class Algorithm(Section):
     dpo_label_smoothing: float = own(0.0, "share of preferences believed to be wrong")
     dpo_reference_free: bool = own(False, "leave the reference out of the loss")
     dpo_average_log_prob: bool = own(False, "mean instead of sum of token log-probs")
-    dpo_simpo_gamma: float = own(0.5, "the margin of the loss `simpo`")
-    dpo_dpop_lambda: float = own(50.0, "what the loss `dpop` weighs lost likelihood with")
-    dpo_length_penalty: float = own(0.0, "R-DPO: reward that each token of a response costs")
+    dpo_simpo_gamma: NotNegative = own(0.5, "the margin of the loss `simpo`")
+    dpo_dpop_lambda: NotNegative = own(50.0, "what the loss `dpop` weighs lost likelihood with")
+    dpo_length_penalty: NotNegative = own(0.0, "R-DPO: reward that each token of a response costs")
     dpo_ld_alpha: Share | None = own(None, "LD-DPO: weight of the tokens by which one response is longer")
     dpo_use_weighting: bool = own(False, "WPO: weigh pairs by how likely the policy would be to give them")
-    dpo_f_divergence_type: Text = own(
+    dpo_f_divergence_type: Literal[F_DIVERGENCES] = own(
         "reverse_kl", "or `forward_kl`, `js_divergence`, `alpha_divergence`: what keeps the policy near the reference"
     )
     dpo_f_alpha_divergence_coef: float = own(0.5, "of `alpha_divergence`: from 0 (forward_kl) to 1 (reverse_kl)")
