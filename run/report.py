@@ -126,23 +126,6 @@ def plot(history: History, path: Path) -> None:
     plt.close(figure)
 
 
-def first_cause(error: str, logs: Path) -> str:
-    """The one line that says why a run failed: the innermost exception, or what made prompts fail in the agent loop.
-
-    verl's agent loop logs the exception of a failed prompt and goes on, so it stands in the workers' logs alone.
-    """
-    for file in sorted(logs.glob("worker-*")):
-        _, found, block = file.read_text(errors="replace").partition("Error in _run_prompt")
-        if found:
-            return _last_exception(block.split("ERROR:")[0])
-    return _last_exception(error)
-
-
-def _last_exception(text: str) -> str:
-    lines = [line for line in text.strip().splitlines() if line and not line.startswith((" ", "\t", "During handling"))]
-    return lines[-1] if lines else text
-
-
 def print_summary(summary: dict, folder: Path, picture: str) -> None:
     """Prints what the run reached and where its files lie; `picture` is the plot's path, or why there is none."""
     lines = [f"SPIN: {summary['steps']} steps in {summary['seconds'] / 60:.1f} minutes"]

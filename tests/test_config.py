@@ -179,7 +179,7 @@ def test_settings_that_work(run, overrides):
         ("algorithm.dpo_loss_type=aot algorithm.dpo_use_weighting=True", ["dpo_use_weighting", "aot"]),
         ("algorithm.dpo_f_divergence_type=kl", ["algorithm.dpo_f_divergence_type", "'kl'", "forward_kl"]),
         ("algorithm.dpo_ld_alpha=2", ["algorithm.dpo_ld_alpha=2", "at least 0 and at most 1"]),
-        ("algorithm.dpo_length_penalty=-1", ["algorithm.dpo_length_penalty", ">= 0"]),
+        ("algorithm.dpo_length_penalty=-1", ["algorithm.dpo_length_penalty=-1", "at least 0"]),
         ("algorithm.dpo_loss_type=aot algorithm.dpo_pairing=all", ["algorithm.dpo_pairing=all", "best_worst"]),
         ("algorithm.dpo_pairing=best", ["algorithm.dpo_pairing=", "best_worst, random, all"]),
         ("algorithm.dpo_tie_policy=last", ["algorithm.dpo_tie_policy=", "drop, first"]),
