@@ -118,8 +118,8 @@ def _check_by_verl(config: DictConfig) -> None:
 class TaskRunnerClass:
     """TaskRunner as verl's run_ppo wants it: a class that it makes remote once it has started or joined Ray.
 
-    That moment is used to look at what the cluster has. Keeps the actor alive, so that the run's last progress can be
-    asked for.
+    That moment is used to take the signals back, and to look at what the cluster has. Keeps the actor alive, so that
+    the run's last progress can be asked for.
     """
 
     def __init__(self, config: DictConfig, **options):
@@ -135,6 +135,7 @@ class TaskRunnerClass:
         from recipe.spin.run.cluster import logging_settings
 
         signals.raise_received()
+        signals.honor()  # again: the C++ part of Ray has set a handler that aborts the process
         cluster = check_cluster(self._config)
         if cluster.verdict == FAIL:
             raise ConfigError(cluster.text)
