@@ -193,6 +193,7 @@ def make_trainer(*overrides: str):
     trainer.actor_rollout_wg = LocalWorkerGroup(make_worker(*overrides))
     trainer.global_steps, trainer.total_training_steps, trainer.steps_per_epoch = 1, 100, 100
     trainer._reference_equals_actor, trainer._skipped_in_a_row = True, 0
+    trainer.tokenizer = None  # the sources that need one are run end to end
     return trainer
 
 

@@ -147,7 +147,7 @@ def train_on_scores(rank: int, overrides: list[str], steps: list[Scored]) -> lis
         rewards = torch.zeros(mask.shape)
         rewards[range(len(masks)), mask.sum(-1) - 1] = torch.tensor(scored.scores)
         batch = response_batch(scored.prompts, scored.responses, masks)
-        rows = trainer._lay_out(*trainer._pairs(batch, rewards, mask))
+        rows = trainer._lay_out(*trainer.source.pair(batch, rewards, mask, step))
         trainer._compute_ref_logps(rows)
         trainer._update_actor(rows, metrics={})
     return trainer.actor_rollout_wg.updates
