@@ -191,6 +191,7 @@ def test_the_command_starts_with_a_buffer_that_fits(run, folder, tmp_path, monke
     change(folder / "config.json", vocab_size=2**20)  # of 64 numbers each
     started = []
     monkeypatch.setattr(main_spin, "run_spin", started.append)
+    monkeypatch.setattr(main_spin.signals, "honor", lambda: None)  # this process's signals are pytest's
     overrides = run.overrides(f"{PATH}={folder}", f"trainer.default_local_dir={tmp_path / 'run'}")
     main_spin.main.__wrapped__(override(composed("cpu"), overrides))
     assert [OmegaConf.select(config, BUCKET) for config in started] == [256]

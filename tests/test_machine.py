@@ -102,9 +102,7 @@ def test_what_a_cluster_has(monkeypatch, nodes, overrides, words):
 
 
 def test_a_run_on_a_cluster_with_too_little_ends_before_its_task_runner_starts(monkeypatch):
-    from recipe.spin.main_spin import TaskRunnerClass, signals
-
-    monkeypatch.setattr(signals, "honor", lambda: None)  # this process's signals are pytest's
+    from recipe.spin.main_spin import TaskRunnerClass
     from recipe.spin.run.check import ConfigError
 
     cluster(monkeypatch, (4, 8))
