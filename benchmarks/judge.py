@@ -7,33 +7,22 @@ reports alone. Writes benchmarks/results/DATE-judge.json; ten minutes on two cor
 """
 
 import argparse
-import json
-import os
-import shutil
 import sys
 from pathlib import Path
 
-from benchmarks.losses import SETTINGS, summarize
-from benchmarks.machine import ROOT, provenance, run_measured, write_result
-from benchmarks.rule_judge import RuleJudge, is_sum
+from benchmarks.losses import summarize, train
+from benchmarks.machine import ROOT, provenance, write_result
+from benchmarks.rule_judge import Rule, RuleJudge, is_no_sum, is_sum
 
 DELAY, UNREADABLE = 0.2, 0.05
 STEPS = {"knows the rule": 12, "turned round": 5}
 
 
-def negated(request: str, response: str) -> float:
-    return -is_sum(request, response)
-
-
-def run(rule, steps: int, folder: Path) -> dict:
+def run(rule: Rule, steps: int, folder: Path) -> dict:
     """One run against a judge with this rule."""
-    shutil.rmtree(folder, ignore_errors=True)
-    environment = os.environ | {"RUN_DIR": str(folder), "SPIN_PROFILE": "cpu", "PYTHON": sys.executable}
     with RuleJudge(rule, delay=DELAY, unreadable=UNREADABLE) as judge:
         source = ["algorithm.preference_source=judge", f"algorithm.judge.servers=[{judge.address}]"]
-        command = ["bash", str(ROOT / "run_spin.sh"), *SETTINGS, *source, f"trainer.total_training_steps={steps}"]
-        run_measured(command, environment, folder.with_suffix(".log"))
-    history = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        history, _ = train([*source, f"trainer.total_training_steps={steps}"], folder)
     steps_judged = [one for one in history if "judge/asked" in one]
     means = {
         name: sum(one[f"judge/{name}"] for one in steps_judged) / len(steps_judged)
@@ -47,7 +36,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=ROOT / "outputs" / "judge", help="where the runs' folders go")
     options = parser.parse_args()
     found = {}
-    for (name, steps), rule in zip(STEPS.items(), (is_sum, negated), strict=True):
+    for (name, steps), rule in zip(STEPS.items(), (is_sum, is_no_sum), strict=True):
         sys.stderr.write(f"[benchmark] a judge: {name} ...\n")
         found[name] = run(rule, steps, options.runs.resolve() / name.replace(" ", "-"))
         print(f"{name}: {found[name]['before']} before, {found[name]['after']} after", flush=True)

@@ -18,7 +18,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks.machine import ROOT, describe, provenance, run_measured
+from benchmarks.machine import ROOT, Finished, describe, provenance, run_measured
 from benchmarks.scaling import fill
 from recipe.spin.run.drift import find_drift
 from recipe.spin.run.report import held_out_accuracy
@@ -66,17 +66,27 @@ def results_file(folder: Path | None = None) -> Path:
 
 
 # ---- One run ---------------------------------------------------------------------------------------------------------
+def train(overrides: list[str], folder: Path) -> tuple[list[dict], Finished]:
+    """The default run on a CPU with SETTINGS and overrides, anew; its metrics step by step, and what its process took.
+
+    Raises:
+        RuntimeError: with the last words of a run that failed.
+    """
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped: it would be gone on with
+    command = ["bash", str(ROOT / "run_spin.sh"), *SETTINGS, *overrides]
+    environment = os.environ | {"RUN_DIR": str(folder), "SPIN_PROFILE": "cpu", "PYTHON": sys.executable}
+    process = run_measured(command, environment, folder.with_suffix(".log"))
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines], process
+
+
 def run(name: str, folder: Path) -> dict:
     """Trains with one of ARMS; what came of it, or the last words of a run that failed."""
-    shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped: it would be gone on with
-    command = ["bash", str(ROOT / "run_spin.sh"), *SETTINGS, *(f"algorithm.{setting}" for setting in ARMS[name])]
-    environment = os.environ | {"RUN_DIR": str(folder), "SPIN_PROFILE": "cpu", "PYTHON": sys.executable}
     try:
-        process = run_measured(command, environment, folder.with_suffix(".log"))
+        history, process = train([f"algorithm.{setting}" for setting in ARMS[name]], folder)
     except RuntimeError as error:
         return {"failed": str(error).strip().splitlines()[-1]}
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return summarize([json.loads(line) for line in lines]) | {"process": asdict(process)}
+    return summarize(history) | {"process": asdict(process)}
 
 
 def summarize(history: list[dict]) -> dict:

@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from recipe.spin.examples.arithmetic.reward import compute_score
+
 MODEL = "rule"
 QUESTION = re.compile(r"\[Request\]\n(.*?)\n\n\[Answer A\]\n(.*)\n\n\[Answer B\]\n(.*)\n\nWhich answer", re.DOTALL)
 Rule = Callable[[str, str], float]  # request, response -> the higher the better
@@ -110,10 +112,14 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def is_sum(request: str, response: str) -> float:
-    """1 where the last whole number of a response is the sum of the request's last two, else 0."""
+    """The arithmetic example's reward of a response, the ground truth read out of the request: its last two numbers."""
     a, b = map(int, re.findall(r"\d+", request)[-2:])
-    numbers = re.findall(r"-?\d+", response)
-    return float(bool(numbers) and numbers[-1].lstrip("0").rjust(1, "0") == str(a + b))
+    return compute_score("arithmetic", response, str(a + b))["acc"]
+
+
+def is_no_sum(request: str, response: str) -> float:
+    """The same with its sign turned."""
+    return -is_sum(request, response)
 
 
 def main() -> None:
@@ -124,10 +130,7 @@ def main() -> None:
     parser.add_argument("--negated", action="store_true", help="prefer what is wrong")
     options = parser.parse_args()
 
-    def rule(request: str, response: str) -> float:
-        return -is_sum(request, response) if options.negated else is_sum(request, response)
-
-    with RuleJudge(rule, options.port, options.delay, options.unreadable) as judge:
+    with RuleJudge(is_no_sum if options.negated else is_sum, options.port, options.delay, options.unreadable) as judge:
         print(f"judging at {judge.address}", flush=True)
         threading.Event().wait()
 
