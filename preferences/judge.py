@@ -82,7 +82,7 @@ class JudgeSource(RewardSource):
         self._template = read_template(self._settings.prompt)
         workers = config.actor_rollout_ref.rollout.agent.num_workers
         self._calls = asyncio.Semaphore(max(1, self._settings.concurrency // workers))
-        self._began: dict[int, float] = {}
+        self._began: dict[int, float] = {}  # of the step that is judged, when its first question was asked
         names = models(self._settings)
         self._servers = [
             None if address == POLICY else Server(address, name, self._settings)
@@ -105,7 +105,8 @@ class JudgeSource(RewardSource):
 
     async def score_group(self, group: Group) -> list[Score]:
         tally, start = Tally(), time.monotonic()
-        self._began.setdefault(group.step, start)
+        if group.step not in self._began:
+            self._began = {group.step: start}
         contest = self._tournament if self._settings.comparisons == "tournament" else self._all_pairs
         values = await contest(group, tally)
         tally.seconds = time.monotonic() - start

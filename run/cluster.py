@@ -35,6 +35,11 @@ def address(config: DictConfig) -> str:
     return named or ("auto" if config.trainer.nnodes > 1 else "local")
 
 
+def joins(config: DictConfig) -> bool:
+    """Whether the run joins a Ray cluster that is there, rather than start its own."""
+    return address(config) != "local"
+
+
 def prepare(config: DictConfig) -> bool:
     """Completes `ray_kwargs.ray_init` for this run; returns whether it joins a cluster.
 
@@ -46,8 +51,8 @@ def prepare(config: DictConfig) -> bool:
         ray_init.address = address(config)
         ray_init.setdefault("namespace", name)
         variables = {RUN_NAME: name}
-        joins = ray_init.address != "local"
-        if joins:
+        joined = joins(config)
+        if joined:
             for key in ("num_cpus", "num_gpus", "object_store_memory"):  # the cluster's own, which a joiner cannot set
                 ray_init.pop(key, None)
             variables |= passed_on(dict(os.environ))
@@ -55,7 +60,7 @@ def prepare(config: DictConfig) -> bool:
             keep_to_loopback()
         runtime_env = ray_init.setdefault("runtime_env", {})
         runtime_env.env_vars = variables | dict(runtime_env.get("env_vars") or {})
-    return joins
+    return joined
 
 
 def passed_on(environment: dict[str, str]) -> dict[str, str]:

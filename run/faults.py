@@ -33,6 +33,7 @@ class Settings:
     """
 
     def __init__(self, config: DictConfig):
+        self.config = config
         self.values = OmegaConf.to_container(config, resolve=True)
         self.faults: list[str] = []
         self._faulty: set[str] = set()

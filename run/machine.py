@@ -10,6 +10,7 @@ import sys
 import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from math import ceil, inf
@@ -19,8 +20,10 @@ import psutil
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from recipe.spin.run import memory
+from recipe.spin.run import cluster, memory
 from recipe.spin.run.memory import Layout, Model
+from recipe.spin.run.rules import longest_row
+from recipe.spin.run_folder import checkpoints
 
 OK, WARN, FAIL = "ok", "warn", "FAIL"
 ACTOR, REF, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.ref", "actor_rollout_ref.rollout"
@@ -57,7 +60,7 @@ def first_fault(config: DictConfig) -> str | None:
 
 def findings(config: DictConfig) -> Iterator[Finding]:
     """All checks that apply to the run, the quick ones first."""
-    if not joins_cluster(config):
+    if not cluster.joins(config):
         yield check_cores(config)
     if config.trainer.device == "cuda" and not _is_only_a_head(config):
         yield check_driver()
@@ -77,15 +80,9 @@ def _estimates(config: DictConfig) -> Iterator[Finding]:
         yield check_device_memory(config, model, devices())
 
 
-def joins_cluster(config: DictConfig) -> bool:
-    """Whether the run joins a Ray cluster that is there, rather than start its own."""
-    named = os.environ.get("RAY_ADDRESS") or OmegaConf.select(config, "ray_kwargs.ray_init.address")
-    return bool(config.trainer.nnodes > 1 or named)
-
-
 def _is_only_a_head(config: DictConfig) -> bool:
     """Whether the GPUs are on the cluster's other machines, so that this one says nothing about them."""
-    return joins_cluster(config) and torch.cuda.device_count() == 0
+    return cluster.joins(config) and torch.cuda.device_count() == 0
 
 
 # ---- Cores -----------------------------------------------------------------------------------------------------------
@@ -234,7 +231,7 @@ def layout_of(config: DictConfig) -> Layout:
     fsdp = actor.fsdp_config
     ranks = config.trainer.nnodes * config.trainer.n_gpus_per_node
     sequence = fsdp.ulysses_sequence_parallel_size
-    row, answers = longest_row(config)
+    row, answers, _ = longest_row(partial(OmegaConf.select, config))
     mini_batch = ceil(actor.ppo_mini_batch_size * sequence / ranks) * row / sequence
     if actor.use_dynamic_bsz:
         tokens = min(actor.ppo_max_token_len_per_gpu, mini_batch)
@@ -264,22 +261,10 @@ def layout_of(config: DictConfig) -> Layout:
     )
 
 
-def longest_row(config: DictConfig) -> tuple[int, int]:
-    """Tokens of the longest prompt with its responses that take part, and those of the responses."""
-    n = config.actor_rollout_ref.rollout.n
-    if config.algorithm.preference_source == "self_play":
-        responses = n + 1
-    else:
-        responses = n if config.algorithm.dpo_pairing == "all" else 2
-    answers = responses * config.data.max_response_length
-    prompts = 1 if config.actor_rollout_ref.share_prompt else responses
-    return prompts * config.data.max_prompt_length + answers, answers
-
-
 def smallest_micro_batch(config: DictConfig) -> float:
     """Tokens that ppo_max_token_len_per_gpu must allow; infinite where it has no say."""
     actor = config.actor_rollout_ref.actor
-    row, _ = longest_row(config)
+    row, _, _ = longest_row(partial(OmegaConf.select, config))
     return row / actor.fsdp_config.ulysses_sequence_parallel_size if actor.use_dynamic_bsz else inf
 
 
@@ -451,7 +436,7 @@ def check_disk(config: DictConfig, model: Model) -> Finding:
     count = (trainer.max_actor_ckpt_to_keep or 1) + 1
     if steps := trainer.total_training_steps:
         count = min(count, ceil(steps / trainer.save_freq))
-    missing = max(count - len(list(folder.glob("global_step_*"))), 1) if folder.is_dir() else count
+    missing = max(count - len(checkpoints(folder)), 1) if folder.is_dir() else count
     needed, there = missing * size, free_disk(folder)
     figures = {"needed": needed, "there": there, "checkpoint": size, "checkpoints": missing}
     text = f"{_gb(there)} GB are free for trainer.default_local_dir={str(folder)!r}, and {missing} more "

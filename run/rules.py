@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 
 from recipe.spin.core_algos import LOSSES, LossOptions, beta_at, check_loss_settings
 from recipe.spin.preferences.source import source_class
@@ -40,7 +40,7 @@ def a_source_prefers(settings: Settings) -> None:
         raise ConfigError(f"algorithm.preference_source={name!r}: {error}") from error
     if settings.is_sound("algorithm"):
         try:
-            source.check(OmegaConf.create(settings.values))
+            source.check(settings.config)
         except ValueError as error:
             raise ConfigError(str(error)) from error
 
@@ -160,12 +160,20 @@ def batches_divide(settings: Settings) -> None:
     )
 
 
+def longest_row(setting: Callable[[str], Any]) -> tuple[int, int, int]:
+    """Tokens of the longest prompt with its responses that take part, of those responses, and how many they are."""
+    n = setting(f"{ROLLOUT}.n")
+    if setting("algorithm.preference_source") == "self_play":
+        responses = n + 1  # the data's own
+    else:
+        responses = n if setting("algorithm.dpo_pairing") == "all" else 2
+    answers = responses * setting("data.max_response_length")
+    prompts = 1 if setting(SHARE_PROMPT) else responses
+    return prompts * setting("data.max_prompt_length") + answers, answers, responses
+
+
 def a_prompt_with_its_responses_fits_one_micro_batch(settings: Settings) -> None:
-    prompt, response = settings["data.max_prompt_length"], settings["data.max_response_length"]
-    n = settings[f"{ROLLOUT}.n"]
-    paired = n if settings["algorithm.dpo_pairing"] == "all" else 2
-    responses = n + 1 if is_self_play(settings) else paired  # with self-play the data's own is one
-    longest = prompt + responses * response if settings[SHARE_PROMPT] else responses * (prompt + response)
+    longest, _, responses = longest_row(settings.__getitem__)
     for part, by_tokens, limit in (
         (ACTOR, "use_dynamic_bsz", "ppo_max_token_len_per_gpu"),
         (REF, "log_prob_use_dynamic_bsz", "log_prob_max_token_len_per_gpu"),

@@ -161,7 +161,6 @@ class Worker:
             f"actor_rollout_ref.rollout.temperature={TEMPERATURE}",
             f"algorithm.dpo_beta={BETA}",
             "actor_rollout_ref.actor.optim.lr=1e-3",
-            "actor_rollout_ref.actor.grad_clip=1e9",
             "actor_rollout_ref.actor.use_torch_compile=False",
             "trainer.n_gpus_per_node=1",
         )
