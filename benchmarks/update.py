@@ -11,7 +11,6 @@ import argparse
 import json
 import os
 import random
-import socket
 import statistics
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from pathlib import Path
 
 from benchmarks.machine import ROOT, plain_environment, provenance, run_measured, write_result
 from benchmarks.random_model import save_random_model
+from recipe.spin.tools.device_probe import free_port
 
 SEPARATE = "actor_rollout_ref.share_prompt=False"
 ARMS: dict[str, list[str]] = {
@@ -120,11 +120,8 @@ def run_arm(case: str, overrides: list[str], rounds: int, folder: Path) -> dict:
     from worker_harness import cpu_environment
 
     output = folder / "rounds.json"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-    alone |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    alone |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     profile = cpu_environment() | {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     environment = plain_environment(**profile, **alone, PYTHONPATH=path)

@@ -1,7 +1,11 @@
+from pathlib import Path
+
 import huggingface_hub
 import pytest
+import torch
 from checkable_run import Run, hub_without_network
 from tiny_models import ARCHITECTURES, save_tiny_model
+from whole_runs import write_task
 from worker_harness import Ranks
 
 from recipe.spin.run import model_files
@@ -12,6 +16,26 @@ def tiny_models(tmp_path_factory) -> dict[str, str]:
     """Folders of the tiny models by architecture."""
     folder = tmp_path_factory.mktemp("tiny_models")
     return {name: str(save_tiny_model(folder / name, name)) for name in ARCHITECTURES}
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tiny_models) -> Path:
+    return Path(tiny_models["llama"])
+
+
+@pytest.fixture(scope="session")
+def task(tmp_path_factory) -> Path:
+    """What whole runs train on, and their reward."""
+    return write_task(tmp_path_factory.mktemp("task"))
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Tiny products are slower on two."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -3,6 +3,12 @@
 import torch
 from transformers import AutoModelForCausalLM
 
+# Of the training that the worker's is compared with. AdamW divides by the gradient's own size: at eps=1e-8 it would
+# blow rounding noise in near-zero gradients up to whole steps of lr. With eps near the gradients' size a step is a
+# smooth function of the gradient.
+LEARNING_RATE, EPS, WEIGHT_DECAY = 1e-2, 1e-2, 0.01
+REFRESH_AT = 3  # the step before which the reference is refreshed
+
 
 def load_model(folder: str):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")

@@ -7,160 +7,19 @@ stale copy of the weights anywhere would show at once.
 import ipaddress
 import json
 import math
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
 
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from whole_runs import ROOT, fail, files, finish, metrics, processes, start, succeed, watch_listening
 
 from benchmarks.rule_judge import RuleJudge
 
 pytestmark = pytest.mark.slow
-
-MARK = "SPIN_TEST_RUN"  # set in the environment of a run
-ROOT = Path(__file__).resolve().parent.parent
-REWARD = """
-def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
-    vowels = sum(letter in "aeiou" for letter in solution_str)
-    return {"score": vowels - 0.01 * len(solution_str), "acc": float(vowels > 3)}
-
-def compute_every_other(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
-    even = extra_info["index"] % 2 == 0
-    return 0.0 if even else sum(map(ord, solution_str)) % 1009 + len(solution_str) / 100
-
-def compute_the_same(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
-    return 1.0
-
-def compute_nothing(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
-    raise ZeroDivisionError("the reward of this test always fails")
-"""
-
-
-@pytest.fixture(scope="session")
-def tiny_llama(tiny_models) -> Path:
-    return Path(tiny_models["llama"])
-
-
-@pytest.fixture(scope="session")
-def task(tmp_path_factory) -> Path:
-    """A folder with eight training prompts, four held-out ones and a reward."""
-    folder = tmp_path_factory.mktemp("task")
-    for name, size in (("train", 8), ("test", 4)):
-        rows = [
-            {
-                "data_source": "vowels",
-                "prompt": [{"role": "user", "content": f"{name} {i}"}],
-                "reward_model": {"style": "rule", "ground_truth": ""},
-                "extra_info": {"index": i},
-            }
-            for i in range(size)
-        ]
-        pq.write_table(pa.Table.from_pylist(rows), folder / f"{name}.parquet")
-    (folder / "reward.py").write_text(REWARD)
-    return folder
-
-
-def start(
-    task: Path, model: Path, run: Path, *overrides: str, program=("-m", "recipe.spin.main_spin"), device: str = "cpu"
-):
-    """Starts a run as a user would."""
-    command = [sys.executable, *program, f"device={device}", f"actor_rollout_ref.model.path={model}"]
-    command += [
-        f"data.train_files={task}/train.parquet",
-        f"data.val_files={task}/test.parquet",
-        f"reward.custom_reward_function.path={task}/reward.py",
-        f"trainer.default_local_dir={run}",
-        "data.train_batch_size=4",
-        "data.max_response_length=8",
-        "actor_rollout_ref.actor.optim.lr=1e-2",
-        "actor_rollout_ref.rollout.checkpoint_engine.update_weights_bucket_megabytes=16",
-        "++actor_rollout_ref.rollout.engine_kwargs.vllm.kv_cache_memory_bytes=20000000",
-        "trainer.total_training_steps=4",
-        "trainer.ref_update_freq=2",
-        "trainer.save_freq=2",
-        "trainer.test_freq=100",
-        *overrides,
-    ]
-    return subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=os.environ | {MARK: str(run), "VERL_FILE_LOGGER_PATH": str(run.parent / "verl.jsonl")},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def finish(process: subprocess.Popen, timeout: float = 420) -> str:
-    """Waits for a run and returns what it printed; a hang ends the whole process group."""
-    try:
-        output, _ = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
-    return output
-
-
-def succeed(task: Path, model: Path, run: Path, *overrides: str, **options) -> str:
-    """Runs to the end, which must be a good one, and returns what was printed."""
-    process = start(task, model, run, *overrides, **options)
-    output = finish(process)
-    assert process.returncode == 0, output[-5000:]
-    return output
-
-
-def fail(task: Path, model: Path, run: Path, *overrides: str) -> str:
-    """Runs to the end, which must be a bad one, and returns the line with the error."""
-    process = start(task, model, run, *overrides)
-    output = finish(process)
-    assert process.returncode not in (0, None)
-    return output[output.index("error: ") :].splitlines()[0]
-
-
-def metrics(run: Path) -> dict[int, dict]:
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    return {entry["step"]: entry for entry in map(json.loads, lines)}
-
-
-def processes(run: Path, describe=lambda process: " ".join(process.cmdline()) or process.name()) -> list:
-    """The processes that a run started, Ray's and vLLM's among them: they inherit its environment."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get(MARK) == str(run):
-                found.append(describe(process))
-        except psutil.Error:
-            continue
-    return found
-
-
-def listening(process: psutil.Process) -> set[tuple[str, str]]:
-    """The addresses on which a process takes connections, with its name."""
-    sockets = [socket for socket in process.net_connections(kind="tcp") if socket.status == psutil.CONN_LISTEN]
-    return {(socket.laddr.ip.removeprefix("::ffff:"), process.name()) for socket in sockets}
-
-
-def watch_listening(run: Path, found: set, ended: threading.Event) -> None:
-    while not ended.wait(2):
-        found.update(*processes(run, listening))
-
-
-def files() -> set[str]:
-    """The files that a killed run would leave: shared memory, sockets and folders."""
-    temporary = Path(tempfile.gettempdir())
-    places = [(Path("/dev/shm"), "psm_*"), (Path("/dev/shm"), "verl_weights_*")]
-    places += [(temporary, "spin-*"), (temporary, "rl-colocate*")]
-    return {str(path) for folder, pattern in places for path in folder.glob(pattern)}
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from test_end_to_end import finish, metrics, processes, start, task, tiny_llama  # noqa: F401 - fixtures
+from whole_runs import finish, metrics, processes, start
 
 ROOT = Path(__file__).resolve().parent.parent
 REWARDS = """

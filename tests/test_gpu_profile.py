@@ -5,8 +5,8 @@ import math
 
 import pytest
 import torch
-from test_end_to_end import metrics, succeed, task, tiny_llama  # noqa: F401 - the fixtures of whole runs
 from torch.utils._python_dispatch import TorchDispatchMode
+from whole_runs import metrics, succeed
 
 ROLLOUT = "actor_rollout_ref.rollout"
 CPU = [
@@ -61,7 +61,7 @@ def test_a_refreshed_shard_is_rounded_on_the_device_that_it_leaves():
 
 
 @pytest.mark.slow
-def test_a_run_with_the_profiles_own_settings(task, tiny_llama, tmp_path):  # noqa: F811
+def test_a_run_with_the_profiles_own_settings(task, tiny_llama, tmp_path):
     """bf16 arithmetic over fp32 masters, a bf16 reference, n=8, the best against the worst, dynamic micro-batches,
     recomputed activations, greedy validation: two steps with a refresh, a checkpoint, and two more after a resume."""
     run = tmp_path / "run"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_end_to_end import metrics, succeed, task, tiny_llama  # noqa: F401 - fixtures
+from whole_runs import metrics, succeed
 
 pytestmark = pytest.mark.slow
 
@@ -19,7 +19,7 @@ def conversation(tokenizer, response: str, request: str = "train 0") -> list[int
 
 
 @pytest.fixture(scope="module")
-def reward_model(tiny_llama, tmp_path_factory) -> Path:  # noqa: F811
+def reward_model(tiny_llama, tmp_path_factory) -> Path:
     """The tiny model as a sequence classifier, trained to prefer many vowels."""
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -53,7 +53,7 @@ def score(reward_model: Path, request: str, response: str) -> float:
 
 
 @pytest.mark.parametrize("pool", ["colocated", pytest.param("its own", marks=pytest.mark.long)])
-def test_a_run_follows_a_reward_model(pool, task, tiny_llama, reward_model, tmp_path):  # noqa: F811
+def test_a_run_follows_a_reward_model(pool, task, tiny_llama, reward_model, tmp_path):
     run = tmp_path / "run"
     own = ["enable_resource_pool=True", "nnodes=1", "n_gpus_per_node=1"] if pool == "its own" else []
     succeed(

@@ -1,4 +1,3 @@
-# ruff: noqa: F811 - fixtures are imported by the names that the tests ask for
 """Runs beside each other from start to end, and a run over two Ray nodes; minutes each, so only when asked for."""
 
 import json
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from ray_cluster import TOKEN, RayCluster, bare_environment
-from test_end_to_end import MARK, ROOT, finish, metrics, processes, start, task, tiny_llama  # noqa: F401
+from whole_runs import MARK, ROOT, finish, metrics, processes, start
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
 

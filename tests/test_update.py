@@ -13,7 +13,7 @@ from functools import cache
 
 import pytest
 import torch
-from plain_model import load_model, response_entropy, response_logp
+from plain_model import EPS, LEARNING_RATE, REFRESH_AT, WEIGHT_DECAY, load_model, response_entropy, response_logp
 from worker_jobs import (
     MAX_PROMPT,
     MAX_RESPONSE,
@@ -25,22 +25,9 @@ from worker_jobs import (
     train_with_ulysses,
 )
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
-REFRESH_AT = 3
 BETA = 0.3
-# AdamW divides by the gradient's own size: at eps=1e-8 it would blow rounding noise in near-zero gradients up to whole
-# steps of lr. With eps near the gradients' size a step is a smooth function of the gradient.
-LEARNING_RATE, EPS, WEIGHT_DECAY = 1e-2, 1e-2, 0.01
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tiny products are slower on two."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # ---- Plain PyTorch ---------------------------------------------------------------------------------------------------

@@ -10,23 +10,12 @@ from functools import cache
 
 import pytest
 import torch
-from plain_model import load_model, response_tokens
+from plain_model import EPS, LEARNING_RATE, REFRESH_AT, WEIGHT_DECAY, load_model, response_tokens
 from worker_jobs import MAX_PROMPT, MAX_RESPONSE, PROMPTS, make_batches, train, train_with_ulysses
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
-REFRESH_AT = 3
 BETA, ALPHA, GAMMA, LAMBDA, PENALTY = 0.3, 0.4, 0.7, 5.0, 0.05
-LEARNING_RATE, EPS, WEIGHT_DECAY = 1e-2, 1e-2, 0.01  # as in test_update
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tiny products are slower on two."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # ---- Plain PyTorch ---------------------------------------------------------------------------------------------------

@@ -5,13 +5,10 @@ from pathlib import Path
 
 import torch
 
+from recipe.spin.tools.probe_model import SPECIAL_TOKENS, chat_tokenizer
+
 HIDDEN, HEADS = 64, 2  # heads of 32, the smallest that vLLM's CPU attention knows
 ARCHITECTURES = ("llama", "qwen2", "windows")  # two layers of grouped queries each; the last sees 5 tokens back
-SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 # What the tokenizer learns its merges from, so that a prompt of the arithmetic example takes few tokens.
 _CORPUS = [
     "system user assistant\n",
@@ -22,30 +19,15 @@ _CORPUS = [
 
 
 def make_tokenizer(words: int = 320):
-    """A byte-level BPE tokenizer: 256 bytes, merges, and the special tokens of a chat.
-
-    It is built by Qwen2's own class from vocabulary and merges alone, because transformers 5 rebuilds the tokenizer of
-    a qwen2 model in that way, whatever tokenizer.json says; so it is the same for every architecture.
-    """
+    """A byte-level BPE tokenizer: 256 bytes, merges, and the special tokens of a chat."""
     import json
 
     from tokenizers import ByteLevelBPETokenizer
-    from transformers import Qwen2Tokenizer
 
     trained = ByteLevelBPETokenizer()
     trained.train_from_iterator(_CORPUS, vocab_size=words - len(SPECIAL_TOKENS), show_progress=False)
     model = json.loads(trained.to_str())["model"]
-    tokenizer = Qwen2Tokenizer(
-        vocab=model["vocab"],
-        merges=[tuple(merge) for merge in model["merges"]],
-        unk_token="<|endoftext|>",
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        additional_special_tokens=["<|im_start|>"],
-        model_max_length=2048,
-    )
-    tokenizer.chat_template = CHAT_TEMPLATE
-    return tokenizer
+    return chat_tokenizer(model["vocab"], [tuple(merge) for merge in model["merges"]], longest=2048)
 
 
 def save_tiny_model(folder: Path, architecture: str, seed: int = 0, scale: float = 0.25) -> Path:

@@ -3,7 +3,6 @@
 import os
 import pickle
 import re
-import socket
 import traceback
 from pathlib import Path
 
@@ -11,6 +10,9 @@ import torch
 import torch.multiprocessing as mp
 from omegaconf import DictConfig, OmegaConf
 from tensordict import TensorDict
+
+from recipe.spin.tools import doctor
+from recipe.spin.tools.device_probe import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -25,13 +27,7 @@ def cpu_environment() -> dict[str, str]:
 
 def compose(*overrides: str, device: str = "cpu") -> DictConfig:
     """The recipe's config for a profile with overrides, as main_spin composes it."""
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_module
-
-    import recipe.spin.main_spin  # noqa: F401 - registers the resolver that the config uses
-
-    with initialize_config_module("recipe.spin.config", version_base=None):
-        return hydra_compose("spin_trainer", overrides=[f"device={device}", *overrides])
+    return doctor.compose(device, *overrides)
 
 
 class Ranks:
@@ -72,9 +68,7 @@ class Ranks:
         self._processes = []
 
     def _start(self) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         context = mp.get_context("spawn")
         self._results = context.Queue()
         self._calls = [context.Queue() for _ in range(self.world_size)]

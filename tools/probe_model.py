@@ -17,18 +17,28 @@ HALF_BILLION |= {"num_key_value_heads": 2}
 
 def make_tokenizer():
     """Bytes, no merges, and the special tokens of a chat."""
-    from transformers import Qwen2Tokenizer
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     letters = [*bytes_to_unicode().values(), *SPECIAL_TOKENS]
+    return chat_tokenizer({letter: number for number, letter in enumerate(letters)}, merges=[], longest=4096)
+
+
+def chat_tokenizer(vocabulary: dict[str, int], merges: list[tuple[str, ...]], longest: int):
+    """A byte-level tokenizer with the chat template; SPECIAL_TOKENS that the vocabulary lacks are put behind it.
+
+    It is built by Qwen2's own class from vocabulary and merges alone, because transformers 5 rebuilds the tokenizer of
+    a qwen2 model in that way, whatever tokenizer.json says; so it is the same for every architecture.
+    """
+    from transformers import Qwen2Tokenizer
+
     tokenizer = Qwen2Tokenizer(
-        vocab={letter: number for number, letter in enumerate(letters)},
-        merges=[],
+        vocab=vocabulary,
+        merges=merges,
         unk_token="<|endoftext|>",
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
         additional_special_tokens=["<|im_start|>"],
-        model_max_length=4096,
+        model_max_length=longest,
     )
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
