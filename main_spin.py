@@ -43,9 +43,10 @@ class TaskRunner:
     @staticmethod
     def trainer_class(config: DictConfig) -> type:
         """The trainer that the config asks for; a recipe of yours may give its own."""
+        from recipe.spin.async_trainer import AsyncSpinTrainer
         from recipe.spin.spin_trainer import SpinTrainer
 
-        return SpinTrainer
+        return AsyncSpinTrainer if config.trainer.v1.trainer_mode == "colocate_async" else SpinTrainer
 
     def run(self, config: DictConfig) -> None:
         """Trains as the config says; returns when the run is complete."""

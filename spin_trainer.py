@@ -48,7 +48,7 @@ class SpinTrainer(OpponentInVLLM, HeldOutValidation, PPOTrainerSync):
         super().__init__(config)
         self.use_reference_policy = True
         use_reward_worker()
-        self._sends_rounds = sends_rounds(config.actor_rollout_ref.rollout)
+        self._sends_rounds = sends_rounds(config)
         if has_own_sockets(config.actor_rollout_ref.rollout):
             RolloutReplicaRegistry.register("vllm", _load_replica)
         if self._sends_rounds:
@@ -133,6 +133,17 @@ class SpinTrainer(OpponentInVLLM, HeldOutValidation, PPOTrainerSync):
         history, _ = run_folder.read_history(folder)
         return due and not any(name.startswith("val-") for name in history.get(self.global_steps, {}))
 
+    def on_step_end(self):
+        if self._weights_are_due():
+            super().on_step_end()
+
+    def _weights_are_due(self) -> bool:
+        """Whether vLLM gets the weights: every `rollout_sync_freq` steps, and for the held-out prompts."""
+        trainer, step = self.config.trainer, self.global_steps
+        is_last = step >= self.total_training_steps
+        validates = trainer.test_freq > 0 and (is_last or step % trainer.test_freq == 0)
+        return validates or step % trainer.rollout_sync_freq == 0
+
     def on_validate_begin(self):
         self.progress["doing"] = "answering the held-out prompts"
 
@@ -209,6 +220,7 @@ class SpinTrainer(OpponentInVLLM, HeldOutValidation, PPOTrainerSync):
         if self.config.algorithm.reward_error == "skip":
             metrics["score/missing"] = answers.count_missing(rewards, extra)
         metrics.update(answers.response_metrics(rewards, mask, ended, responses, extra))
+        metrics.update(answers.staleness(batch.tags, self.global_steps))
         metrics.update(self.source.metrics([one.get("preference", {}) for one in extra]))
         penalty = self.config.algorithm.missing_eos_penalty
         if penalty:
@@ -408,9 +420,14 @@ class SpinTrainer(OpponentInVLLM, HeldOutValidation, PPOTrainerSync):
         run_folder.prune(Path(self.config.trainer.default_local_dir), self.global_steps, keep)
 
 
-def sends_rounds(rollout) -> bool:
-    """Whether requests go to vLLM's replicas as rounds: not to SGLang's, split engines or a router of the user's."""
-    return has_own_sockets(rollout) and not rollout.router_config_path
+def sends_rounds(config) -> bool:
+    """Whether requests go to vLLM's replicas as rounds: not to SGLang's, split engines or a router of the user's.
+
+    A round is a step's requests; in asynchronous modes they belong to no step.
+    """
+    rollout = config.actor_rollout_ref.rollout
+    is_sync = config.trainer.v1.trainer_mode == "sync"
+    return is_sync and has_own_sockets(rollout) and not rollout.router_config_path
 
 
 def _load_replica() -> type:

@@ -1,6 +1,9 @@
-"""What verl 0.9.1 gets wrong for this recipe and offers no hook for."""
+"""What verl 0.9.1, and its vLLM and torch, get wrong for this recipe and offer no hook for."""
 
 import asyncio
+import importlib
+import ipaddress
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -140,3 +143,38 @@ def _naming_the_silent(who_did_not: str, address: str, seconds: float) -> Iterat
         raise TimeoutError(
             f"{who_did_not} weights for {seconds:g} s ({address}): it has died or hangs; its last words are in the logs"
         ) from error
+
+
+def keep_rendezvous_on_loopback() -> None:
+    """torch's rendezvous listens on every interface, whatever address it is given: vLLM before 0.28 meets there.
+
+    A rendezvous at a loopback address then listens there alone; at others as torch has it.
+    """
+    from torch.distributed import TCPStore
+
+    rendezvous = importlib.import_module("torch.distributed.rendezvous")  # the package has a function of that name
+    create = rendezvous._create_c10d_store
+
+    def create_store(hostname, port, rank, world_size, timeout, use_libuv=True) -> TCPStore:
+        if rank != 0 or not _is_loopback(hostname):
+            return create(hostname, port, rank, world_size, timeout, use_libuv)
+        listener = socket.create_server((hostname, port))
+        return TCPStore(
+            host_name=hostname,
+            port=port,
+            world_size=world_size,
+            is_master=True,
+            timeout=timeout,
+            multi_tenant=True,
+            master_listen_fd=listener.detach(),
+            use_libuv=use_libuv,
+        )
+
+    rendezvous._create_c10d_store = create_store
+
+
+def _is_loopback(hostname: str) -> bool:
+    try:
+        return ipaddress.ip_address(hostname).is_loopback
+    except ValueError:  # a name
+        return hostname == "localhost"

@@ -15,7 +15,7 @@ from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentL
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 from verl.utils.rollout_trace import rollout_trace_op
-from verl.workers.rollout.llm_server import LLMServerClient
+from verl.workers.rollout.llm_server import FullyAsyncLLMServerClient, LLMServerClient
 from verl.workers.rollout.replica import TokenOutput
 
 from recipe.spin import verl_patches
@@ -117,6 +117,20 @@ class RolloutClient(LLMServerClient):
 
     def _release_server(self, server_id: str, request_id: str | None = None) -> None:
         """There is no count of requests in flight to bring up to date."""
+
+
+class SeedByLength(LLMServerClient):
+    """Draws on with other random numbers where a response goes on: one seed would give it those of its beginning."""
+
+    async def generate(self, request_id, *, prompt_ids, sampling_params, **options) -> TokenOutput:
+        if "seed" in sampling_params:
+            seed = zlib.crc32(f"{sampling_params['seed']}/{len(prompt_ids)}".encode())
+            sampling_params = sampling_params | {"seed": seed}
+        return await super().generate(request_id, prompt_ids=prompt_ids, sampling_params=sampling_params, **options)
+
+
+class ResumingClient(FullyAsyncLLMServerClient, SeedByLength):
+    """verl's client for responses that weight updates interrupt: it asks again until they are whole."""
 
 
 # ---------------------------------------------------------------------- verl's agent loop worker and manager

@@ -6,6 +6,7 @@ from recipe.spin import verl_patches
 from recipe.spin.rollout.weights import own_socket
 
 verl_patches.limit_weight_transfer()
+verl_patches.keep_rendezvous_on_loopback()
 
 
 class RolloutWorkerExtension(vLLMColocateWorkerExtension):

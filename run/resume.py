@@ -72,7 +72,7 @@ HARMLESS = (
     "actor_rollout_ref.rollout.trace.*",
 )
 # The exceptions among them
-MEANINGFUL = ("trainer.device", "trainer.ref_update_*", "trainer.v1.*")
+MEANINGFUL = ("trainer.device", "trainer.ref_update_*", "trainer.rollout_sync_freq", "trainer.v1.*")
 # How long a run is matters where a schedule is stretched over it
 LENGTH = ("trainer.total_training_steps", "trainer.total_epochs")
 # Said by other keys, or by the command about this start alone

@@ -13,10 +13,11 @@ import torch
 
 from recipe.spin.core_algos import LOSSES, LossOptions, beta_at, check_loss_settings
 from recipe.spin.preferences.source import source_class
-from recipe.spin.run.faults import ConfigError, Settings
+from recipe.spin.run.faults import ConfigError, Settings, Unusable
 
 ACTOR, REF, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.ref", "actor_rollout_ref.rollout"
 MODEL, SHARE_PROMPT = "actor_rollout_ref.model", "actor_rollout_ref.share_prompt"
+MODE = "trainer.v1.trainer_mode"
 ULYSSES = "fsdp_config.ulysses_sequence_parallel_size"
 LOSS_OPTIONS = [field.name for field in fields(LossOptions)]
 # Packages that verl's loggers import
@@ -271,8 +272,15 @@ def sequences_fit_vllm(settings: Settings) -> None:
 
 
 def the_queue_holds_a_batch(settings: Settings) -> None:
+    """Asynchronous steps leave a part of the batches before them in it."""
     answers = settings["data.train_batch_size"] * settings[f"{ROLLOUT}.n"]
-    require_queue(settings, answers, f"a batch has {answers} responses", "lower data.train_batch_size")
+    if settings[MODE] == "colocate_async":
+        ahead = math.ceil(settings["trainer.v1.colocate_async.num_warmup_batches"])
+        who = f"batches of {answers} responses, {ahead} of them ahead of the step, are answered at a time"
+        answers *= 1 + ahead
+    else:
+        who = f"a batch has {answers} responses"
+    require_queue(settings, answers, who, "lower data.train_batch_size")
 
 
 def require_queue(settings: Settings, answers: float, who: str, remedy: str) -> None:
@@ -284,6 +292,42 @@ def require_queue(settings: Settings, answers: float, who: str, remedy: str) -> 
 
 
 # ---- Around the run --------------------------------------------------------------------------------------------------
+def weights_stay_where_they_are_not_sent(settings: Settings) -> None:
+    frequency, key = settings["trainer.rollout_sync_freq"], "trainer.rollout_sync_freq"
+    settings.require(
+        frequency == 1 or not settings[f"{ROLLOUT}.free_cache_engine"],
+        key,
+        f"vLLM gives its weights back after every step and needs them anew; set {ROLLOUT}.free_cache_engine=False, "
+        "which keeps them and its cache in memory",
+    )
+    settings.require(frequency == 1 or _policy_answers(settings), key, "vLLM has the opponent's weights; set 1")
+
+
+def _policy_answers(settings: Settings) -> bool:
+    try:
+        return source_class(settings["algorithm.preference_source"]).rollout_model == "actor"
+    except ValueError as error:  # a_source_prefers says which
+        raise Unusable("algorithm.preference_source") from error
+
+
+def an_asynchronous_run_shares_its_engine_with_nobody(settings: Settings) -> None:
+    """Its requests are under way at every moment, when vLLM would get another's weights or have to give way."""
+    if settings[MODE] != "colocate_async":
+        return
+    settings.require(
+        _policy_answers(settings),
+        MODE,
+        f"algorithm.preference_source={settings['algorithm.preference_source']} has the opponent answer the prompts, "
+        "which is another model after each refresh; set sync",
+    )
+    model = "reward.reward_model"
+    settings.require(
+        not settings[f"{model}.enable"] or settings[f"{model}.enable_resource_pool"],
+        MODE,
+        f"the reward model takes turns with vLLM on its GPUs; give it its own, {model}.enable_resource_pool=True",
+    )
+
+
 def loggers_are_installed(settings: Settings) -> None:
     names = settings["trainer.logger"]
     for name in [names] if isinstance(names, str) else names:
@@ -333,6 +377,8 @@ RULES: tuple[Callable[[Settings], None], ...] = (
     fsdp1_gathers_no_model_on_cpus,
     sequences_fit_vllm,
     the_queue_holds_a_batch,
+    weights_stay_where_they_are_not_sent,
+    an_asynchronous_run_shares_its_engine_with_nobody,
     loggers_are_installed,
     the_run_folder_can_be_written,
     a_path_to_resume_from_is_there,

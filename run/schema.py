@@ -145,13 +145,30 @@ class Algorithm(Section):
     use_pf_ppo: unused(False)
 
 
+class ColocateAsync(Section):
+    num_warmup_batches: NotNegative
+
+
+class Sampler(Section):
+    max_off_policy_threshold: Count | None
+    max_off_policy_strategy: Literal["drop", "wait"]
+
+
 class V1(Section):
-    trainer_mode: Literal["sync"]
+    trainer_mode: Literal["sync", "colocate_async"] = verl(
+        "sync, or colocate_async, which answers prompts ahead of the steps; separate_async, with GPUs that only "
+        "generate, is not there yet (docs/asynchronous.md says what it lacks)"
+    )
+    colocate_async: ColocateAsync
+    sampler: Sampler
 
 
 class Trainer(Section):
     ref_update_freq: int = own(5, "steps between refreshes of the reference; 0: it stays as loaded")
     ref_update_alpha: TopP = own(1.0, "share of the actor in a refreshed reference (below 1: TR-DPO's soft update)")
+    rollout_sync_freq: Count = own(
+        1, "steps between which vLLM keeps its weights ([docs/asynchronous.md](docs/asynchronous.md))"
+    )
     max_failed_validation: Share = own(0.0, "share of the held-out answers that may fail before the run stops")
     max_skipped_steps: Count = own(
         3, "optimizer steps in a row without a finite gradient after which the run stops; each is skipped"

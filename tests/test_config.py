@@ -68,6 +68,7 @@ def test_self_play_refuses_lora(run):
 
 
 SHARE_PROMPT = "actor_rollout_ref.share_prompt"
+MODE = "trainer.v1.trainer_mode"
 
 
 def test_gpu_profile(run, monkeypatch):
@@ -239,7 +240,25 @@ def test_settings_that_work(run, overrides):
             "actor_rollout_ref.ref.strategy=fsdp",
             ["actor_rollout_ref.ref.strategy='fsdp'", "actor_rollout_ref.actor.strategy"],
         ),
-        ("trainer.v1.trainer_mode=separate_async", ["trainer.v1.trainer_mode", "sync"]),
+        (f"{MODE}=separate_async", [f"{MODE}='separate_async'", "colocate_async", "docs/asynchronous.md"]),
+        (f"{MODE}=colocate_async algorithm.preference_source=self_play", [f"{MODE}='colocate_async'", "set sync"]),
+        (
+            f"{MODE}=colocate_async reward.reward_model.enable=True",
+            [f"{MODE}='colocate_async'", "reward.reward_model.enable_resource_pool=True"],
+        ),
+        (
+            f"{MODE}=colocate_async transfer_queue.backend.SimpleStorage.total_storage_size=15",
+            ["total_storage_size=15", "1 of them ahead"],
+        ),
+        ("trainer.rollout_sync_freq=0", ["trainer.rollout_sync_freq=0", "at least 1"]),
+        (
+            "trainer.rollout_sync_freq=2 actor_rollout_ref.rollout.free_cache_engine=True",
+            ["trainer.rollout_sync_freq=2", "set actor_rollout_ref.rollout.free_cache_engine=False"],
+        ),
+        (
+            "trainer.rollout_sync_freq=2 algorithm.preference_source=self_play",
+            ["trainer.rollout_sync_freq=2", "the opponent's weights"],
+        ),
         (
             "data.max_prompt_length=64 actor_rollout_ref.actor.ppo_max_token_len_per_gpu=95",
             ["actor_rollout_ref.actor.ppo_max_token_len_per_gpu=95", "2 responses", "96 tokens", "raise it"],

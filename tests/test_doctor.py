@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -48,7 +49,7 @@ def test_the_quick_doctor(tmp_path, tiny_models):
     assert figures["refresh"]["gap_after"] == 0 < figures["refresh"]["gap_before"]
     assert max(figures["update"].values()) < 1e-4 and figures["update's speed"]["tokens"] > 0
     for name in ("hunter2", socket.gethostname(), str(Path.home())):
-        assert name not in json.dumps(report)
+        assert not re.search(rf"(?<!\w){re.escape(name)}(?!\w)", json.dumps(report))  # a host may be called vm
 
 
 @pytest.mark.long

@@ -328,14 +328,15 @@ def test_the_checks_need_neither_verl_nor_ray():
 # ---- What the default path imports -----------------------------------------------------------------------------------
 OPTIONAL = {"flash_attn", "matplotlib"}  # done without, or asked for where they are needed
 NOT_ON_GPUS = {"gguf"}  # the CPU profile's model
-LEFT_OUT = {"tests", "benchmarks", "recipe", "verl_cpu", ".venv", ".cache"}
+LEFT_OUT = {"tests", "benchmarks", "recipe", "verl_cpu"}
 
 
 def imported() -> set[str]:
     """Top-level modules that the recipe's files import anywhere."""
     found = set()
     for path in ROOT.rglob("*.py"):
-        if path.relative_to(ROOT).parts[0] in LEFT_OUT:
+        folder = path.relative_to(ROOT).parts[0]
+        if folder in LEFT_OUT or folder.startswith("."):
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):

