@@ -4,9 +4,9 @@
 
 Same model, prompts in the same order, lengths, precision and threads; in every round, one after the other: this recipe
 on the same 32 pairs as TRL (ties kept), this recipe with ties dropped as its defaults say (the reward is 0 or 1; TRL
-trains on all), TRL in the fastest setting that benchmarks.trl_settings found here, and benchmarks.plain_step. A run's
-first step warms up, and its reference is the policy itself: it does not count. This recipe's last step refreshes the
-reference and is reported apart.
+trains on all), TRL in the fastest setting that benchmarks.trl_settings found here, and benchmarks.plain_step. TRL's
+first step warms up and does not count; here the first two, as the reference, which is the policy itself in the first,
+is first asked in the second. This recipe's last step refreshes the reference and is reported apart.
 
 Prints medians and the ratios round by round, writes benchmarks/results/DATE-NAME.json, and makes RESULTS.md anew.
 KEY=VALUE are further overrides of this recipe. Three rounds take about an hour on two cores.
@@ -26,6 +26,7 @@ from benchmarks.machine import ROOT, matrix_product_rates, plain_environment, pr
 from benchmarks.trl_settings import fastest, run_trl, settings_file
 
 PROMPTS, RESPONSES = 32, 2
+WARM_UP = 2
 # What TRL's process has too: two responses, no recomputation of activations
 SETTINGS = [f"data.train_batch_size={PROMPTS}", "data.shuffle=False", f"actor_rollout_ref.rollout.n={RESPONSES}"]
 SETTINGS += ["actor_rollout_ref.model.enable_gradient_checkpointing=False"]
@@ -37,8 +38,8 @@ PHASES = {"gen": "gen", "ref": "ref", "update": "update_actor", "weights": "upda
 
 # ---- One run of each -------------------------------------------------------------------------------------------------
 def run_ours(model: str, data: Path, steps: int, overrides: list[str], folder: Path) -> dict:
-    """One run of the recipe: a step to warm up, `steps` that count, and one that refreshes the reference first."""
-    total = steps + 2
+    """One run of the recipe: WARM_UP steps, `steps` that count, and one that refreshes the reference first."""
+    total = WARM_UP + steps + 1
     command = ["bash", str(ROOT / "run_spin.sh"), *SETTINGS, *QUIET, *overrides]
     command += [f"trainer.total_training_steps={total}", f"trainer.ref_update_freq={total}"]
     environment = plain_environment(
@@ -47,7 +48,7 @@ def run_ours(model: str, data: Path, steps: int, overrides: list[str], folder: P
     process = run_measured(command, environment, folder / "ours.log")
     lines = map(json.loads, (folder / "run" / "metrics.jsonl").read_text().splitlines())
     steps_by_number = {line["step"]: our_step(line) for line in lines if "timing_s/step" in line}
-    counted = [steps_by_number[number] for number in range(2, total)]
+    counted = [steps_by_number[number] for number in range(WARM_UP + 1, total)]
     return {
         "step_seconds": statistics.median(step["seconds"] for step in counted),
         "phases": {phase: median_of(counted, phase) for phase in ("gen", "ref", "update", "weights")},
