@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from recipe.spin.run import cluster, memory
 from recipe.spin.run.memory import Layout, Model
 from recipe.spin.run.rules import longest_row
-from recipe.spin.run_folder import checkpoints
+from recipe.spin.run_folder import checkpoints, nearest_existing
 
 OK, WARN, FAIL = "ok", "warn", "FAIL"
 ACTOR, REF, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.ref", "actor_rollout_ref.rollout"
@@ -449,4 +449,4 @@ def check_disk(config: DictConfig, model: Model) -> Finding:
 
 def free_disk(folder: Path) -> int:
     """Bytes free where a folder is, or will be."""
-    return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+    return shutil.disk_usage(nearest_existing(folder)).free

@@ -1,7 +1,7 @@
 """A run in which one process is killed: SPIN_FAULT=COMPONENT:MOMENT python -m faulty_run KEY=VALUE ...
 
-The TaskRunner kills it, at the given moment of step 2 (of the first validation for the moment `validation`). A module
-of its own, so that Ray's workers can import it.
+The TaskRunner kills it, once, at that moment of a step behind the first that it trains, which leaves a checkpoint; at
+the moment `validation` in the first validation. A module of its own, so that Ray's workers can import it.
 """
 
 import os
@@ -13,7 +13,6 @@ import psutil
 from recipe.spin import main_spin
 from recipe.spin.run.liveness import _actors_of_this_job, class_of
 
-STEP = 2
 ACTORS = {  # by the classes of the actors
     "server": "RolloutServer",
     "rank": "WorkerDict",
@@ -42,14 +41,22 @@ def faulty(trainer: type) -> type:
     component, moment = os.environ["SPIN_FAULT"].split(":")
 
     class Faulty(trainer):
+        _begun_at, _struck = 0, False
+
         def _strike(self, now: str, after: float = 0.0) -> None:
-            if now != moment or (self.global_steps != STEP and now != "validation"):
+            too_early = now != "validation" and self.global_steps < self._begun_at + 2
+            if now != moment or too_early or self._struck:
                 return
+            self._struck = True
             pid = process_of(component)
             if after:
                 threading.Timer(after, os.kill, (pid, signal.SIGKILL)).start()
             else:
                 os.kill(pid, signal.SIGKILL)
+
+        def on_init_end(self):
+            self._begun_at = self.global_steps
+            super().on_init_end()
 
         def on_sample_begin(self):  # the prompts have been sent
             self._strike("generation")
