@@ -9,11 +9,13 @@ rows makes such a chain. All of them are left out of the suite but for a sample:
 import os
 import shutil
 import signal
+import subprocess
 import time
 from functools import partial
 from pathlib import Path
 
 import pytest
+from faulty_run import FILLER
 from whole_runs import finish, metrics, processes, start
 
 from recipe.spin.run_folder import metrics_files, tracked_step
@@ -154,7 +156,7 @@ def test_a_reward_that_fails_is_named_and_ends_the_run(behaviour, words, chain):
 
 @pytest.mark.long
 def test_the_run_that_failed_again_and_again_comes_to_what_one_without_a_fault_does(chain, a_chain):
-    """To the bit, in every metric of every step."""
+    """To the bit, in every metric. Of a step that failed between its checkpoint and its metrics there are none."""
     if not chain.step:
         pytest.skip("no fault came before")
     last, histories = chain.step + 1, []
@@ -164,12 +166,53 @@ def test_the_run_that_failed_again_and_again_comes_to_what_one_without_a_fault_d
         assert process.returncode == 0, output[-5000:]
         histories.append(metrics(one.run))
     failed, faultless = ({step: learned(entry) for step, entry in history.items() if step} for history in histories)
-    assert len(faultless) == last and failed == faultless
+    assert len(faultless) == last and last in failed
+    assert failed == {step: faultless[step] for step in failed}
 
 
 def learned(entry: dict) -> dict:
     """A step's metrics less those of times and memory, and of validations, which the faults' own runs add."""
     return {name: value for name, value in entry.items() if not name.startswith(("timing", "perf/", "val-"))}
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of a few megabytes that a process of its own sees in a namespace of its own, as no root is needed.
+
+    Returns the command that starts others there, the folder as they see it, and as this process does.
+    """
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = f"mount -t tmpfs -o size=8m tmpfs {folder} && echo mounted && exec cat"
+    command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mount]
+    holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    if holder.stdout.readline() != "mounted\n":
+        pytest.skip("this machine lets nobody mount a file system")
+    within = ("nsenter", "--user", "--mount", "--preserve-credentials", f"--target={holder.pid}", f"--wd={ROOT}")
+    yield within, folder, Path(f"/proc/{holder.pid}/root{folder}")
+    holder.communicate()
+
+
+@pytest.mark.long
+def test_a_full_disk_is_named_and_the_run_goes_on_when_there_is_room(small_disk, a_chain, monkeypatch):
+    """A checkpoint, a step's metrics and the report in turn meet the end of a real disk."""
+    within, folder, seen = small_disk
+    chain = a_chain("full")
+    chain.run = folder / "run"
+    small = ["trainer.check_memory=False", "trainer.max_actor_ckpt_to_keep=1", "trainer.total_training_steps=8"]
+    for moment, more in (("checkpoint", []), ("push", ["trainer.save_freq=3"]), ("report", [])):
+        monkeypatch.setenv("SPIN_FAULT", f"disk:{moment}")
+        process = chain.start(*small, *more, program=["-m", "faulty_run"], within=within)
+        output = finish(process, timeout=240)
+        lines = output[output.index("error: ") :].splitlines()
+        assert process.returncode == 1 and "Traceback" not in output, output[-5000:]
+        assert f"No space is left on the disk of {chain.run}" in output and "same command" in lines[-2], output[-5000:]
+        assert processes(chain.run) == [] and list(chain.temporary.iterdir()) == []
+        (seen / "run" / FILLER).unlink()
+    process = chain.start(*small, within=within)
+    output = finish(process)
+    assert process.returncode == 0, output[-5000:]
+    assert max(metrics(seen / "run")) == tracked_step(seen / "run") == 8
 
 
 @pytest.mark.long
