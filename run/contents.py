@@ -6,8 +6,10 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from recipe.spin.run.data_files import count_rows, files_of
-from recipe.spin.run.model_files import CONFIGURATION, TOKENIZER, WEIGHTS
+from recipe.spin.run.model_files import WEIGHTS
 
+# Of a model's folder: what it computes, how it ends, and how messages become tokens
+MODEL_FILES = ("*config.json", "tokenizer*", "vocab.json", "merges.txt", "chat_template*", *WEIGHTS)
 PIECES, PIECE_BYTES = 64, 2**16  # read of a file of weights
 DIGITS = 16  # of a digest; enough against an accident
 
@@ -25,8 +27,8 @@ def contents_of(config: DictConfig) -> dict[str, str]:
     texts += [config.algorithm.judge.prompt] if config.algorithm.preference_source == "judge" else []
     found |= {file: _digest(file) for file in map(_absolute, filter(None, texts))}
     model = _absolute(config.actor_rollout_ref.model.path)
-    for pattern in (*CONFIGURATION, *TOKENIZER, *WEIGHTS):
-        found |= {file: _digest_of_pieces(file) for file in sorted(model.glob(pattern))}
+    for pattern in MODEL_FILES:
+        found |= {file: _digest_of_pieces(file) for file in sorted(model.glob(pattern)) if file.is_file()}
     return {str(file): words for file, words in found.items()}
 
 

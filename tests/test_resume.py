@@ -159,17 +159,28 @@ def test_rows_in_another_order_are_another_file(stopped):
     assert "8 rows, sha256" in stopped.refusal()
 
 
-def test_weights_that_were_changed_in_the_models_folder_are_refused(folder, tmp_path):
+def blank_the_middle(file: Path) -> None:
+    """Of the same size afterwards, as trained weights are."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 4096] = bytes(4096)
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("model.safetensors", blank_the_middle),
+        ("chat_template.jinja", lambda file: file.write_text(" " + file.read_text())),
+    ],
+)
+def test_what_was_changed_in_the_models_folder_is_refused(folder, tmp_path, name, change):
     model = tmp_path / "model"
     shutil.copytree(folder.run.settings["actor_rollout_ref.model.path"], model)
     folder.run.settings["actor_rollout_ref.model.path"] = str(model)
     folder.start()
     folder.save(6)
-    weights = next(model.glob("*.safetensors"))
-    content = bytearray(weights.read_bytes())
-    content[len(content) // 2 : len(content) // 2 + 4096] = bytes(4096)  # of the same size
-    weights.write_bytes(content)
-    assert re.search(rf"^  {weights}: {len(content)} bytes, .* -> {len(content)} bytes", folder.refusal(), re.MULTILINE)
+    change(model / name)
+    assert re.search(rf"^  {model / name}: \d+ bytes, sha256 .* -> \d+ bytes, sha256", folder.refusal(), re.MULTILINE)
 
 
 def test_a_judges_question_counts_as_a_file(stopped, tmp_path):
