@@ -1,6 +1,7 @@
 """The folder of a run: its checkpoints and its metrics by step, of which a stopped run's next part goes on."""
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -8,6 +9,11 @@ from pathlib import Path
 TRACKER = "latest_checkpointed_iteration.txt"  # verl writes it last: the step of the newest complete checkpoint
 CHECKPOINT = re.compile(r"global_step_(0|[1-9][0-9]*)")
 METRICS = re.compile(r"from_step_([0-9]{8})(?:-([0-9]+))?\.jsonl")
+
+
+def nearest_existing(folder: Path) -> Path:
+    """The folder, or while it is not there the first above it that is; a link that leads nowhere counts as there."""
+    return next(path for path in (folder, *folder.parents) if os.path.lexists(path))
 
 
 def checkpoints(folder: Path) -> dict[int, Path]:

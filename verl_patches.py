@@ -95,6 +95,8 @@ def own_transfer_queue() -> None:
     from transfer_queue import interface
 
     controller = interface.TransferQueueController
+    if interface.ray is not ray:
+        return  # another module of this process has seen to it
     interface.TransferQueueController = SimpleNamespace(
         options=lambda namespace=None, **options: controller.options(**options)
     )

@@ -42,7 +42,7 @@ from benchmarks.machine import (
     write_result,
 )
 from benchmarks.random_model import save_random_model
-from recipe.spin.run import machine as checks
+from recipe.spin.run import fit as checks
 from recipe.spin.run import memory
 
 DOCUMENT = ROOT / "docs" / "scaling.md"

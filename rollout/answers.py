@@ -6,7 +6,8 @@ from tensordict import TensorDict
 
 from recipe.spin.core_algos import has_score
 from recipe.spin.engine.rows import pad_rows
-from recipe.spin.rollout.scoring import FAULT, RewardError
+from recipe.spin.rollout.reward_error import RewardError
+from recipe.spin.rollout.scoring import FAULT
 
 
 def end_tokens(model: str, tokenizer) -> set[int]:

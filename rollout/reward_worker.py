@@ -1,7 +1,11 @@
-"""verl's reward worker, whose answers are complete and which runs a model folder's code only where that was allowed."""
+"""verl's reward worker: its answers are complete and come in time, and a model folder's code runs only if allowed."""
+
+import asyncio
 
 from verl.experimental.reward_loop import reward_loop
 from verl.utils import hf_tokenizer
+
+from recipe.spin.rollout.reward_error import NoScore, Patience, RewardError, reward_name
 
 VerlWorker = reward_loop.RewardLoopWorker
 
@@ -14,6 +18,22 @@ class RewardWorker(VerlWorker):
         trusts = self.config.actor_rollout_ref.model.trust_remote_code
         reward_loop.hf_tokenizer = lambda path, **options: hf_tokenizer(path, **options | {"trust_remote_code": trusts})
         super()._init_reward_fn()
+
+    async def compute_score_batch(self, data) -> list[dict]:
+        """A step's scores where the reward model shares the trainer's devices; verl would wait without end.
+
+        Raises:
+            RewardError: when for `algorithm.reward_timeout_s` seconds no response got a score.
+        """
+        patience = Patience(self.config.algorithm.reward_timeout_s)
+        scores = (patience.wait_for(self.compute_score(data[number : number + 1])) for number in range(len(data)))
+        try:
+            return await asyncio.gather(*scores)
+        except NoScore as error:
+            raise RewardError(
+                f"{reward_name(self.config)} {error} for the responses of a batch. Look after its server, or raise "
+                "algorithm.reward_timeout_s"
+            ) from error
 
     async def compute_score_disrm(self, data) -> dict:
         """verl's agent loop reads `reward_extra_info` of every answer; a reward model's has none."""

@@ -14,7 +14,15 @@ from recipe.spin.run.reward_file import check_reward
 from recipe.spin.run.rules import RULES
 from recipe.spin.run.schema import check_kinds
 
-__all__ = ["ConfigError", "check_config"]
+__all__ = ["ConfigError", "check_config", "check_settings"]
+
+
+def check_settings(config: DictConfig) -> None:
+    """Raises ConfigError with what settings and the reward alone show, before a model is fetched for the run."""
+    settings = Settings(config)
+    settings.run(check_kinds, *RULES, check_reward)
+    if settings.faults:
+        raise ConfigError(*settings.faults)
 
 
 def check_config(config: DictConfig) -> None:

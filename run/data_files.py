@@ -32,7 +32,7 @@ CHUNK = 256  # prompts that are measured at once
 
 def check_data(settings: Settings) -> None:
     """Every file must be readable and its rows must be prompts; there must be enough of them for a batch."""
-    files = {key: _files(settings[key]) for key in (TRAIN, VAL)}
+    files = {key: files_of(settings[key]) for key in (TRAIN, VAL)}
     train, val = ({Path(file).expanduser().resolve() for file in files[key]} for key in (TRAIN, VAL))
     settings.require(not train & val, VAL, "held-out prompts must not be trained on; name a file of others")
     prompts: dict[str, list[Prompts]] = {TRAIN: [], VAL: []}
@@ -44,8 +44,16 @@ def check_data(settings: Settings) -> None:
         settings.run(partial(_check_amounts, prompts=prompts), partial(_check_lengths, prompts=prompts))
 
 
-def _files(files: str | list[str]) -> list[str]:
+def files_of(files: str | list[str]) -> list[str]:
+    """The names that a key with one or several files holds."""
     return [files] if isinstance(files, str) else files
+
+
+def count_rows(file: Path) -> int:
+    """Rows of a file that check_data has found in order; of a parquet file by its footer."""
+    import pyarrow.parquet
+
+    return pyarrow.parquet.read_metadata(file).num_rows if file.suffix == ".parquet" else len(_read_json(TRAIN, file))
 
 
 def _read(settings: Settings, key: str, file: str, prompts: list["Prompts"]) -> None:
@@ -175,10 +183,12 @@ def _check_amounts(settings: Settings, prompts: dict[str, list[Prompts]]) -> Non
         f"fewer prompts than data.train_batch_size={batch} make no step; raise it, or set -1 for all",
     )
     values, samples = f"{ROLLOUT}.val_kwargs", settings["data.val_max_samples"]
-    answers = settings[f"{values}.n"] + (settings[f"{values}.temperature"] > 0)  # a greedy one beside samples
+    sampled = settings[f"{values}.do_sample"] and settings[f"{values}.temperature"] > 0
+    answers = 1 + (settings[f"{values}.n"] if sampled else 0)  # a greedy one, beside samples where these are asked for
     held_out = min(rows[VAL], samples) if samples > 0 else rows[VAL]
     together = min(held_out, settings["data.val_batch_size"] or held_out)
-    who = f"{together} held-out prompts with {answers} answers each make {together * answers}"
+    each = f"{answers} answer{'s' * (answers > 1)}"
+    who = f"{together} held-out prompts with {each} each make {together * answers}"
     require_queue(settings, together * answers, who, "set data.val_max_samples or data.val_batch_size")
 
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from recipe.spin.run.faults import ConfigError
+from recipe.spin.run_folder import nearest_existing
 
 WHOLE_ERROR = "error.txt"  # among the logs
 FULL_BYTES = 10_000_000
@@ -88,8 +89,7 @@ def _last_exception(text: str) -> str:
 def full_disks(run_folder: Path) -> list[str]:
     """A line for each place that the run writes to and that has no room left: torch, for one, does not say so."""
     lines = []
-    existing = next(path for path in (run_folder, *run_folder.parents) if path.exists())
-    for place in (existing, tempfile.gettempdir(), "/dev/shm"):
+    for place in (nearest_existing(run_folder), tempfile.gettempdir(), "/dev/shm"):
         with contextlib.suppress(OSError):
             free = shutil.disk_usage(place).free
             if free < FULL_BYTES:

@@ -1,6 +1,6 @@
 """What a run holds on a device, on its host and on disk, from the model's shape and how it is laid out.
 
-One formula for the check before a run (machine.py), the doctor and docs/scaling.md (benchmarks/growth.py). Pure
+One formula for the check before a run (fit.py, host.py), the doctor and docs/scaling.md (benchmarks/growth.py). Pure
 arithmetic in bytes; docs/scaling.md says where each part comes from. No run on a GPU has confirmed it yet.
 """
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from recipe.spin.run.check import ConfigError
+from recipe.spin.run.check import ConfigError, check_settings
 
 KEY = "actor_rollout_ref.model.path"
 # The weights once more, in formats that neither PyTorch nor vLLM is given here
@@ -14,15 +14,17 @@ UNUSED = ("original/*", "*.gguf", "*.onnx", "*.h5", "*.msgpack", "*.ot")
 def fetch_pinned_model(config: DictConfig) -> None:
     """Puts the folder of that revision, downloaded unless it is there, in place of the path; others stay.
 
-    verl gives no revision to the hub, which would then serve the newest.
+    verl gives no revision to the hub, which would then serve the newest. Nothing is asked of the hub for settings that
+    could not run.
 
     Raises:
-        ConfigError: when the hub does not give that revision.
+        ConfigError: when settings are faulty, or the hub does not give that revision.
     """
     path = config.actor_rollout_ref.model.path
     name, at, revision = str(path).partition("@")
     if not at or Path(path).expanduser().exists():
         return
+    check_settings(config)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 

@@ -10,9 +10,11 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from recipe.spin.run.check import ConfigError
+from recipe.spin.run.contents import contents_of
 from recipe.spin.run_folder import TRACKER, checkpoints, is_complete, metrics_files, tracked_step
 
 SETTINGS = "settings.yaml"
+CONTENTS = "contents"  # a section there: what the files held
 MODES = ("auto", "disable", "resume_path", "force")  # verl's, and auto in spite of other settings
 RANKS = "trainer.nnodes * trainer.n_gpus_per_node"
 
@@ -87,6 +89,7 @@ NOT_COMPARED = (
     "actor_rollout_ref.rollout.nnodes",
     "actor_rollout_ref.rollout.n_gpus_per_node",
     "*._target_",
+    f"{CONTENTS}*",  # by changed_files
 )
 PATHS = (
     "actor_rollout_ref.model.path",
@@ -105,16 +108,16 @@ Difference = tuple[str, Any, Any]
 def prepare(config: DictConfig) -> None:
     """Makes the run's folder ready for the step that the run begins at, and stores the settings there.
 
-    Settings that differ from those of the checkpoint's run are refused where they change what is trained, and said on
-    the console where they do not. `trainer.resume_mode=force` takes them all and becomes verl's auto. Everything above
-    that step, of the run's earlier attempts, is moved into a folder `set_aside_N`.
+    Settings and files that differ from those of the checkpoint's run are refused where they change what is trained or
+    measured, and said on the console where they do not. `trainer.resume_mode=force` takes them all and becomes verl's
+    auto. Everything above that step, of the run's earlier attempts, is moved into a folder `set_aside_N`.
 
     Raises:
         ConfigError: when the run may not go on from the checkpoint, or its folder cannot be written.
     """
     folder = Path(config.trainer.default_local_dir)
     step, origin = _beginning(config, folder)
-    settings = settings_of(config)
+    settings = settings_of(config) | {CONTENTS: contents_of(config)}
     if step > 0:
         _compare(settings, origin, step, config)
     if config.trainer.resume_mode == "force":
@@ -285,8 +288,14 @@ def _has_schedule(settings: dict) -> bool:
     )
 
 
+def changed_files(old: dict, new: dict) -> list[Difference]:
+    """(file, what it held, what it holds) of each that both settings know; others are told by the settings' names."""
+    before, after = (settings.get(CONTENTS, {}) for settings in (old, new))
+    return [(file, before[file], after[file]) for file in before if before[file] != after.get(file, before[file])]
+
+
 def _compare(settings: dict, origin: Path, step: int, config: DictConfig) -> None:
-    """Refuses, or says, in what the settings differ from those that are stored beside the checkpoint."""
+    """Refuses, or says, in what settings and files differ from those that are stored beside the checkpoint."""
     file = origin / SETTINGS
     if not file.exists():
         _say(f"{origin} does not hold its settings ({SETTINGS}): they are not compared with this command's")
@@ -302,15 +311,17 @@ def _compare(settings: dict, origin: Path, step: int, config: DictConfig) -> Non
             "or train into another folder (RUN_DIR=..., trainer.default_local_dir=...)"
         )
     meaningful = [difference for difference in found if not _is_harmless(difference[0], settings)]
+    changed = changed_files(old, settings)
+    found, meaningful = found + changed, meaningful + changed
     insists = config.trainer.resume_mode in ("force", "resume_path")
     if meaningful and not insists:
         raise ConfigError(
-            f"{origin} holds step {step} of a run with other settings:\n{_listed(meaningful)}\nSet these as before, "
-            "train into another folder (RUN_DIR=..., trainer.default_local_dir=...), or go on from that step in spite "
-            "of them with trainer.resume_mode=force"
+            f"{origin} holds step {step} of a run with other settings or files:\n{_listed(meaningful)}\nPut these back "
+            "as they were, train into another folder (RUN_DIR=..., trainer.default_local_dir=...), or go on from that "
+            "step in spite of them with trainer.resume_mode=force"
         )
     if found:
-        _say(f"goes on from step {step} in {origin} with other settings:\n{_listed(found)}")
+        _say(f"goes on from step {step} in {origin} with other settings or files:\n{_listed(found)}")
 
 
 def _ranks(settings: dict) -> int:

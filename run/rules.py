@@ -1,7 +1,6 @@
 """The rules that tie settings together; what a setting may be by itself stands in schema.py."""
 
 import math
-import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import fields
@@ -14,6 +13,7 @@ import torch
 from recipe.spin.core_algos import LOSSES, LossOptions, beta_at, check_loss_settings
 from recipe.spin.preferences.source import source_class
 from recipe.spin.run.faults import ConfigError, Settings, Unusable
+from recipe.spin.run_folder import nearest_existing
 
 ACTOR, REF, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.ref", "actor_rollout_ref.rollout"
 MODEL, SHARE_PROMPT = "actor_rollout_ref.model", "actor_rollout_ref.share_prompt"
@@ -341,7 +341,7 @@ def loggers_are_installed(settings: Settings) -> None:
 
 def the_run_folder_can_be_written(settings: Settings) -> None:
     key, folder = "trainer.default_local_dir", Path(settings["trainer.default_local_dir"]).expanduser().absolute()
-    existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    existing = nearest_existing(folder)
     settings.require(existing.is_dir(), key, f"{existing} is no folder; name another folder (RUN_DIR)")
     if existing.is_dir():
         try:

@@ -1,19 +1,22 @@
 """A run in which one process is killed: SPIN_FAULT=COMPONENT:MOMENT python -m faulty_run KEY=VALUE ...
 
-The TaskRunner kills it, at the given moment of step 2 (of the first validation for the moment `validation`). A module
-of its own, so that Ray's workers can import it.
+The TaskRunner kills it, once, at that moment of a step behind the first that it trains, which leaves a checkpoint; at
+the moment `validation` in the first validation. The component `disk` is filled instead, by a file in the run's folder;
+at the moment `report` by the driver. A module of its own, so that Ray's workers can import it.
 """
 
 import os
 import signal
 import threading
+from pathlib import Path
 
 import psutil
 
 from recipe.spin import main_spin
+from recipe.spin.run import report
 from recipe.spin.run.liveness import _actors_of_this_job, class_of
 
-STEP = 2
+FILLER = "filler"
 ACTORS = {  # by the classes of the actors
     "server": "RolloutServer",
     "rank": "WorkerDict",
@@ -37,19 +40,39 @@ def process_of(component: str) -> int:
     return {"runner": runner, "raylet": raylet}[component].pid
 
 
+def fill(folder: Path) -> None:
+    """Leaves the disk of a folder without a free page."""
+    with open(folder / FILLER, "wb", buffering=0) as file:
+        try:
+            while file.write(bytes(4096)):
+                pass
+        except OSError:
+            return
+
+
 def faulty(trainer: type) -> type:
     """A trainer class that kills."""
     component, moment = os.environ["SPIN_FAULT"].split(":")
 
     class Faulty(trainer):
+        _begun_at, _struck = 0, False
+
         def _strike(self, now: str, after: float = 0.0) -> None:
-            if now != moment or (self.global_steps != STEP and now != "validation"):
+            too_early = now != "validation" and self.global_steps < self._begun_at + 2
+            if now != moment or too_early or self._struck:
                 return
+            self._struck = True
+            if component == "disk":
+                return fill(Path(self.config.trainer.default_local_dir))
             pid = process_of(component)
             if after:
                 threading.Timer(after, os.kill, (pid, signal.SIGKILL)).start()
             else:
                 os.kill(pid, signal.SIGKILL)
+
+        def on_init_end(self):
+            self._begun_at = self.global_steps
+            super().on_init_end()
 
         def on_sample_begin(self):  # the prompts have been sent
             self._strike("generation")
@@ -85,8 +108,18 @@ class FaultyRunner(main_spin.TaskRunner):
         return faulty(main_spin.TaskRunner.trainer_class(config))
 
 
+def write_to_a_full_disk(config, **known):
+    fill(Path(config.trainer.default_local_dir))
+    return WRITE_REPORT(config, **known)
+
+
+WRITE_REPORT = report.write
+
+
 def main() -> None:
     main_spin.TaskRunner = FaultyRunner
+    if os.environ["SPIN_FAULT"] == "disk:report":
+        report.write = write_to_a_full_disk
     main_spin.main()
 
 

@@ -246,6 +246,17 @@ def test_more_held_out_answers_than_the_queue_holds(run, tmp_path):
     run.check(f"data.val_files={path}", "data.val_batch_size=500")
 
 
+@pytest.mark.parametrize("setting", ["do_sample=False", "temperature=0"])
+def test_held_out_prompts_that_are_not_sampled_have_one_answer_each(run, tmp_path, setting):
+    """Whatever `n` says: the queue holds 4000."""
+    values = "actor_rollout_ref.rollout.val_kwargs"
+    one_each = [f"{values}.{setting}", f"{values}.n=4"]
+    run.check(f"data.val_files={write_rows(tmp_path / 'some.jsonl', [row(i) for i in range(1001)])}", *one_each)
+    too_many = write_rows(tmp_path / "many.jsonl", [row(i) for i in range(4001)])
+    message = run.refusal(f"data.val_files={too_many}", *one_each)
+    assert "4001 held-out prompts with 1 answer each make 4001" in message
+
+
 def test_faults_of_several_files_are_all_told(run, tmp_path):
     (tmp_path / "train.jsonl").write_text("{")
     message = run.refusal(

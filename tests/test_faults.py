@@ -1,58 +1,71 @@
-"""Processes of a run killed at its moments: whichever dies, the run ends, names it and leaves nothing.
+"""Processes of a run killed at its moments: whichever dies, the run ends, names it, leaves nothing and goes on.
 
-A matrix of whole runs, left out of the suite but for a sample: `bash tests/run.sh tests/test_faults.py -m "slow or
-long"`.
+One run is killed again and again: every row starts it with the same command, which goes on from the last checkpoint,
+and fails it by another fault. In the end it must have come to what a run without any fault comes to. Any part of the
+rows makes such a chain. All of them are left out of the suite but for a sample: `bash tests/run.sh tests/test_faults.py
+-m "slow or long"`.
 """
 
 import os
 import shutil
 import signal
+import subprocess
 import time
 from functools import partial
 from pathlib import Path
 
 import pytest
+from faulty_run import FILLER
 from whole_runs import finish, metrics, processes, start
 
+from recipe.spin.run_folder import metrics_files, tracked_step
+
 ROOT = Path(__file__).resolve().parent.parent
-REWARDS = """
+# The same file for all rows, as a run does not go on with another: how it behaves stands in a file beside it
+REWARD = """
 import asyncio
 import time
+from pathlib import Path
 
-def compute_slowly(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
-    time.sleep(3)
-    return float(len(solution_str))
+def in_order(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
+    return float(len(solution_str)) + sum(map(ord, solution_str)) % 97 / 100
 
-def compute_none(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
+def slow(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
+    time.sleep(2)
+    return in_order(data_source, solution_str, ground_truth)
+
+def none(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
     return None
 
-def compute_for_ever(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
+def for_ever(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
     while True:
         time.sleep(1)
 
-def compute_without_pause(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
+def without_pause(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
     while True:
         pass
 
-async def compute_later(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
+async def later(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
     await asyncio.sleep(1e6)
 
-async def compute_alone(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
+async def alone(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
     time.sleep(1e6)  # nor does anything else in this reward's process go on
 
-def compute_sometimes(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
+def sometimes(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
     if sum(map(ord, solution_str)) % 4 == 0:
         raise ValueError("of no use")
-    return float(len(solution_str))
+    return in_order(data_source, solution_str, ground_truth)
+
+compute_score = globals()[Path(__file__).with_name("behaviour").read_text()]
 """
 NEVER = "did not return within algorithm.reward_timeout_s=5 s"
 FAILING_REWARDS = {
-    "compute_none": "returned None, which is no finite number,",
-    "compute_for_ever": NEVER,
-    "compute_without_pause": NEVER,
-    "compute_later": NEVER,
-    "compute_alone": NEVER,
-    "compute_sometimes": "raised ValueError: of no use",
+    "none": "returned None, which is no finite number,",
+    "for_ever": NEVER,
+    "without_pause": NEVER,
+    "later": NEVER,
+    "alone": NEVER,
+    "sometimes": "raised ValueError: of no use",
 }
 NAMES = {
     "engine": "vLLM's server 0",  # which ends with its engine
@@ -75,74 +88,156 @@ CASES = [
 ]
 
 
-@pytest.fixture
-def run(request, monkeypatch):
-    """Starts a run in a temporary folder of its own, so that what is left there is this run's; returns that folder."""
-    folder = Path(f"/tmp/f{os.getpid()}")
-    folder.mkdir()
-    monkeypatch.setenv("TMPDIR", str(folder))
-    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}")
-    yield partial(start, request.getfixturevalue("task"), request.getfixturevalue("tiny_llama")), folder
-    shutil.rmtree(folder)
+class Chain:
+    """A run in `folder / "run"`, its reward, and a temporary folder for what its processes may leave."""
+
+    def __init__(self, folder: Path, temporary: Path, start):
+        self.run, self.temporary, self._start = folder / "run", temporary, start
+        self.reward = folder / "reward.py"
+        self.reward.write_text(REWARD)
+
+    def start(self, *overrides: str, reward: str = "in_order", **options):
+        """The command that begins the run or goes on with it, a checkpoint every step."""
+        self.reward.with_name("behaviour").write_text(reward)
+        settings = [f"reward.custom_reward_function.path={self.reward}", "trainer.save_freq=1"]
+        settings += ["trainer.val_before_train=False"]
+        return self._start(self.run, *settings, "trainer.total_training_steps=1000", *overrides, **options)
+
+    @property
+    def step(self) -> int:
+        return tracked_step(self.run) or 0
+
+    def failure(self, process, begun_at: int) -> str:
+        """The error of a run that went on from a step and failed as it should: within its time, nothing left."""
+        output = finish(process, timeout=240)
+        assert process.returncode == 1 and "Traceback" not in output, output[-5000:]
+        lines = output[output.index("error: ") :].splitlines()
+        assert "same command" in lines[-2] and lines[-1].startswith(f"logs: {self.run}"), output[-5000:]
+        assert begun_at in [step for step, _ in metrics_files(self.run)], "it did not go on from the last checkpoint"
+        assert processes(self.run) == [] and list(self.temporary.iterdir()) == []
+        return lines[0]
 
 
-def reward(folder: Path, name: str) -> list[str]:
-    (folder / "reward.py").write_text(REWARDS)
-    function = "reward.custom_reward_function"
-    return [f"{function}.path={folder}/reward.py", f"{function}.name={name}"]
+@pytest.fixture(scope="module")
+def a_chain(task, tiny_llama, tmp_path_factory):
+    """Makes chains in a temporary folder of their own, so that what is left there is theirs."""
+    temporary = Path(f"/tmp/f{os.getpid()}")
+    temporary.mkdir()
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("TMPDIR", str(temporary))
+        environment.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}")
+        yield lambda name: Chain(tmp_path_factory.mktemp(name), temporary, partial(start, task, tiny_llama))
+    shutil.rmtree(temporary)
 
 
-def last_lines(process, folder: Path) -> list[str]:
-    """What a run said in the end that failed as it should."""
-    output = finish(process, timeout=240)
-    assert process.returncode == 1 and "Traceback" not in output, output[-5000:]
-    lines = output[output.index("error: ") :].splitlines()
-    assert "same command" in lines[-2] and lines[-1].startswith(f"logs: {folder}"), output[-5000:]
-    return lines
+@pytest.fixture(scope="module")
+def chain(a_chain) -> Chain:
+    """The one that all rows fail and go on with."""
+    return a_chain("chain")
 
 
 @pytest.mark.parametrize(("component", "moment"), CASES)
-def test_a_killed_process_is_named_and_ends_the_run(component, moment, run, tmp_path, monkeypatch):
-    start, temporary = run
+def test_a_killed_process_is_named_and_ends_the_run(component, moment, chain, monkeypatch):
     monkeypatch.setenv("SPIN_FAULT", f"{component}:{moment}")
-    overrides = [f"trainer.val_before_train={moment == 'validation'}", "trainer.total_training_steps=150"]
-    if moment == "scoring":
-        overrides += reward(tmp_path, "compute_slowly")
-    process = start(tmp_path / "run", *overrides, program=["-m", "faulty_run"])
-    assert last_lines(process, tmp_path)[0].startswith(f"error: {NAMES[component]} (process ")
-    assert processes(tmp_path / "run") == [] and list(temporary.iterdir()) == []
+    begun_at, options = chain.step, {"reward": "slow"} if moment == "scoring" else {}
+    validates = ["trainer.test_freq=1", "trainer.val_before_train=True"] if moment == "validation" else []
+    process = chain.start(*validates, program=["-m", "faulty_run"], **options)
+    assert chain.failure(process, begun_at).startswith(f"error: {NAMES[component]} (process ")
+    assert chain.step > begun_at or validates
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("name", "words"), FAILING_REWARDS.items(), ids=FAILING_REWARDS)
-def test_a_reward_that_fails_is_named_and_ends_the_run(name, words, run, tmp_path):
-    start, temporary = run
-    overrides = ["algorithm.reward_timeout_s=5", "trainer.val_before_train=False", *reward(tmp_path, name)]
-    process = start(tmp_path / "run", *overrides)
-    (error, *_) = last_lines(process, tmp_path)
-    assert f"{name} of {tmp_path}/reward.py {words} for response" in error and "to the prompt 'train " in error
-    assert processes(tmp_path / "run") == [] and list(temporary.iterdir()) == []
+@pytest.mark.parametrize(("behaviour", "words"), FAILING_REWARDS.items(), ids=FAILING_REWARDS)
+def test_a_reward_that_fails_is_named_and_ends_the_run(behaviour, words, chain):
+    begun_at = chain.step
+    error = chain.failure(chain.start("algorithm.reward_timeout_s=5", reward=behaviour), begun_at)
+    assert f"compute_score of {chain.reward} {words} for response" in error and "to the prompt 'train " in error
 
 
 @pytest.mark.long
-def test_a_reward_that_fails_now_and_then_can_be_tolerated(run, tmp_path):
-    start, _ = run
-    process = start(tmp_path / "run", "algorithm.reward_error=skip", *reward(tmp_path, "compute_sometimes"))
+def test_the_run_that_failed_again_and_again_comes_to_what_one_without_a_fault_does(chain, a_chain):
+    """To the bit, in every metric. Of a step that failed between its checkpoint and its metrics there are none."""
+    if not chain.step:
+        pytest.skip("no fault came before")
+    last, histories = chain.step + 1, []
+    for one in (chain, a_chain("faultless")):
+        process = one.start(f"trainer.total_training_steps={last}")
+        output = finish(process, timeout=600)
+        assert process.returncode == 0, output[-5000:]
+        histories.append(metrics(one.run))
+    failed, faultless = ({step: learned(entry) for step, entry in history.items() if step} for history in histories)
+    assert len(faultless) == last and last in failed
+    assert failed == {step: faultless[step] for step in failed}
+
+
+def learned(entry: dict) -> dict:
+    """A step's metrics less those of speed and memory, and of validations, which the faults' own runs add."""
+    others = ("timing", "perf/", "actor/mfu", "val-")
+    return {name: value for name, value in entry.items() if not name.startswith(others)}
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of a few megabytes that a process of its own sees in a namespace of its own, as no root is needed.
+
+    Returns the command that starts others there, the folder as they see it, and as this process does.
+    """
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = f"mount -t tmpfs -o size=8m tmpfs {folder} && echo mounted && exec cat"
+    command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mount]
+    holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    if holder.stdout.readline() != "mounted\n":
+        pytest.skip("this machine lets nobody mount a file system")
+    within = ("nsenter", "--user", "--mount", "--preserve-credentials", f"--target={holder.pid}", f"--wd={ROOT}")
+    yield within, folder, Path(f"/proc/{holder.pid}/root{folder}")
+    holder.communicate()
+
+
+@pytest.mark.long
+def test_a_full_disk_is_named_and_the_run_goes_on_when_there_is_room(small_disk, a_chain, monkeypatch):
+    """A checkpoint, a step's metrics and the report in turn meet the end of a real disk."""
+    within, folder, seen = small_disk
+    chain = a_chain("full")
+    chain.run = folder / "run"
+    small = ["trainer.check_memory=False", "trainer.max_actor_ckpt_to_keep=1", "trainer.total_training_steps=8"]
+    for moment, more in (("checkpoint", []), ("push", ["trainer.save_freq=3"]), ("report", [])):
+        monkeypatch.setenv("SPIN_FAULT", f"disk:{moment}")
+        process = chain.start(*small, *more, program=["-m", "faulty_run"], within=within)
+        output = finish(process, timeout=240)
+        lines = output[output.index("error: ") :].splitlines()
+        assert process.returncode == 1 and "Traceback" not in output, output[-5000:]
+        assert f"No space is left on the disk of {chain.run}" in output and "same command" in lines[-2], output[-5000:]
+        assert processes(chain.run) == [] and list(chain.temporary.iterdir()) == []
+        (seen / "run" / FILLER).unlink()
+    process = chain.start(*small, within=within)
     output = finish(process)
     assert process.returncode == 0, output[-5000:]
-    missing = [entry["score/missing"] for step, entry in metrics(tmp_path / "run").items() if step]
+    assert max(metrics(seen / "run")) == tracked_step(seen / "run") == 8
+
+
+@pytest.mark.long
+def test_a_reward_that_fails_now_and_then_can_be_tolerated(a_chain):
+    tolerant = a_chain("tolerant")
+    process = tolerant.start("algorithm.reward_error=skip", "trainer.total_training_steps=4", reward="sometimes")
+    output = finish(process)
+    assert process.returncode == 0, output[-5000:]
+    missing = [entry["score/missing"] for step, entry in metrics(tolerant.run).items() if step]
     assert len(missing) == 4 and 0 < sum(missing) < 4 * 8
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_run_can_be_stopped_while_ray_starts(number, run, tmp_path):
-    start, temporary = run
-    process = start(tmp_path / "run")
-    deadline = time.monotonic() + 120
-    while not list(temporary.glob("spin-*/ray/session_*")) and process.poll() is None and time.monotonic() < deadline:
+def test_a_run_can_be_stopped_while_ray_starts(number, a_chain):
+    stopped = a_chain("stopped")
+    process, deadline = stopped.start(), time.monotonic() + 120
+    while (
+        not list(stopped.temporary.glob("spin-*/ray/session_*"))
+        and process.poll() is None
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.01)
     process.send_signal(number)
     output = finish(process, timeout=120)
     assert process.returncode == 128 + number and "the same command goes on" in output, output[-5000:]
-    assert processes(tmp_path / "run") == [] and list(temporary.iterdir()) == []
+    assert processes(stopped.run) == [] and list(stopped.temporary.iterdir()) == []

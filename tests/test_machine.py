@@ -15,8 +15,9 @@ from omegaconf import OmegaConf
 from packaging.requirements import Requirement
 from worker_harness import ROOT
 
-from recipe.spin.run import machine
-from recipe.spin.run.machine import FAIL, OK, WARN, Device
+from recipe.spin.run import fit, gpu, host, machine
+from recipe.spin.run.finding import FAIL, OK, WARN
+from recipe.spin.run.gpu import Device
 
 
 def settings(*overrides: str, device: str = "gpu"):
@@ -131,16 +132,16 @@ def gpus(tmp_path, monkeypatch):
 
 
 def test_the_devices_are_the_visible_ones(gpus, monkeypatch):
-    first, second = machine.devices()
+    first, second = gpu.devices()
     assert first == Device("NVIDIA L4", "550.54.15", 23034 * 2**20, 22564 * 2**20) and second.free == 2**30
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
-    assert machine.devices() == [second]
+    assert gpu.devices() == [second]
 
 
 @pytest.mark.parametrize("answer", ["exit 9", "echo 'NVIDIA H100, 580.1, [N/A], [N/A]'"])
 def test_without_an_answer_of_nvidia_smi_there_are_no_devices(gpus, answer):
     gpus.write_text(f"#!/bin/bash\n{answer}\n")
-    assert machine.devices() == []
+    assert gpu.devices() == []
 
 
 @pytest.mark.parametrize(
@@ -155,7 +156,7 @@ def test_without_an_answer_of_nvidia_smi_there_are_no_devices(gpus, answer):
 def test_a_driver_that_torch_cannot_use_is_named(gpus, monkeypatch, cuda, available, words):
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
-    finding = machine.check_driver()
+    finding = gpu.check_driver()
     assert finding.verdict == (FAIL if words else OK)
     assert [word for word in words or [] if word not in finding.text] == [], finding.text
 
@@ -164,13 +165,13 @@ def test_the_compiler_and_pythons_headers_are_looked_for(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr("sysconfig.get_paths", lambda: {"include": str(tmp_path)})
-    finding = machine.check_compiler()
+    finding = gpu.check_compiler()
     assert finding.verdict == FAIL
     for words in ("a C compiler (gcc)", f"({tmp_path}/Python.h)", "apt-get install gcc python3."):
         assert words in finding.text
     (tmp_path / "Python.h").touch()
     (tmp_path / "gcc").touch(mode=0o755)
-    assert machine.check_compiler().verdict == OK
+    assert gpu.check_compiler().verdict == OK
 
 
 @pytest.mark.parametrize(
@@ -188,9 +189,9 @@ def test_flash_attention_4_is_not_taken_for_2(monkeypatch, module, distributions
             raise PackageNotFoundError(name)
         return distributions[name]
 
-    monkeypatch.setattr(machine, "find_spec", lambda name: module)
-    monkeypatch.setattr(machine, "version", version)
-    assert machine.has_flash_attention_2() is expected
+    monkeypatch.setattr(gpu, "find_spec", lambda name: module)
+    monkeypatch.setattr(gpu, "version", version)
+    assert gpu.has_flash_attention_2() is expected
 
 
 # ---- Memory of the host, and disk ------------------------------------------------------------------------------------
@@ -201,22 +202,22 @@ def model(tiny_models):
 
 def test_host_memory_for_every_ranks_copy(model, monkeypatch):
     config = settings(EIGHT, model)
-    shape, _ = machine.load_shape(config)
-    monkeypatch.setattr(machine, "available_memory", lambda: 50e9)
-    finding = machine.check_host_memory(config, shape)
+    shape, _ = fit.load_shape(config)
+    monkeypatch.setattr(host, "available_memory", lambda: 50e9)
+    finding = host.check_host_memory(config, shape)
     assert finding.verdict == FAIL
     for words in ("50.0 GB of host memory are free", "8 ranks", "its embeddings are tied", "trainer.n_gpus_per_node"):
         assert words in finding.text
-    monkeypatch.setattr(machine, "available_memory", lambda: 60e9)
-    assert machine.check_host_memory(config, shape).verdict == OK
+    monkeypatch.setattr(host, "available_memory", lambda: 60e9)
+    assert host.check_host_memory(config, shape).verdict == OK
 
 
 def test_a_containers_limit_is_what_there_is(tmp_path, monkeypatch):
     (tmp_path / "memory.max").write_text("max\n")
-    monkeypatch.setattr(machine, "CGROUP_LIMITS", (str(tmp_path / "memory.max"), str(tmp_path / "none")))
-    free = machine.available_memory()
+    monkeypatch.setattr(host, "CGROUP_LIMITS", (str(tmp_path / "memory.max"), str(tmp_path / "none")))
+    free = host.available_memory()
     (tmp_path / "memory.max").write_text("1500000000\n")
-    assert machine.available_memory() < 1.5e9 < free
+    assert host.available_memory() < 1.5e9 < free
 
 
 def disk(monkeypatch, free: float) -> None:
@@ -225,15 +226,15 @@ def disk(monkeypatch, free: float) -> None:
 
 def test_disk_for_those_kept_and_one_more(model, tmp_path, monkeypatch):
     config = settings(ONE, model, f"trainer.default_local_dir={tmp_path / 'run'}")
-    shape, _ = machine.load_shape(config)
+    shape, _ = fit.load_shape(config)
     size = 18 * shape.parameters
     disk(monkeypatch, 3 * size - 1)
-    finding = machine.check_disk(config, shape)
+    finding = host.check_disk(config, shape)
     assert finding.verdict == FAIL and finding.figures["checkpoints"] == 3
     for words in ("trainer.default_local_dir", "3 more checkpoints", "trainer.max_actor_ckpt_to_keep", "save_contents"):
         assert words in finding.text
     disk(monkeypatch, 3 * size)
-    assert machine.check_disk(config, shape).verdict == OK
+    assert host.check_disk(config, shape).verdict == OK
 
 
 @pytest.mark.parametrize(
@@ -250,8 +251,8 @@ def test_checkpoints_that_the_disk_must_still_take(model, tmp_path, overrides, t
     for step in range(there):
         (tmp_path / f"global_step_{step}").mkdir()
     config = settings(ONE, model, f"trainer.default_local_dir={tmp_path}", *overrides)
-    shape, _ = machine.load_shape(config)
-    assert machine.check_disk(config, shape).figures["checkpoints"] == count
+    shape, _ = fit.load_shape(config)
+    assert host.check_disk(config, shape).figures["checkpoints"] == count
 
 
 @pytest.mark.parametrize(
@@ -264,14 +265,14 @@ def test_checkpoints_that_the_disk_must_still_take(model, tmp_path, overrides, t
 )
 def test_a_checkpoints_size(model, overrides, bytes_a_weight):
     config = settings(ONE, model, *overrides)
-    shape, _ = machine.load_shape(config)
-    assert machine.check_disk(config, shape).figures["checkpoint"] == bytes_a_weight * shape.parameters
+    shape, _ = fit.load_shape(config)
+    assert host.check_disk(config, shape).figures["checkpoint"] == bytes_a_weight * shape.parameters
 
 
 def test_without_checkpoints_no_disk_is_needed(model, monkeypatch):
     disk(monkeypatch, 0)
     config = settings(ONE, model, "trainer.save_freq=-1")
-    assert machine.check_disk(config, machine.load_shape(config)[0]).verdict == OK
+    assert host.check_disk(config, fit.load_shape(config)[0]).verdict == OK
 
 
 # ---- All of it before a run ------------------------------------------------------------------------------------------
@@ -292,7 +293,7 @@ def test_a_model_that_is_not_here_yet_is_told_and_not_refused(capsys):
 def test_a_model_that_is_no_dense_transformer_is_told(tmp_path):
     shape = '{"model_type": "qwen3_moe", "num_experts": 8, "num_hidden_layers": 2}'
     (tmp_path / "config.json").write_text(shape)
-    found, doubt = machine.load_shape(settings(ONE, f"actor_rollout_ref.model.path={tmp_path}"))
+    found, doubt = fit.load_shape(settings(ONE, f"actor_rollout_ref.model.path={tmp_path}"))
     assert found is None and "qwen3_moe is not a dense transformer" in doubt
 
 
@@ -300,7 +301,7 @@ def test_the_gpu_profile_is_checked_on_the_gpu_that_it_finds(run, gpus, monkeypa
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr("os.cpu_count", lambda: 64)
-    monkeypatch.setattr(machine, "available_memory", lambda: 64e9)
+    monkeypatch.setattr(host, "available_memory", lambda: 64e9)
     run.check(ONE, device="gpu")  # the first of them is enough
     message = run.refusal("trainer.n_gpus_per_node=2", device="gpu")
     assert "1.1 of 24.2 GB are free on the NVIDIA L4" in message
@@ -316,7 +317,7 @@ def test_a_head_without_gpus_says_nothing_about_the_others(run, monkeypatch):
 
 def test_an_unknown_amount_of_gpu_memory_is_a_warning(model):
     config = settings(ONE, model)
-    assert machine.check_device_memory(config, machine.load_shape(config)[0], []).verdict == WARN
+    assert fit.check_device_memory(config, fit.load_shape(config)[0], []).verdict == WARN
 
 
 def test_the_checks_need_neither_verl_nor_ray():

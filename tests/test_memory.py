@@ -10,8 +10,9 @@ from tiny_models import save_tiny_model
 
 from benchmarks import growth, scaling
 from benchmarks.growth import QWEN_0_5B, QWEN_3B, QWEN_7B
-from recipe.spin.run import machine, memory
-from recipe.spin.run.machine import FAIL, OK, WARN, Device
+from recipe.spin.run import fit, memory
+from recipe.spin.run.finding import FAIL, OK, WARN, Finding
+from recipe.spin.run.gpu import Device
 from recipe.spin.run.memory import Layout, Model
 
 EIGHT = Layout(devices=8, whole_gradients=False)
@@ -149,7 +150,7 @@ def test_a_checkpoints_estimate_is_what_torch_writes(tmp_path):
 def layout(*overrides: str) -> Layout:
     config = override(composed("gpu"), list(overrides))
     OmegaConf.resolve(config)
-    return machine.layout_of(config)
+    return fit.layout_of(config)
 
 
 def test_the_gpu_profiles_layout():
@@ -200,13 +201,13 @@ def qwen(tmp_path):
     return save
 
 
-def examined(model: str, device: Device, *overrides: str) -> machine.Finding:
+def examined(model: str, device: Device, *overrides: str) -> Finding:
     settings = [f"actor_rollout_ref.model.path={model}", "trainer.n_gpus_per_node=1", *overrides]
     config = override(composed("gpu"), settings)
     OmegaConf.resolve(config)
-    shape, doubt = machine.load_shape(config)
+    shape, doubt = fit.load_shape(config)
     assert shape is not None, doubt
-    return machine.check_device_memory(config, shape, [device])
+    return fit.check_device_memory(config, shape, [device])
 
 
 def test_half_a_billion_weights_fit_24_gb_with_the_profiles_settings(qwen):
@@ -257,14 +258,14 @@ def test_the_fullest_of_several_gpus_decides(qwen):
     folder = qwen("0.5B")
     config = override(composed("gpu"), [f"actor_rollout_ref.model.path={folder}", "trainer.n_gpus_per_node=2"])
     OmegaConf.resolve(config)
-    shape, _ = machine.load_shape(config)
-    assert machine.check_device_memory(config, shape, [gpu(80), gpu(80, free=5)]).verdict == FAIL
-    assert machine.check_device_memory(config, shape, [gpu(80), gpu(80), gpu(80, free=5)]).verdict == OK
-    assert machine.check_device_memory(config, shape, []).verdict == WARN
+    shape, _ = fit.load_shape(config)
+    assert fit.check_device_memory(config, shape, [gpu(80), gpu(80, free=5)]).verdict == FAIL
+    assert fit.check_device_memory(config, shape, [gpu(80), gpu(80), gpu(80, free=5)]).verdict == OK
+    assert fit.check_device_memory(config, shape, []).verdict == WARN
 
 
 def test_no_setting_makes_seven_billion_fit_one_of_24_gb():
-    assert machine.fitting(QWEN_7B, Layout(), 24e9, row=2560) is None
+    assert fit.fitting(QWEN_7B, Layout(), 24e9, row=2560) is None
 
 
 @pytest.mark.parametrize("model", [QWEN_0_5B, QWEN_3B, QWEN_7B])
@@ -272,17 +273,17 @@ def test_no_setting_makes_seven_billion_fit_one_of_24_gb():
 @pytest.mark.parametrize("gpus", [1, 8])
 def test_what_is_advised_fits_and_nothing_in_it_could_be_left_out(model, device, gpus):
     start = growth.layout_of(device, scaling.PROFILE_FULLEST, gpus)
-    found = machine.fitting(model, start, device.memory, row=scaling.LONGEST_ROW)
+    found = fit.fitting(model, start, device.memory, row=scaling.LONGEST_ROW)
     if found is None:
         return
     settings, layout = found
-    assert machine.fits(model, layout, device.memory, device.memory)
-    known = {remedy.settings: remedy for remedy in machine.remedies(model, start, device.memory, scaling.LONGEST_ROW)}
+    assert fit.fits(model, layout, device.memory, device.memory)
+    known = {remedy.settings: remedy for remedy in fit.remedies(model, start, device.memory, scaling.LONGEST_ROW)}
     for left_out in settings:
         rest = start
         for one in settings:
             rest = known[one].apply(rest) if one != left_out else rest
-        assert not machine.fits(model, rest, device.memory, device.memory)
+        assert not fit.fits(model, rest, device.memory, device.memory)
 
 
 def test_the_tables_and_the_check_have_one_formula():

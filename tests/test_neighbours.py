@@ -160,7 +160,9 @@ def test_transfer_queues_actor_is_the_runs_own(monkeypatch):
     monkeypatch.setattr(interface, "ray", ray)
     monkeypatch.setattr(interface, "_TQ_CONTROLLER", None)
     verl_patches.own_transfer_queue()
+    once = interface.TransferQueueController
     verl_patches.own_transfer_queue()  # in a process that two modules prepare
+    assert interface.TransferQueueController is once
     interface.ray.get_actor("TransferQueueController", namespace="transfer_queue")
     interface.TransferQueueController.options(name="TransferQueueController", namespace="transfer_queue")
     assert asked == [(("TransferQueueController",), {}), {"name": "TransferQueueController"}]

@@ -2,9 +2,11 @@
 
 import huggingface_hub
 import pytest
+from checkable_run import composed, override
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from omegaconf import OmegaConf
 
+from recipe.spin.run import pinned_model
 from recipe.spin.run.check import ConfigError
 from recipe.spin.run.pinned_model import fetch_pinned_model
 
@@ -23,6 +25,7 @@ def fetch(monkeypatch):
             return f"/cache/{name}/{revision}"
 
         monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+        monkeypatch.setattr(pinned_model, "check_settings", lambda config: None)
         config = OmegaConf.create({"actor_rollout_ref": {"model": {"path": path}}})
         fetch_pinned_model(config)
         return config.actor_rollout_ref.model.path, asked
@@ -56,3 +59,14 @@ def test_what_the_hub_does_not_give_is_refused_with_its_words(fetch, path, error
     with pytest.raises(ConfigError) as caught:
         fetch(path, fails=error)
     assert all(part in str(caught.value) for part in (path, str(error), "actor_rollout_ref.model.path"))
+
+
+def test_settings_that_cannot_run_are_told_before_the_download(run, monkeypatch):
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **options: asked.append(args))
+    change = ["actor_rollout_ref.model.path=a/b@0123abc", "algorithm.dpo_loss_type=nonsense", "trainer.save_freq=often"]
+    with pytest.raises(ConfigError, match=r"(?s)trainer.save_freq='often'.*nonsense"):
+        fetch_pinned_model(override(composed("cpu"), run.overrides(*change)))
+    assert asked == []
+    fetch_pinned_model(override(composed("cpu"), run.overrides(change[0])))
+    assert asked == [("a/b",)]

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -121,6 +122,89 @@ def test_a_data_folder_of_the_same_name_is_another(stopped, tmp_path):
 def test_a_path_may_be_written_in_another_way(stopped, monkeypatch):
     monkeypatch.chdir(stopped.run.folder)
     stopped.start("data.train_files=train.parquet", "reward.custom_reward_function.path=./reward.py")
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+def rewrite(stopped: Folder, name: str) -> Path:
+    """Changes a file of the run's, its name kept."""
+    file = stopped.run.folder / name
+    if name == "reward.py":
+        file.write_text(file.read_text().replace("1.0", "-1.0"))
+    else:
+        write_rows(file, [data_row(number) for number in range(20, 29)])
+    return file
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("train.parquet", r"8 rows, sha256 \w{16} -> 9 rows, sha256 \w{16}"),
+        ("test.parquet", r"4 rows, sha256 \w{16} -> 9 rows, sha256 \w{16}"),
+        ("reward.py", r"sha256 \w{16} -> sha256 \w{16}"),
+    ],
+)
+def test_a_file_that_was_changed_under_its_name_is_refused(stopped, capsys, name, words):
+    file = rewrite(stopped, name)
+    message = stopped.refusal()
+    assert re.search(rf"^  {file}: {words}$", message, re.MULTILINE), message
+    assert "RUN_DIR" in message and "trainer.resume_mode=force" in message
+    stopped.start("trainer.resume_mode=force")
+    assert f"{file}: " in capsys.readouterr().err
+    stopped.start()  # stored
+    assert capsys.readouterr().err == ""
+
+
+def test_rows_in_another_order_are_another_file(stopped):
+    write_rows(stopped.run.folder / "train.parquet", [data_row(number) for number in range(7, -1, -1)])
+    assert "8 rows, sha256" in stopped.refusal()
+
+
+def blank_the_middle(file: Path) -> None:
+    """Of the same size afterwards, as trained weights are."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 4096] = bytes(4096)
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("model.safetensors", blank_the_middle),
+        ("chat_template.jinja", lambda file: file.write_text(" " + file.read_text())),
+    ],
+)
+def test_what_was_changed_in_the_models_folder_is_refused(folder, tmp_path, name, change):
+    model = tmp_path / "model"
+    shutil.copytree(folder.run.settings["actor_rollout_ref.model.path"], model)
+    folder.run.settings["actor_rollout_ref.model.path"] = str(model)
+    folder.start()
+    folder.save(6)
+    change(model / name)
+    assert re.search(rf"^  {model / name}: \d+ bytes, sha256 .* -> \d+ bytes, sha256", folder.refusal(), re.MULTILINE)
+
+
+def test_a_judges_question_counts_as_a_file(stopped, tmp_path):
+    judge = ["algorithm.preference_source=judge", f"algorithm.judge.prompt={tmp_path}/question"]
+    judge += ["algorithm.judge.max_tokens=16", "actor_rollout_ref.rollout.max_model_len=512"]
+    (tmp_path / "question").write_text("$request $first $second")
+    stopped.start(*judge, "trainer.resume_mode=force")
+    (tmp_path / "question").write_text("$request $second $first")
+    assert f"{tmp_path}/question: sha256" in stopped.refusal(*judge)
+
+
+def test_a_run_that_did_not_store_what_its_files_held_goes_on(stopped, capsys):
+    settings = stopped.stored()
+    del settings[resume.CONTENTS]
+    (stopped.path / resume.SETTINGS).write_text(yaml.safe_dump(settings))
+    rewrite(stopped, "train.parquet")
+    stopped.start()
+    assert capsys.readouterr().err == ""
+
+
+def test_a_line_of_json_is_a_row(folder):
+    train = write_rows(folder.run.folder / "train.jsonl", [data_row(number) for number in range(8)])
+    folder.start(f"data.train_files={train}")
+    assert folder.stored()[resume.CONTENTS][train].startswith("8 rows, sha256 ")
 
 
 HARMLESS = {

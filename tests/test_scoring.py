@@ -11,7 +11,8 @@ from omegaconf import OmegaConf
 from ray.exceptions import RayTaskError
 from verl.experimental.agent_loop.agent_loop import AgentLoopMetrics, AgentLoopOutput
 
-from recipe.spin.rollout.scoring import FAULT, RewardError, Scoring, response_name
+from recipe.spin.rollout.reward_error import RewardError
+from recipe.spin.rollout.scoring import FAULT, Scoring, response_name
 
 ROW = {
     "session_id": 1,

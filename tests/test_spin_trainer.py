@@ -21,7 +21,8 @@ from recipe.spin.preferences.source import RewardSource
 from recipe.spin.rollout import answers
 from recipe.spin.rollout.agent_loop import GREEDY, SAMPLING_SEED
 from recipe.spin.rollout.held_out import HeldOutRows
-from recipe.spin.rollout.scoring import FAULT, RewardError
+from recipe.spin.rollout.reward_error import RewardError
+from recipe.spin.rollout.scoring import FAULT
 from recipe.spin.run import report
 from recipe.spin.run_folder import TRACKER, checkpoints, tracked_step
 from recipe.spin.spin_trainer import SpinTrainer

@@ -50,10 +50,16 @@ def write_task(folder: Path) -> Path:
 
 
 def start(
-    task: Path, model: Path, run: Path, *overrides: str, program=("-m", "recipe.spin.main_spin"), device: str = "cpu"
+    task: Path,
+    model: Path,
+    run: Path,
+    *overrides: str,
+    program=("-m", "recipe.spin.main_spin"),
+    device: str = "cpu",
+    within: tuple[str, ...] = (),
 ):
-    """Starts a run as a user would."""
-    command = [sys.executable, *program, f"device={device}", f"actor_rollout_ref.model.path={model}"]
+    """Starts a run as a user would; `within` is a command that starts it elsewhere."""
+    command = [*within, sys.executable, *program, f"device={device}", f"actor_rollout_ref.model.path={model}"]
     command += [
         f"data.train_files={task}/train.parquet",
         f"data.val_files={task}/test.parquet",

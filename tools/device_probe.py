@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from recipe.spin.run import memory
-from recipe.spin.run.machine import FAIL, OK, WARN, Finding
+from recipe.spin.run.finding import FAIL, OK, WARN, Finding
 from recipe.spin.tools.probe_model import HALF_BILLION, TINY, save_probe_model
 
 TEMPERATURE, BETA = 0.7, 0.5
@@ -260,7 +260,7 @@ class Worker:
         """The highest so far beside the estimate that a run is checked with."""
         if self.device != "cuda":
             return Finding("memory", OK, "a process on a CPU has no figure to compare with the estimate for GPUs")
-        from recipe.spin.run.machine import layout_of
+        from recipe.spin.run.fit import layout_of
 
         estimate = sum(memory.training(self.shape(), layout_of(self.config)).values())
         measured = torch.cuda.max_memory_allocated()

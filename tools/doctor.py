@@ -28,7 +28,9 @@ import psutil
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from recipe.spin.run.machine import FAIL, OK, WARN, Finding, devices, findings
+from recipe.spin.run.finding import FAIL, OK, WARN, Finding
+from recipe.spin.run.gpu import devices
+from recipe.spin.run.machine import findings
 
 ROOT = Path(__file__).resolve().parents[1]
 REQUIRED = {"verl", "transferqueue"}  # of the constraints, what the recipe's code is made for

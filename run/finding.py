@@ -1,0 +1,20 @@
+"""What a check of the machine finds."""
+
+from dataclasses import dataclass, field
+
+OK, WARN, FAIL = "ok", "warn", "FAIL"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a check found: `text` says it, with the remedy where the verdict is not ok; `figures` are for the record."""
+
+    name: str
+    verdict: str
+    text: str
+    figures: dict = field(default_factory=dict)
+
+
+def gigabytes(value: float) -> str:
+    """As findings show bytes."""
+    return f"{value / 1e9:.1f}"

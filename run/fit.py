@@ -1,0 +1,207 @@
+"""Whether the run's model fits its GPUs by the estimate of memory.py, and which settings would make it fit."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from math import ceil, inf
+
+from omegaconf import DictConfig, OmegaConf
+
+from recipe.spin.run import memory
+from recipe.spin.run.finding import FAIL, OK, WARN, Finding, gigabytes
+from recipe.spin.run.gpu import Device
+from recipe.spin.run.memory import Layout, Model
+from recipe.spin.run.rules import ACTOR, REF, ROLLOUT, longest_row
+
+BYTES = {"fp32": 4, "float32": 4, "bf16": 2, "bfloat16": 2, "fp16": 2, "float16": 2}
+SHAPE = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+LORA_RANK, SMALL_MICRO_BATCH = 32, 4096  # that the advice names
+
+
+def load_shape(config: DictConfig) -> tuple[Model | None, str]:
+    """The model's shape, or None and why there is none. A hub's config.json is fetched for GPUs alone."""
+    from transformers import AutoConfig
+
+    settings = config.actor_rollout_ref.model
+    try:
+        found = AutoConfig.from_pretrained(
+            os.path.expanduser(settings.path),
+            trust_remote_code=settings.trust_remote_code,
+            local_files_only=config.trainer.device != "cuda",
+        ).get_text_config()
+    except (OSError, ValueError) as error:  # not downloaded, no network, unknown to transformers
+        return None, f"actor_rollout_ref.model.path={settings.path!r}: {str(error).splitlines()[0]}"
+    if any(getattr(found, name, None) is None for name in SHAPE) or any(getattr(found, name, 0) for name in EXPERTS):
+        return None, f"actor_rollout_ref.model.path={settings.path!r}: {found.model_type} is not a dense transformer"
+    return Model.of(found), ""
+
+
+def layout_of(config: DictConfig) -> Layout:
+    """How the run lays its model out."""
+    actor, ref, rollout, model = (config.actor_rollout_ref[name] for name in ("actor", "ref", "rollout", "model"))
+    fsdp = actor.fsdp_config
+    ranks = config.trainer.nnodes * config.trainer.n_gpus_per_node
+    sequence = fsdp.ulysses_sequence_parallel_size
+    row, answers, _ = longest_row(partial(OmegaConf.select, config))
+    mini_batch = ceil(actor.ppo_mini_batch_size * sequence / ranks) * row / sequence
+    if actor.use_dynamic_bsz:
+        tokens = min(actor.ppo_max_token_len_per_gpu, mini_batch)
+    else:
+        tokens = min(actor.ppo_micro_batch_size_per_gpu * row / sequence, mini_batch)
+    devices = ranks if fsdp.fsdp_size < 1 else min(fsdp.fsdp_size, ranks)
+    deferred = devices > 1 and fsdp.use_no_sync_for_gradient_accumulation and mini_batch > tokens
+    return Layout(
+        devices=devices,
+        tokens=tokens,
+        logits=tokens * answers / row,
+        compute_bytes=BYTES[(fsdp.get("mixed_precision") or {}).get("param_dtype", "bf16")],
+        reference_bytes=BYTES[ref.fsdp_config.model_dtype or "bf16"],
+        checkpointing=model.enable_gradient_checkpointing,
+        whole_gradients=devices == 1 or deferred,
+        param_offload=fsdp.param_offload,
+        optimizer_offload=fsdp.optimizer_offload,
+        offload_policy=fsdp.offload_policy,
+        reference_offload=ref.fsdp_config.param_offload,
+        lora_rank=model.lora_rank,
+        plays_reference=config.algorithm.preference_source == "self_play",
+        rollout_share=rollout.gpu_memory_utilization,
+        rollout_devices=rollout.tensor_model_parallel_size,
+        rollout_sleeps=rollout.free_cache_engine,
+        bucket=rollout.checkpoint_engine.update_weights_bucket_megabytes * 2**20,
+        longest=config.data.max_prompt_length + config.data.max_response_length,
+    )
+
+
+def smallest_micro_batch(config: DictConfig) -> float:
+    """Tokens that ppo_max_token_len_per_gpu must allow; infinite where it has no say."""
+    actor = config.actor_rollout_ref.actor
+    row, _, _ = longest_row(partial(OmegaConf.select, config))
+    return row / actor.fsdp_config.ulysses_sequence_parallel_size if actor.use_dynamic_bsz else inf
+
+
+# ---- What makes it fit ----------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Remedy:
+    """Settings that lower what a device holds, as they are typed, and what they make of a layout."""
+
+    settings: str
+    apply: Callable[[Layout], Layout]
+
+
+def remedies(model: Model, layout: Layout, memory_bytes: float, row: float) -> list[Remedy]:
+    """What can be set, the mildest first; `row` is the longest row's tokens, which a micro-batch must hold."""
+    found = []
+    least = ceil(20 * memory.rollout_need(model, layout) / memory_bytes) / 20  # by twentieths
+    shares = [share for share in (0.4, 0.3, 0.2) if least <= share < layout.rollout_share]
+    for share in [least] if layout.rollout_share < least < 1 else shares:
+        found.append(_set(f"{ROLLOUT}.gpu_memory_utilization={share:g}", rollout_share=share))
+    if layout.whole_gradients and layout.devices > 1:
+        key = f"{ACTOR}.fsdp_config.use_no_sync_for_gradient_accumulation"
+        found.append(_set(f"{key}=False", whole_gradients=False))
+    tokens = max(row, SMALL_MICRO_BATCH)
+    if tokens < layout.tokens:
+        logits = tokens * layout.logits / layout.tokens
+        found.append(_set(f"{ACTOR}.ppo_max_token_len_per_gpu={ceil(tokens)}", tokens=tokens, logits=logits))
+    if not layout.reference_offload and not layout.lora_rank:
+        found.append(_set(f"{REF}.fsdp_config.param_offload=True", reference_offload=True))
+    if not layout.optimizer_offload:
+        found.append(_set(f"{ACTOR}.fsdp_config.optimizer_offload=True", optimizer_offload=True))
+    if not layout.param_offload:
+        found.append(_set(f"{ACTOR}.fsdp_config.param_offload=True", param_offload=True))
+    if layout.rollout_devices == 1 and layout.devices % 4 == 0:
+        found.append(_set(f"{ROLLOUT}.tensor_model_parallel_size=4", rollout_devices=4))
+    if not layout.lora_rank and not layout.plays_reference:
+        settings = f"actor_rollout_ref.model.lora_rank={LORA_RANK} trainer.ref_update_freq=0"
+        found.append(_set(settings, lora_rank=LORA_RANK))
+    return found
+
+
+def _set(settings: str, **changes) -> Remedy:
+    return Remedy(settings, lambda layout: replace(layout, **changes))
+
+
+def highest(model: Model, layout: Layout, memory_bytes: float) -> float:
+    """Bytes of a device in the phase that takes most."""
+    return max(memory.peaks(model, layout, memory_bytes).values())
+
+
+def fits(model: Model, layout: Layout, memory_bytes: float, free: float) -> bool:
+    """Whether a device with so much memory, of which so much is free, holds the run."""
+    return highest(model, layout, memory_bytes) <= free and rollout_fits(model, layout, memory_bytes)
+
+
+def fitting(
+    model: Model, layout: Layout, memory_bytes: float, row: float, free: float | None = None
+) -> tuple[list[str], Layout] | None:
+    """The settings to add, and the layout then, with which a device holds the run; [] as it is, None for nothing helps.
+
+    One remedy if one is enough, else as many as it takes, those left out again that are not missed.
+    """
+    device = (memory_bytes, memory_bytes if free is None else free)
+    if fits(model, layout, *device):
+        return [], layout
+    known = remedies(model, layout, memory_bytes, row)
+    tried = [[remedy] for remedy in known] + [known[:count] for count in range(2, len(known) + 1)]
+    for chosen in tried:
+        if not fits(model, _applied(layout, chosen), *device):
+            continue
+        for spare in chosen[::-1]:
+            rest = [one for one in chosen if one is not spare]
+            if fits(model, _applied(layout, rest), *device):
+                chosen = rest
+        return [remedy.settings for remedy in chosen], _applied(layout, chosen)
+    return None
+
+
+def _applied(layout: Layout, chosen: list[Remedy]) -> Layout:
+    for remedy in chosen:
+        layout = remedy.apply(layout)
+    return layout
+
+
+def rollout_fits(model: Model, layout: Layout, memory_bytes: float) -> bool:
+    """Whether vLLM's share of a device holds its weights and one sequence."""
+    return memory.rollout_need(model, layout) <= layout.rollout_share * memory_bytes
+
+
+def check_device_memory(config: DictConfig, model: Model, found: list[Device]) -> Finding:
+    """Whether the fullest phase fits the GPU with the least memory; with what would make it fit."""
+    if not found:
+        text = "the memory of GPUs was not checked: nvidia-smi did not say how much there is"
+        return Finding("GPU memory", WARN, text)
+    device = min(found[: config.trainer.n_gpus_per_node], key=lambda one: one.free)  # Ray hands them out in order
+    layout = layout_of(config)
+    phases = memory.peaks(model, layout, device.total)
+    peak = max(phases.values())
+    told = ", ".join(f"{phase} {gigabytes(value)}" for phase, value in phases.items())
+    room = f"{gigabytes(device.free)} of {gigabytes(device.total)} GB are free on the {device.name}"
+    figures = {"phases": phases, "parts": memory.training(model, layout)}
+    figures |= {"total": device.total, "free": device.free, "name": device.name}
+    enough = rollout_fits(model, layout, device.total)
+    if enough and peak <= device.free:
+        text = f"the run takes an estimated {gigabytes(peak)} GB of a GPU ({told}); {room}"
+        return Finding("GPU memory", OK, text, figures)
+    if not enough:
+        share = f"{ROLLOUT}.gpu_memory_utilization={layout.rollout_share:g}"
+        cause = f"{share} gives vLLM {gigabytes(layout.rollout_share * device.total)} GB, and it needs an estimated "
+        cause += f"{gigabytes(memory.rollout_need(model, layout))} GB; {room}"
+    else:
+        cause = f"the run takes an estimated {gigabytes(peak)} GB of a GPU ({told}), and {room}"
+    return Finding("GPU memory", FAIL, f"{cause}; {_advice(config, model, layout, device)}", figures)
+
+
+def _advice(config: DictConfig, model: Model, layout: Layout, device: Device) -> str:
+    row = smallest_micro_batch(config)
+    single = [
+        f"{remedy.settings} ({gigabytes(highest(model, remedy.apply(layout), device.total))} GB)"
+        for remedy in remedies(model, layout, device.total, row)
+    ]
+    fit = fitting(model, layout, device.total, row, device.free)
+    if fit is None:
+        larger = f"{ROLLOUT}.tensor_model_parallel_size={2 * layout.rollout_devices}"
+        return f"no setting makes it fit: use more GPUs (and {larger}), larger ones or a smaller model"
+    settings, new = fit
+    together = f"{' '.join(settings)} makes it {gigabytes(highest(model, new, device.total))} GB"
+    return f"{together}; by themselves: {', '.join(single)}; trainer.check_memory=False leaves the estimate out"

@@ -1,0 +1,65 @@
+"""Whether the host's memory and the disk suffice for a run by the estimate of memory.py."""
+
+import shutil
+from math import ceil
+from pathlib import Path
+
+import psutil
+from omegaconf import DictConfig
+
+from recipe.spin.run import memory
+from recipe.spin.run.finding import FAIL, OK, Finding, gigabytes
+from recipe.spin.run.fit import BYTES, layout_of
+from recipe.spin.run.memory import Model
+from recipe.spin.run.rules import ACTOR
+from recipe.spin.run_folder import checkpoints, nearest_existing
+
+CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+def available_memory() -> float:
+    """Bytes that processes may still take: the machine's, or what the container's limit leaves of them."""
+    limits = [int(text) for file in CGROUP_LIMITS if (text := _read(file)).isdigit()]
+    own = psutil.Process().memory_info().rss
+    return min([psutil.virtual_memory().available, *(limit - own for limit in limits)])
+
+
+def _read(file: str) -> str:
+    path = Path(file)
+    return path.read_text().strip() if path.is_file() else ""
+
+
+def check_host_memory(config: DictConfig, model: Model) -> Finding:
+    """Of this machine, while its ranks load the model, or with what waits on the host."""
+    ranks = config.trainer.n_gpus_per_node
+    needed, there = memory.host_bytes(model, layout_of(config), ranks), available_memory()
+    figures = {"needed": needed, "there": there}
+    text = f"{gigabytes(there)} GB of host memory are free, and {ranks} ranks take an estimated {gigabytes(needed)} GB"
+    if needed <= there:
+        return Finding("host memory", OK, text, figures)
+    why = " (each loads the whole model in fp32, for its embeddings are tied)" if model.tied and ranks > 1 else ""
+    remedy = "use a machine with more memory or fewer GPUs of it (trainer.n_gpus_per_node)"
+    return Finding("host memory", FAIL, f"{text}{why}; {remedy}", figures)
+
+
+def check_disk(config: DictConfig, model: Model) -> Finding:
+    """Room for the run's checkpoints: those that are kept, and the one that is written before the oldest goes."""
+    trainer, actor = config.trainer, config.actor_rollout_ref.actor
+    folder = Path(trainer.default_local_dir).absolute()
+    if trainer.save_freq <= 0:
+        return Finding("disk", OK, "no checkpoints are saved (trainer.save_freq)")
+    refreshed = trainer.ref_update_freq > 0
+    reference = BYTES[config.actor_rollout_ref.ref.fsdp_config.model_dtype or "bf16"] if refreshed else 0
+    size = memory.checkpoint_bytes(model, list(actor.checkpoint.save_contents), reference)
+    count = (trainer.max_actor_ckpt_to_keep or 1) + 1
+    if steps := trainer.total_training_steps:
+        count = min(count, ceil(steps / trainer.save_freq))
+    missing = max(count - len(checkpoints(folder)), 1) if folder.is_dir() else count
+    needed, there = missing * size, shutil.disk_usage(nearest_existing(folder)).free
+    figures = {"needed": needed, "there": there, "checkpoint": size, "checkpoints": missing}
+    text = f"{gigabytes(there)} GB are free for trainer.default_local_dir={str(folder)!r}, and {missing} more "
+    text += f"{'checkpoint' if missing == 1 else 'checkpoints'} of {gigabytes(size)} GB must fit"
+    if needed <= there:
+        return Finding("disk", OK, text, figures)
+    remedy = "free some, name another folder, lower trainer.max_actor_ckpt_to_keep, or leave optimizer or hf_model out "
+    return Finding("disk", FAIL, f"{text}; {remedy}of {ACTOR}.checkpoint.save_contents", figures)
