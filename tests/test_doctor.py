@@ -151,6 +151,27 @@ def test_the_home_folder_is_not_told(monkeypatch):
     assert (told.text, told.figures) == ("~/outputs", {"folder": "~/x"})
 
 
+def test_attention_is_compared_in_the_precision_of_gpus():
+    """Plain attention takes copies of the inputs in fp32, and both have gradients."""
+    probe = device_probe.PROBES["cuda"]
+    finding = device_probe.attention("cpu", probe)
+    assert finding.verdict == OK, finding.text
+    assert all(0 < gap < probe.attention_tolerance for gap in finding.figures.values())
+
+
+def test_wrong_gradients_of_attention_are_found(monkeypatch):
+    from recipe.spin.engine import attention
+
+    right = attention.attend_by_row
+
+    def wrong_for_keys(query, key, *others):
+        return right(query, 2 * key - key.detach(), *others)  # the same output, twice the gradient
+
+    monkeypatch.setattr(attention, "attend_by_row", wrong_for_keys)
+    finding = device_probe.attention("cpu", device_probe.PROBES["cpu"])
+    assert finding.verdict == FAIL and finding.figures["output"] < 1e-5 < finding.figures["key"]
+
+
 def test_wrong_attention_is_found(monkeypatch):
     assert device_probe.attention("cpu", device_probe.PROBES["cpu"]).verdict == OK
     from recipe.spin.engine import attention
