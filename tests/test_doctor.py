@@ -145,6 +145,16 @@ def test_nothing_is_measured_with_another_verl(monkeypatch):
     assert (last.name, last.verdict) == ("device", WARN)
 
 
+def test_cores_and_memory_are_checked_for_the_gpus_that_are_there(monkeypatch):
+    """As run_spin.sh counts them; verl's own default is 8."""
+    monkeypatch.setattr(doctor.torch.cuda, "device_count", lambda: 2)
+    checked = []
+    monkeypatch.setattr(doctor, "findings", lambda config: checked.append(config) or [Finding("driver", FAIL, "none")])
+    for overrides in ([], ["trainer.n_gpus_per_node=1"]):
+        list(doctor.examine("gpu", overrides, quick=True))
+    assert [config.trainer.n_gpus_per_node for config in checked] == [2, 1]
+
+
 def test_the_home_folder_is_not_told(monkeypatch):
     finding = Finding("disk", OK, f"{Path.home()}/outputs", {"folder": f"{Path.home()}/x"})
     told = doctor.without_names(finding)
