@@ -143,6 +143,7 @@ def layout_of(machine: Machine, load: Load, devices: int) -> Layout:
         checkpointing=load.checkpointing,
         whole_gradients=devices == 1 or (load.deferred_reduction and of_device > tokens),
         rollout_share=machine.rollout_share,
+        sequence=load.prompt + (load.longest or load.response),
         longest=load.prompt + (load.longest or load.response),
     )
 

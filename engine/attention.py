@@ -113,8 +113,26 @@ def attend_by_segment(query: Tensor, key: Tensor, value: Tensor, visibility: Vis
     kernel = _softcapping_kernel(scoring.softcap) if scoring.softcap else torch_kernel
     query, key, value = _half(query, key, value)
     back = -1 if scoring.window is None else scoring.window - 1
-    keys, values = (tensor.index_select(0, index.keys) for tensor in (key, value))
+    keys, values = (_Gathered.apply(tensor, index.keys) for tensor in (key, value))
     return kernel(query, keys, values, *index[1:], scoring.scaling, back)
+
+
+class _Gathered(torch.autograd.Function):
+    """Tokens (T, ...) at places (K,). Many segments see what prompts have in common: its gradients are summed in fp32,
+    where index_select on a GPU adds them up one by one in bf16 and rounds each time."""
+
+    @staticmethod
+    def forward(ctx, tokens: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        ctx.shape = tokens.shape
+        return tokens.index_select(0, places)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        (places,) = ctx.saved_tensors
+        total = gradient.new_zeros(ctx.shape, dtype=torch.float32)
+        return total.index_add_(0, places, gradient.float()).to(gradient.dtype), None
 
 
 def torch_kernel(

@@ -6,6 +6,8 @@ Here neither depends on chance. `Round` collects the requests where they are mad
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, nullcontext
+from functools import cached_property
 from typing import Any
 
 ADMISSION_POLL_SECONDS = 0.002
@@ -50,8 +52,38 @@ class Round:
             self._send(sorted(requests, key=lambda entry: (self.prompts[entry[0][0]], entry[0][1])))
 
 
+class Hold:
+    """Within, vLLM schedules nothing and takes requests; where rounds overlap, until the last of them leaves.
+
+    Each agent loop worker sends rounds of its own. Were one to resume vLLM while another waits for its pause, that
+    pause would end when vLLM has nothing more to do: with all others' answers.
+    """
+
+    def __init__(self, engine):
+        self._engine = engine
+        self._inside = 0
+        self._turn = asyncio.Lock()  # a pause and a resume of vLLM's never overlap
+
+    async def __aenter__(self) -> None:
+        async with self._turn:
+            if not self._inside:
+                await self._engine.pause_generation(mode="keep", clear_cache=False)
+            self._inside += 1
+
+    async def __aexit__(self, *fault) -> None:
+        async with self._turn:
+            self._inside -= 1
+            if not self._inside:
+                await self._engine.resume_generation()
+
+
 class RoundServing:
     """What verl's vLLM server needs besides to answer a round; uses its `generate`, `engine` and `config`."""
+
+    @cached_property
+    def _hold(self) -> AbstractAsyncContextManager:
+        # Data-parallel engines agree on a pause among each other, which takes a wave of requests to happen
+        return Hold(self.engine) if self.config.data_parallel_size == 1 else nullcontext()
 
     async def generate_round(self, requests: list[dict]) -> AsyncIterator[tuple[int, Any]]:
         """Answers requests that vLLM schedules from the first one on as if all had come at once, in their order.
@@ -59,18 +91,10 @@ class RoundServing:
         Yields (number of the request, answer or what it failed by) as they finish.
         """
         tasks: dict[asyncio.Task, int] = {}
-        # Data-parallel engines agree on a pause among each other, which takes a wave of requests to happen
-        pauses = self.config.data_parallel_size == 1
-        if pauses:
-            await self.engine.pause_generation(mode="keep", clear_cache=False)
-        try:
+        async with self._hold:
             for number, request in enumerate(requests):
                 tasks[asyncio.create_task(self.generate(**request, priority=number))] = number
-            if pauses:
-                await self._admitted(dict(zip(tasks, (request["request_id"] for request in requests), strict=True)))
-        finally:
-            if pauses:
-                await self.engine.resume_generation()
+            await self._admitted(dict(zip(tasks, (request["request_id"] for request in requests), strict=True)))
         running = set(tasks)
         while running:
             done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)

@@ -70,7 +70,8 @@ def layout_of(config: DictConfig) -> Layout:
         rollout_devices=rollout.tensor_model_parallel_size,
         rollout_sleeps=rollout.free_cache_engine,
         bucket=rollout.checkpoint_engine.update_weights_bucket_megabytes * 2**20,
-        longest=config.data.max_prompt_length + config.data.max_response_length,
+        sequence=config.data.max_prompt_length + config.data.max_response_length,
+        longest=rollout.max_model_len,
     )
 
 
@@ -93,6 +94,8 @@ class Remedy:
 def remedies(model: Model, layout: Layout, memory_bytes: float, row: float) -> list[Remedy]:
     """What can be set, the mildest first; `row` is the longest row's tokens, which a micro-batch must hold."""
     found = []
+    if layout.sequence < memory.longest_sequence(model, layout) and not rollout_fits(model, layout, memory_bytes):
+        found.append(_set(f"{ROLLOUT}.max_model_len={layout.sequence}", longest=layout.sequence))
     least = ceil(20 * memory.rollout_need(model, layout) / memory_bytes) / 20  # by twentieths
     shares = [share for share in (0.4, 0.3, 0.2) if least <= share < layout.rollout_share]
     for share in [least] if layout.rollout_share < least < 1 else shares:
@@ -186,7 +189,8 @@ def check_device_memory(config: DictConfig, model: Model, found: list[Device]) -
     if not enough:
         share = f"{ROLLOUT}.gpu_memory_utilization={layout.rollout_share:g}"
         cause = f"{share} gives vLLM {gigabytes(layout.rollout_share * device.total)} GB, and it needs an estimated "
-        cause += f"{gigabytes(memory.rollout_need(model, layout))} GB; {room}"
+        cause += f"{gigabytes(memory.rollout_need(model, layout))} GB for weights and a sequence of "
+        cause += f"{memory.longest_sequence(model, layout)} tokens; {room}"
     else:
         cause = f"the run takes an estimated {gigabytes(peak)} GB of a GPU ({told}), and {room}"
     return Finding("GPU memory", FAIL, f"{cause}; {_advice(config, model, layout, device)}", figures)

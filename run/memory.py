@@ -27,11 +27,14 @@ class Model:
     head_size: int
     vocabulary: int
     tied: bool = True  # input and output embedding are one matrix
+    positions: int = 0  # that it was made for
+    whole_layers: int | None = None  # those that see all positions, not a window of the last; None: all
 
     @classmethod
     def of(cls, config) -> "Model":
         """From a transformers config."""
         head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        kinds = getattr(config, "layer_types", None) or ()
         return cls(
             config.num_hidden_layers,
             config.hidden_size,
@@ -41,6 +44,8 @@ class Model:
             head_size,
             config.vocab_size,
             config.tie_word_embeddings,
+            getattr(config, "max_position_embeddings", None) or 0,
+            len(kinds) - kinds.count("sliding_attention") if kinds else None,
         )
 
     @property
@@ -85,7 +90,8 @@ class Layout:
     rollout_devices: int = 1  # that one vLLM is spread over
     rollout_sleeps: bool = True  # vLLM gives its memory back in training
     bucket: float = 2e9  # of weights on their way to vLLM
-    longest: int = 1536  # tokens of a prompt with its response
+    sequence: int = 1536  # tokens of the longest prompt with the longest response
+    longest: int | None = 1536  # that vLLM is to take (rollout.max_model_len); None: all the model's positions
 
 
 def training(model: Model, layout: Layout) -> dict[str, float]:
@@ -124,9 +130,16 @@ def peaks(model: Model, layout: Layout, memory: float) -> dict[str, float]:
     }
 
 
+def longest_sequence(model: Model, layout: Layout) -> int:
+    """Tokens of the longest sequence that vLLM is to take."""
+    return model.positions if layout.longest is None else layout.longest
+
+
 def rollout_need(model: Model, layout: Layout) -> float:
-    """Bytes that vLLM's share must hold at the least: weights, one sequence's keys and values, its workspace."""
-    cache = layout.longest * 2 * model.layers * model.kv_heads * model.head_size * BF16
+    """Bytes that vLLM's share must hold at the least, or it does not start: weights, its workspace, and the longest
+    sequence's keys and values, those of windows left out."""
+    layers = model.layers if model.whole_layers is None else model.whole_layers
+    cache = longest_sequence(model, layout) * 2 * layers * model.kv_heads * model.head_size * BF16
     return (model.parameters * BF16 + cache) / layout.rollout_devices + ROLLOUT_WORKSPACE
 
 

@@ -147,10 +147,41 @@ def test_nothing_is_measured_with_another_verl(monkeypatch):
     assert (last.name, last.verdict) == ("device", WARN)
 
 
+def test_cores_and_memory_are_checked_for_the_gpus_that_are_there(monkeypatch):
+    """As run_spin.sh counts them; verl's own default is 8."""
+    monkeypatch.setattr(doctor.torch.cuda, "device_count", lambda: 2)
+    checked = []
+    monkeypatch.setattr(doctor, "findings", lambda config: checked.append(config) or [Finding("driver", FAIL, "none")])
+    for overrides in ([], ["trainer.n_gpus_per_node=1"]):
+        list(doctor.examine("gpu", overrides, quick=True))
+    assert [config.trainer.n_gpus_per_node for config in checked] == [2, 1]
+
+
 def test_the_home_folder_is_not_told(monkeypatch):
     finding = Finding("disk", OK, f"{Path.home()}/outputs", {"folder": f"{Path.home()}/x"})
     told = doctor.without_names(finding)
     assert (told.text, told.figures) == ("~/outputs", {"folder": "~/x"})
+
+
+def test_attention_is_compared_in_the_precision_of_gpus():
+    """Plain attention takes copies of the inputs in fp32, and both have gradients."""
+    probe = device_probe.PROBES["cuda"]
+    finding = device_probe.attention("cpu", probe)
+    assert finding.verdict == OK, finding.text
+    assert all(0 < gap < probe.attention_tolerance for gap in finding.figures.values())
+
+
+def test_wrong_gradients_of_attention_are_found(monkeypatch):
+    from recipe.spin.engine import attention
+
+    right = attention.attend_by_row
+
+    def wrong_for_keys(query, key, *others):
+        return right(query, 2 * key - key.detach(), *others)  # the same output, twice the gradient
+
+    monkeypatch.setattr(attention, "attend_by_row", wrong_for_keys)
+    finding = device_probe.attention("cpu", device_probe.PROBES["cpu"])
+    assert finding.verdict == FAIL and finding.figures["output"] < 1e-5 < finding.figures["key"]
 
 
 def test_wrong_attention_is_found(monkeypatch):

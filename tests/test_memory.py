@@ -192,7 +192,7 @@ def qwen(tmp_path):
     """Folders with the configurations of models that are too large for a test."""
 
     def save(name: str) -> str:
-        shape = {"0.5B": QWEN_0_5B_CONFIG, "3B": QWEN_3B_CONFIG}[name]
+        shape = {"0.5B": QWEN_0_5B_CONFIG, "3B": QWEN_3B_CONFIG, "long": LONG_CONFIG}[name]
         folder = tmp_path / name
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps({"model_type": "qwen2", **shape}))
@@ -251,7 +251,38 @@ def test_a_share_too_small_for_vllms_weights_is_refused(qwen):
     finding = examined(qwen("3B"), gpu(80), "actor_rollout_ref.rollout.gpu_memory_utilization=0.05")
     assert finding.verdict == FAIL
     assert "gpu_memory_utilization=0.05 gives vLLM 4.0 GB" in finding.text
-    assert "actor_rollout_ref.rollout.gpu_memory_utilization=0.1 makes it" in finding.text
+    assert "actor_rollout_ref.rollout.gpu_memory_utilization=0.15 makes it" in finding.text
+
+
+# Llama-3.2-3B's, without its scaled rotary frequencies
+LONG_CONFIG = QWEN_3B_CONFIG | {
+    "hidden_size": 3072,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 24,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+}
+
+
+def test_vllm_must_hold_the_longest_sequence_that_it_is_to_take(qwen):
+    """Without rollout.max_model_len that is the model's 131,072 tokens, with 15 GB of keys and values; vLLM refuses to
+    start with less, however short prompts and responses are."""
+    folder, adapters = qwen("long"), ["actor_rollout_ref.model.lora_rank=32", "trainer.ref_update_freq=0"]
+    finding = examined(folder, gpu(40), *adapters)
+    assert finding.verdict == FAIL and "a sequence of 131072 tokens" in finding.text
+    assert "actor_rollout_ref.rollout.max_model_len=1536 makes it" in finding.text
+    assert examined(folder, gpu(40), *adapters, "actor_rollout_ref.rollout.max_model_len=1536").verdict == OK
+
+
+def test_layers_with_a_window_hold_no_whole_sequence():
+    from transformers import Qwen2Config
+
+    config = Qwen2Config(**QWEN_3B_CONFIG, use_sliding_window=True, max_window_layers=30, sliding_window=4096)
+    model, whole = Model.of(config), Model.of(Qwen2Config(**QWEN_3B_CONFIG))
+    assert (model.layers, model.whole_layers, whole.whole_layers) == (36, 30, 36)
+    assert memory.rollout_need(model, Layout(longest=None)) < memory.rollout_need(whole, Layout(longest=None))
 
 
 def test_the_fullest_of_several_gpus_decides(qwen):

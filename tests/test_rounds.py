@@ -68,6 +68,25 @@ def test_a_refused_request_holds_nobody_up():
     assert isinstance(answers[0], ValueError) and answers[1] == "b"
 
 
+def test_rounds_that_overlap_are_held_together():
+    """Of several agent loop workers: one that resumed vLLM would let another's pause wait for all answers."""
+
+    async def run() -> list:
+        server = Server(data_parallel_size=1)
+
+        async def round_of(name: str, start: float, delay: float) -> list[str]:
+            await asyncio.sleep(start)
+            call = {"request_id": name, "prompt_ids": delay}
+            return [output async for _, output in server.generate_round([call])]
+
+        rounds = [round_of("a", 0, 0.02), round_of("b", 0.01, 0.04), round_of("c", 0.2, 0)]
+        assert await asyncio.gather(*rounds) == [["a"], ["b"], ["c"]]
+        return server.engine.events
+
+    events = asyncio.run(asyncio.wait_for(run(), 5))
+    assert events == ["pause", 0, 0, "resume", "pause", 0, "resume"]
+
+
 def test_data_parallel_engines_are_not_paused():
     events, answers = serve(("a", 0.0), ("b", 0.0), data_parallel_size=2)
     assert events == [0, 1] and len(answers) == 2

@@ -106,7 +106,7 @@ def attention(device: str, probe: Probe) -> Finding:
     weight = torch.randn(tokens, heads, size, device=device)
 
     def gradients(function: Callable[..., torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
-        leaves = [tensor.to(dtype).requires_grad_() for tensor in inputs]
+        leaves = [tensor.to(dtype, copy=True).requires_grad_() for tensor in inputs]  # gradients of its own
         output = function(*leaves)
         (output.float() * weight).sum().backward()
         return [output.detach(), *(leaf.grad for leaf in leaves)]

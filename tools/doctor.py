@@ -96,7 +96,7 @@ def examine(profile: str, overrides: list[str], quick: bool) -> Iterator[Finding
     fit = check_versions(profile)
     yield fit
     yield check_ports()
-    config = compose(profile, *default_model(profile), *overrides)
+    config = compose(profile, *default_settings(profile), *overrides)
     OmegaConf.resolve(config)
     able = fit.verdict != FAIL
     for finding in findings(config):
@@ -122,10 +122,11 @@ def compose(profile: str, *overrides: str) -> DictConfig:
         return hydra_compose("spin_trainer", overrides=[f"device={profile}", *overrides])
 
 
-def default_model(profile: str) -> list[str]:
-    """The setting by which run_spin.sh trains the model of the CPU profile; the config's own is for GPUs."""
+def default_settings(profile: str) -> list[str]:
+    """What run_spin.sh sets by itself: all visible GPUs, or the model of the CPU profile."""
     if profile == "gpu":
-        return []
+        count = torch.cuda.device_count()
+        return [f"trainer.n_gpus_per_node={count}"] if count else []
     cache = os.environ.get("SPIN_MODEL_CACHE", ROOT / ".cache" / "models")
     return [f"actor_rollout_ref.model.path='{cache}/SmolLM2-135M-Instruct'"]
 
