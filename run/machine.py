@@ -252,13 +252,19 @@ def layout_of(config: DictConfig) -> Layout:
         offload_policy=fsdp.offload_policy,
         reference_offload=ref.fsdp_config.param_offload,
         lora_rank=model.lora_rank,
-        plays_reference=config.algorithm.preference_source == "self_play",
+        plays_reference=takes_reference(config.algorithm),
         rollout_share=rollout.gpu_memory_utilization,
         rollout_devices=rollout.tensor_model_parallel_size,
         rollout_sleeps=rollout.free_cache_engine,
         bucket=rollout.checkpoint_engine.update_weights_bucket_megabytes * 2**20,
         longest=config.data.max_prompt_length + config.data.max_response_length,
     )
+
+
+def takes_reference(algorithm: DictConfig) -> bool:
+    """Whether vLLM takes the reference's weights: as the opponent, or as the judge."""
+    source = algorithm.preference_source
+    return source == "self_play" or (source == "judge" and "reference" in algorithm.judge.servers)
 
 
 def smallest_micro_batch(config: DictConfig) -> float:
