@@ -216,6 +216,10 @@ class SpinTrainer(OpponentInVLLM, HeldOutValidation, PPOTrainerSync):
         extra = responses.pop("extra_fields").tolist()
         rewards = pad_rows(responses.pop("rm_scores"))
         mask = pad_rows(responses["response_mask"])
+        if self.source.scoring_model == "reference":
+            scores = self._ask_reference(list(dict.fromkeys(prompts)))
+            rewards.zero_()[:, 0] = torch.tensor([score.value for score in scores])
+            extra = [one | {"preference": score.info} for one, score in zip(extra, scores, strict=True)]
         ended = answers.ended(responses["responses"].unbind(), self._end_tokens)
         if self.config.algorithm.reward_error == "skip":
             metrics["score/missing"] = answers.count_missing(rewards, extra)

@@ -18,7 +18,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks.machine import ROOT, Finished, describe, provenance, run_measured
+from benchmarks.machine import ROOT, Finished, provenance, results_file, run_measured, run_missing
 from benchmarks.scaling import fill
 from recipe.spin.run.drift import find_drift
 from recipe.spin.run.report import held_out_accuracy
@@ -57,12 +57,6 @@ ARMS: dict[str, tuple[str, ...]] = {
     "f-DPO, Jensen-Shannon": ("dpo_f_divergence_type=js_divergence",),
     "f-DPO, alpha-divergence 0.5": ("dpo_f_divergence_type=alpha_divergence",),
 }
-
-
-def results_file(folder: Path | None = None) -> Path:
-    """Where the losses that were tried on this kind of machine stand."""
-    name = re.sub(r"[^a-z0-9]+", "-", describe()["kind"].lower()).strip("-")
-    return (folder or ROOT / "benchmarks" / "results") / f"losses-{name}.json"
 
 
 # ---- One run ---------------------------------------------------------------------------------------------------------
@@ -133,15 +127,12 @@ def write_document(found: dict[str, dict], document: Path = DOCUMENT) -> None:
 
 def sweep(names: list[str], runs: Path, file: Path) -> dict[str, dict]:
     """Runs the losses of these names, without names those that the file lacks; the file's losses with them."""
-    result = json.loads(file.read_text()) if file.exists() else {"settings": SETTINGS, "losses": {}}
-    for name in names or [name for name in ARMS if name not in result["losses"]]:
-        sys.stderr.write(f"[benchmark] {name} ...\n")
+
+    def run_one(name: str) -> dict:
         folder = runs.resolve() / re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
-        found = run(name, folder)
-        result["losses"][name] = {"overrides": ARMS[name]} | provenance() | found
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(result, indent=1) + "\n")
-    return result["losses"]
+        return {"overrides": ARMS[name]} | provenance() | run(name, folder)
+
+    return run_missing(names, ARMS, run_one, file, "losses", settings=SETTINGS)
 
 
 def main() -> None:
@@ -151,7 +142,7 @@ def main() -> None:
     options = parser.parse_args()
     if unknown := set(options.names) - ARMS.keys():
         parser.error(f"no such loss: {', '.join(unknown)}; choose from: {'; '.join(ARMS)}")
-    found = sweep(options.names, options.runs, results_file())
+    found = sweep(options.names, options.runs, results_file("losses"))
     write_document(found)
     print(table(found))
 

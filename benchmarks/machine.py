@@ -6,9 +6,10 @@ import platform
 import re
 import statistics
 import subprocess
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -79,6 +80,28 @@ def write_result(name: str, result: dict, folder: Path | None = None) -> Path:
         path = folder / f"{day}-{name}-{number}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     return path
+
+
+def results_file(name: str, folder: Path | None = None) -> Path:
+    """Where the runs of a benchmark with many stand that were made on this kind of machine."""
+    kind = re.sub(r"[^a-z0-9]+", "-", describe()["kind"].lower()).strip("-")
+    return (folder or ROOT / "benchmarks" / "results") / f"{name}-{kind}.json"
+
+
+def run_missing(
+    names: list[str], known: Iterable[str], run: Callable[[str], dict], file: Path, key: str, **settings
+) -> dict[str, dict]:
+    """Runs these names, without any those of the known ones that the file lacks; all of the file's results, by name.
+
+    Each is written at once, under `key` and beside `settings`, so that a benchmark goes on where it was stopped.
+    """
+    result = json.loads(file.read_text()) if file.exists() else settings | {key: {}}
+    for name in names or [name for name in known if name not in result[key]]:
+        sys.stderr.write(f"[benchmark] {name} ...\n")
+        result[key][name] = run(name)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(result, indent=1) + "\n")
+    return result[key]
 
 
 def allocator_settings() -> dict[str, dict[str, str]]:

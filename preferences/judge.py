@@ -21,7 +21,8 @@ from omegaconf import DictConfig
 
 from recipe.spin.preferences.source import Group, RewardSource, Score
 
-POLICY = "policy"  # as a server's address: the policy's own vLLM server
+# As a server's address: the policy's own vLLM server, with the policy's weights or the reference's
+POLICY, REFERENCE = OWN = ("policy", "reference")
 PLACEHOLDERS = {"request", "first", "second"}
 VERDICT = re.compile(r"\[\[([ABC])\]\]")
 VERDICTS = {"A": ("first", 1), "B": ("second", -1), "C": ("neither", 0)}
@@ -83,20 +84,28 @@ class JudgeSource(RewardSource):
         workers = config.actor_rollout_ref.rollout.agent.num_workers
         self._calls = asyncio.Semaphore(max(1, self._settings.concurrency // workers))
         self._began: dict[int, float] = {}  # of the step that is judged, when its first question was asked
+        if self.takes_reference(config):
+            self.scoring_model = "reference"
         names = models(self._settings)
         self._servers = [
-            None if address == POLICY else Server(address, name, self._settings)
+            None if address in OWN else Server(address, name, self._settings)
             for address, name in zip(self._settings.servers, names, strict=True)
         ]
+
+    @classmethod
+    def takes_reference(cls, config: DictConfig) -> bool:
+        return REFERENCE in config.algorithm.judge.servers
 
     @classmethod
     def check(cls, config: DictConfig) -> None:
         """Looks at the settings and asks each server once what it serves."""
         settings = config.algorithm.judge
         check_settings(settings)
+        if cls.takes_reference(config):
+            check_reference(config)
         read_template(settings.prompt)
         for address, name in zip(settings.servers, models(settings), strict=True):
-            if address == POLICY:
+            if address in OWN:
                 check_length(config)
             else:
                 probe(address, name, settings.api_key_env)
@@ -291,13 +300,33 @@ def models(settings: DictConfig) -> list[str | None]:
 def check_settings(settings: DictConfig) -> None:
     """Raises ValueError where judges and models do not fit together."""
     servers = list(settings.servers)
-    if not all(address == POLICY or address.startswith(("http://", "https://")) for address in servers):
+    if not all(address in OWN or address.startswith(("http://", "https://")) for address in servers):
         raise ValueError(
-            f"algorithm.judge.servers={servers!r}: give addresses such as http://127.0.0.1:8000/v1, or policy for the "
-            "policy's own vLLM server"
+            f"algorithm.judge.servers={servers!r}: give addresses such as http://127.0.0.1:8000/v1, or policy or "
+            "reference for the policy's own vLLM server with the weights of either"
+        )
+    if set(OWN) <= set(servers):
+        raise ValueError(
+            f"algorithm.judge.servers={servers!r}: the policy's own vLLM server has one model's weights at a time; "
+            "name policy or reference"
         )
     if len(models(settings)) != len(servers):
         raise ValueError(f"algorithm.judge.models={settings.models!r}: give one name, a name a server, or null")
+
+
+def check_reference(config: DictConfig) -> None:
+    """Raises ValueError where the reference, which judges when all of a step's responses are there, cannot."""
+    model, key = config.actor_rollout_ref.model, f"algorithm.judge.servers={list(config.algorithm.judge.servers)!r}"
+    if model.lora_rank > 0 or model.lora_adapter_path:
+        raise ValueError(
+            f"{key} with LoRA: there is no second model whose weights vLLM could take; serve the base model and give "
+            "its address, or train without LoRA"
+        )
+    if config.algorithm.filter_groups.enable:
+        raise ValueError(
+            f"{key} with algorithm.filter_groups.enable=True: which prompts tie is known only when all of a step's are "
+            "judged, too late to replace them; set it to False"
+        )
 
 
 def check_length(config: DictConfig) -> None:

@@ -29,7 +29,8 @@ class Group:
         responses: the responses' text, without special tokens.
         rewards: what the reward function gave each; None where a run has none.
         row: the columns of the prompt's row in the data.
-        generate: answers prompt tokens with the policy's own vLLM server; awaitable, gives the answer's tokens.
+        generate: answers prompt tokens with the policy's own vLLM server and the weights of the source's
+            `scoring_model`; awaitable, gives the answer's tokens.
     """
 
     step: int
@@ -63,10 +64,13 @@ class RewardSource:
     Attributes:
         fields: columns of the responses that `pair` reads besides the trainer's.
         rollout_model: whose weights vLLM has while it answers training prompts: the "actor"'s or the "reference"'s.
+        scoring_model: whose it has while `score_group` is asked. With the "reference"'s that is after all of a step's
+            responses are there; else at once, while vLLM answers others.
     """
 
     fields: tuple[str, ...] = ()
     rollout_model = "actor"
+    scoring_model = "actor"
 
     def __init__(self, config: DictConfig, tokenizer):
         self.config = config
@@ -77,13 +81,18 @@ class RewardSource:
         """Looks, before Ray starts, at the settings that are this source's own. Raises ValueError with the remedy."""
 
     @classmethod
+    def takes_reference(cls, config: DictConfig) -> bool:
+        """Whether vLLM takes the reference's weights at times, and is not the policy's all the while."""
+        return "reference" in (cls.rollout_model, cls.scoring_model)
+
+    @classmethod
     def scores_groups(cls) -> bool:
         return cls.score_group is not RewardSource.score_group
 
     async def score_group(self, group: Group) -> list[Score]:
         """A score for each of the responses to a prompt, which takes the place of the reward in pairing them.
 
-        Asked for each prompt of a training step as soon as its responses are there, while vLLM answers others.
+        Asked for each prompt of a training step, at the time that `scoring_model` tells.
         """
         raise NotImplementedError
 

@@ -20,7 +20,7 @@ from verl.workers.rollout.replica import TokenOutput
 
 from recipe.spin import verl_patches
 from recipe.spin.preferences.source import Group, RewardSource, Score, load_source
-from recipe.spin.rollout.groups import GroupScoring
+from recipe.spin.rollout.groups import GroupScoring, checked
 from recipe.spin.rollout.rounds import Request, Round, Session
 from recipe.spin.rollout.scoring import Scoring
 
@@ -148,6 +148,7 @@ class RolloutWorker(Scoring, VerlWorker):
     """
 
     _source: RewardSource | None = None  # one that scores responses together
+    _at_once = False  # whether that is done as soon as they are there; else `score_groups` does it later
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -155,6 +156,8 @@ class RolloutWorker(Scoring, VerlWorker):
         source = load_source(self.config, self.tokenizer)
         if source.scores_groups():
             self._source = source
+            self._at_once = source.scoring_model == "actor"
+        self._unscored: dict[str, dict[int, tuple[AgentLoopOutput, dict]]] = defaultdict(dict)
 
     def connect(self, llm_client: LLMServerClient, reward_loop_worker_handles: list[ActorHandle] | None) -> None:
         """Gives the worker, which started before them, vLLM's servers and the reward's workers."""
@@ -174,7 +177,7 @@ class RolloutWorker(Scoring, VerlWorker):
 
     async def _run_prompt(self, prompt: dict, sampling_params: dict, trajectory: dict, **kwargs) -> None:
         uid = prompt["uid"]
-        if self._source is not None and not trajectory["validate"]:
+        if self._at_once and not trajectory["validate"]:
             _group.set(GroupScoring(_round.get().responses[uid], self._score_group))
         try:
             await super()._run_prompt(prompt, sampling_params, trajectory, **kwargs)
@@ -201,6 +204,12 @@ class RolloutWorker(Scoring, VerlWorker):
             outputs[-1].reward_score = found.value
             outputs[-1].extra_fields |= {"preference": found.info}
             outputs[-1].extra_fields.setdefault("reward_extra_info", {})
+        elif self._source is not None and not self._at_once and not validate:
+            last = output[-1] if isinstance(output, list) else output
+            if not self._has_reward():
+                last.reward_score = 0.0  # the trainer puts the group's in its place
+                last.extra_fields.setdefault("reward_extra_info", {})
+            self._unscored[row["uid"]][row["session_id"]] = (last, row)
         await super()._agent_loop_postprocess(output, validate, **row)
 
     def _has_reward(self) -> bool:
@@ -214,6 +223,18 @@ class RolloutWorker(Scoring, VerlWorker):
         return await self._source.score_group(
             Group(row["global_steps"], list(row["raw_prompt"]), texts, rewards, row, self._generate)
         )
+
+    async def score_groups(self) -> dict[str, list[Score]]:
+        """Scores of the responses that were given since the last call, by their prompt's uid, in their order."""
+        unscored = {uid: [answers[n] for n in sorted(answers)] for uid, answers in self._unscored.items()}
+        self._unscored.clear()
+        _round.set(Round(dict.fromkeys(unscored, 0), send=None))
+
+        async def score(uid: str) -> list[Score]:
+            _session.set((uid, 0))
+            return checked(await self._score_group(unscored[uid]), len(unscored[uid]))
+
+        return dict(zip(unscored, await asyncio.gather(*map(score, unscored)), strict=True))
 
     async def _generate(self, prompt_ids: list[int], sampling_params: dict[str, Any]) -> list[int]:
         request = uuid4().hex
@@ -240,6 +261,11 @@ class RolloutManager(AgentLoopManagerTQ):
 
     def connect(self, llm_client: LLMServerClient, reward_loop_worker_handles: list[ActorHandle] | None) -> None:
         ray.get([worker.connect.remote(llm_client, reward_loop_worker_handles) for worker in self.agent_loop_workers])
+
+    def score_groups(self) -> dict[str, list[Score]]:
+        """All workers' scores of the responses that wait for them, by prompt."""
+        found = ray.get([worker.score_groups.remote() for worker in self.agent_loop_workers])
+        return {uid: scores for part in found for uid, scores in part.items()}
 
     def settle(self, seconds: float) -> bool:
         """Waits for the prompts being answered, at most so long; whether all are. Raises when a worker died."""

@@ -5,6 +5,13 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 
+def checked(scores: list[Any], count: int) -> list[Any]:
+    """The scores. Raises ValueError unless there is one for each of `count` responses."""
+    if len(scores) != count:
+        raise ValueError(f"score_group gave {len(scores)} scores for {count} responses; give one for each")
+    return scores
+
+
 class GroupScoring:
     """The n responses to a prompt: each waits for the last, and gets its score from the one call for all."""
 
@@ -23,11 +30,7 @@ class GroupScoring:
 
     async def _score_all(self) -> None:
         try:
-            scores = await self._score([self._responses[number] for number in sorted(self._responses)])
-            if len(scores) != self._count:
-                raise ValueError(
-                    f"score_group gave {len(scores)} scores for {self._count} responses; give one for each"
-                )
+            scores = checked(await self._score([self._responses[n] for n in sorted(self._responses)]), self._count)
         except Exception as error:  # handed to each that waits
             self._scores.set_exception(error)
         else:

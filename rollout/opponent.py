@@ -1,6 +1,6 @@
-"""Whose weights vLLM has: the actor's, or with a source that says so the reference's, the actor's opponent."""
+"""Whose weights vLLM has: the actor's, or with a source that says so the reference's, its opponent or its judge."""
 
-from recipe.spin.preferences.source import RewardSource
+from recipe.spin.preferences.source import RewardSource, Score
 
 
 class OpponentInVLLM:
@@ -26,6 +26,19 @@ class OpponentInVLLM:
         metrics = super()._validate()
         self._push_weights(self.source.rollout_model)
         return metrics
+
+    def _ask_reference(self, uids: list[str]) -> list[Score]:
+        """The source's scores of all responses to these prompts, vLLM with the reference's weights.
+
+        It gave its memory back when the last response was there. The actor's weights return with the push that ends
+        every step.
+        """
+        self.actor_rollout_wg.choose_rollout_model("reference")
+        self.checkpoint_manager.update_weights(self.global_steps)
+        scores = self.agent_loop_manager.score_groups()
+        self.checkpoint_manager.sleep_replicas()
+        self.actor_rollout_wg.choose_rollout_model("actor")
+        return [score for uid in uids for score in scores[uid]]
 
     def _push_weights(self, model: str) -> None:
         self.actor_rollout_wg.choose_rollout_model(model)

@@ -8,6 +8,7 @@ from math import ceil, inf
 
 from omegaconf import DictConfig, OmegaConf
 
+from recipe.spin.preferences.source import source_class
 from recipe.spin.run import memory
 from recipe.spin.run.finding import FAIL, OK, WARN, Finding, gigabytes
 from recipe.spin.run.gpu import Device
@@ -65,7 +66,7 @@ def layout_of(config: DictConfig) -> Layout:
         offload_policy=fsdp.offload_policy,
         reference_offload=ref.fsdp_config.param_offload,
         lora_rank=model.lora_rank,
-        plays_reference=config.algorithm.preference_source == "self_play",
+        plays_reference=source_class(config.algorithm.preference_source).takes_reference(config),
         rollout_share=rollout.gpu_memory_utilization,
         rollout_devices=rollout.tensor_model_parallel_size,
         rollout_sleeps=rollout.free_cache_engine,

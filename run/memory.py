@@ -85,7 +85,7 @@ class Layout:
     offload_policy: bool = False  # weights, gradients and moments on the host always
     reference_offload: bool = False  # the reference on the host always
     lora_rank: int = 0  # above 0: adapters are trained, and the reference is the model without them
-    plays_reference: bool = False  # vLLM generates with the reference, for which adapters will not do
+    plays_reference: bool = False  # vLLM takes its weights, for which adapters will not do
     rollout_share: float = 0.5  # of a device's memory that vLLM takes while it generates
     rollout_devices: int = 1  # that one vLLM is spread over
     rollout_sleeps: bool = True  # vLLM gives its memory back in training

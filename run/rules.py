@@ -300,12 +300,14 @@ def weights_stay_where_they_are_not_sent(settings: Settings) -> None:
         f"vLLM gives its weights back after every step and needs them anew; set {ROLLOUT}.free_cache_engine=False, "
         "which keeps them and its cache in memory",
     )
-    settings.require(frequency == 1 or _policy_answers(settings), key, "vLLM has the opponent's weights; set 1")
+    settings.require(
+        frequency == 1 or not _takes_reference(settings), key, "vLLM has the reference's weights at times; set 1"
+    )
 
 
-def _policy_answers(settings: Settings) -> bool:
+def _takes_reference(settings: Settings) -> bool:
     try:
-        return source_class(settings["algorithm.preference_source"]).rollout_model == "actor"
+        return source_class(settings["algorithm.preference_source"]).takes_reference(settings.config)
     except ValueError as error:  # a_source_prefers says which
         raise Unusable("algorithm.preference_source") from error
 
@@ -315,10 +317,10 @@ def an_asynchronous_run_shares_its_engine_with_nobody(settings: Settings) -> Non
     if settings[MODE] != "colocate_async":
         return
     settings.require(
-        _policy_answers(settings),
+        not _takes_reference(settings),
         MODE,
-        f"algorithm.preference_source={settings['algorithm.preference_source']} has the opponent answer the prompts, "
-        "which is another model after each refresh; set sync",
+        f"with algorithm.preference_source={settings['algorithm.preference_source']} vLLM takes the reference's weights "
+        "at times, with responses of the policy half done; set sync",
     )
     model = "reward.reward_model"
     settings.require(

@@ -85,8 +85,8 @@ class FilterGroups(Section):
 class Judge(Section):
     servers: Annotated[list[Text], Field(min_length=1)] = own(
         ["policy"],
-        "OpenAI-compatible servers, each a judge; `policy` is the policy's own ([docs/preferences.md]"
-        "(docs/preferences.md))",
+        "OpenAI-compatible servers, each a judge; `policy` is the policy's own, `reference` the same with the "
+        "reference's weights ([docs/preferences.md](docs/preferences.md))",
     )
     models: Text | list[Text] | None = own(None, "the model to ask for, one or a name a server; null: the first served")
     api_key_env: Text = own("OPENAI_API_KEY", "the environment variable that holds the servers' key")

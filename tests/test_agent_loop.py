@@ -12,6 +12,7 @@ from verl.trainer.ppo.v1 import agent_loop_tq
 from verl.utils import tensordict_utils as tu
 from verl.workers.rollout.replica import TokenOutput
 
+from recipe.spin.preferences.source import Group, RewardSource, Score
 from recipe.spin.rollout import agent_loop
 from recipe.spin.rollout.agent_loop import (
     GREEDY,
@@ -234,6 +235,46 @@ def test_faults_of_a_session_or_a_prompt_leave_the_others_their_round(monkeypatc
     assert server.rounds == [["p0/0", "p1/0", "p1/1"]] and statuses == {"p0": "failure", "p1": "finished"}
     server, _ = answer_batch(monkeypatch, faults={("p0", "running")})
     assert server.rounds == [["p1/0", "p1/1"]]
+
+
+# ---------------------------------------------------------------------- scores that are given later
+
+
+class Longest(RewardSource):
+    """Asks vLLM about each group, and scores responses by their length."""
+
+    async def score_group(self, group: Group) -> list[Score]:
+        await group.generate(group.messages[0]["content"], {})
+        return [Score(float(len(text)), {"step": group.step}) for text in group.responses[: self.config]]
+
+
+def worker_with_unscored(server: Server, count: int) -> RolloutWorker:
+    worker = RolloutWorker.__new__(RolloutWorker)
+    worker.config = OmegaConf.create(
+        {"reward": {"custom_reward_function": {"path": None}, "reward_model": {"enable": False}}}
+    )
+    worker.tokenizer = types.SimpleNamespace(decode=lambda tokens, skip_special_tokens: "x" * len(tokens))
+    worker.llm_client, worker._source = client_of(server), Longest(count, None)
+    row = {"global_steps": 3, "raw_prompt": [{"role": "user", "content": "who?"}]}
+    worker._unscored = {
+        uid: {n: (types.SimpleNamespace(response_ids=[0] * tokens), row) for n, tokens in answers.items()}
+        for uid, answers in {"p0": {1: 7, 0: 5}, "p1": {0: 2, 1: 1}}.items()
+    }
+    return worker
+
+
+def test_groups_are_scored_once_in_the_order_of_their_responses():
+    server = Server()
+    worker = worker_with_unscored(server, 2)
+    found = asyncio.run(worker.score_groups())
+    assert {uid: [score.value for score in scores] for uid, scores in found.items()} == {"p0": [5, 7], "p1": [2, 1]}
+    assert found["p0"][0].info == {"step": 3} and server.rounds == [["who?"], ["who?"]]
+    assert asyncio.run(worker.score_groups()) == {} and len(server.rounds) == 2
+
+
+def test_a_group_with_too_few_scores_is_refused():
+    with pytest.raises(ValueError, match="score_group gave 1 scores for 2 responses"):
+        asyncio.run(worker_with_unscored(Server(), 1).score_groups())
 
 
 # ---------------------------------------------------------------------- the buffer

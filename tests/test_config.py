@@ -250,6 +250,10 @@ def test_settings_that_work(run, overrides):
             f"{MODE}=colocate_async transfer_queue.backend.SimpleStorage.total_storage_size=15",
             ["total_storage_size=15", "1 of them ahead"],
         ),
+        (
+            f"{MODE}=colocate_async algorithm.preference_source=judge algorithm.judge.servers=[reference]",
+            [f"{MODE}='colocate_async'", "set sync"],
+        ),
         ("trainer.rollout_sync_freq=0", ["trainer.rollout_sync_freq=0", "at least 1"]),
         (
             "trainer.rollout_sync_freq=2 actor_rollout_ref.rollout.free_cache_engine=True",
@@ -257,7 +261,7 @@ def test_settings_that_work(run, overrides):
         ),
         (
             "trainer.rollout_sync_freq=2 algorithm.preference_source=self_play",
-            ["trainer.rollout_sync_freq=2", "the opponent's weights"],
+            ["trainer.rollout_sync_freq=2", "the reference's weights"],
         ),
         (
             "data.max_prompt_length=64 actor_rollout_ref.actor.ppo_max_token_len_per_gpu=95",

@@ -7,6 +7,7 @@ stale copy of the weights anywhere would show at once.
 import ipaddress
 import json
 import math
+import os
 import shutil
 import threading
 import time
@@ -255,6 +256,33 @@ def test_judges_prefer(task, tiny_llama, tmp_path):
         assert history[step]["judge/unreadable_rate"] == pytest.approx(0.5, abs=0.05)
     asked = sum(history[step]["judge/asked"] for step in (1, 2))
     assert asked == 2 * len(server.questions)
+
+
+def test_a_source_asks_the_reference(task, tiny_llama, tmp_path, monkeypatch):
+    """vLLM has the reference's weights while responses are scored, and the policy's while it answers.
+
+    The reference answers the same until it is refreshed, before step 3; then it is the policy, which was trained.
+    """
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT / 'tests'}:{os.environ.get('PYTHONPATH', '')}")
+    run = tmp_path / "run"
+    succeed(
+        task,
+        tiny_llama,
+        run,
+        "algorithm.preference_source=reference_source:ReferenceSays",
+        "reward.custom_reward_function.path=null",
+        "trainer.ref_update_freq=3",
+        "trainer.total_training_steps=3",
+        "trainer.val_before_train=False",
+        "trainer.test_freq=-1",
+        "trainer.save_freq=-1",
+    )
+    history = metrics(run)
+    says = [history[step]["reference/says"] for step in (1, 2, 3)]
+    assert says[0] == says[1] != says[2]
+    for step in (1, 2, 3):
+        assert history[step]["pairs/used"] == 4 and history[step]["score/mean"] > 1
+        assert history[step]["rollout/logp_gap_max"] < 1e-3
 
 
 def test_lora_against_the_base_model(task, tiny_llama, tmp_path):

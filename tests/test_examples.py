@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import subprocess
 import sys
 import types
@@ -16,6 +17,8 @@ from recipe.spin.examples.arithmetic import prepare as arithmetic
 from recipe.spin.examples.arithmetic import reward as arithmetic_reward
 from recipe.spin.examples.gsm8k import prepare as gsm8k
 from recipe.spin.examples.gsm8k import reward as gsm8k_reward
+from recipe.spin.examples.tasks import prepare as tasks
+from recipe.spin.examples.tasks import reward as tasks_reward
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 COLUMNS = ["data_source", "prompt", "ability", "reward_model", "extra_info"]
@@ -98,6 +101,79 @@ def test_arithmetic_reward(response: str, truth: str, acc: float) -> None:
     assert result == {"score": acc, "acc": acc}
     negated = arithmetic_reward.compute_negated_score("arithmetic", response, truth)
     assert negated == {"score": -acc, "acc": acc}
+
+
+# ---- the small tasks -------------------------------------------------------------------------------------------------
+NUMBERS = {"sums": lambda a, b: a + b, "differences": lambda a, b: a - b, "larger": max}
+
+
+@pytest.mark.parametrize("task", tasks.TASKS)
+def test_a_task_asks_each_question_once_and_knows_the_answer(task: str) -> None:
+    questions = [question for group in tasks.TASKS[task]() for question in group]
+    assert len({asked for asked, _ in questions}) == len(questions) > 200
+    for asked, answer in questions:
+        if task in NUMBERS:
+            assert answer == str(NUMBERS[task](*map(int, re.findall("[0-9]+", asked))))
+        for right in answer.split("|"):
+            assert tasks_reward.compute_score(task, f"I would say {right}.", answer)["acc"] == 1
+
+
+def test_no_word_stands_in_two_pairs_of_opposites() -> None:
+    words = re.findall("[a-z]+", tasks.OPPOSITES)
+    assert len(set(words)) == len(words)
+
+
+@pytest.mark.parametrize("task", tasks.TASKS)
+def test_no_question_gives_a_held_out_one_away(task: str) -> None:
+    train, test = tasks.split(tasks.TASKS[task](), seed=3, test_size=51, train_size=None)
+    assert len(test) == len(set(test)) == 51 and not set(train) & set(test)
+    held_out = set(test)
+    for group in tasks.TASKS[task]():
+        assert held_out.isdisjoint(group) or not set(train) & set(group)
+
+
+def test_tasks_files_are_in_the_format_of_the_arithmetic_example_and_reproducible(tmp_path: Path) -> None:
+    for folder in ("one", "two"):
+        tasks.prepare("opposites", tmp_path / folder, seed=1, test_size=10, train_size=20)
+    for part, count in (("train", 20), ("test", 10)):
+        file = tmp_path / "one" / f"{part}.parquet"
+        assert file.read_bytes() == (tmp_path / "two" / f"{part}.parquet").read_bytes()
+        rows = pq.read_table(file).to_pylist()
+        assert len(rows) == count and list(rows[0]) == ARITHMETIC_COLUMNS
+        for index, row in enumerate(rows):
+            truth = row["reward_model"]["ground_truth"]
+            assert row["extra_info"] == {"index": index, "split": part} and row["data_source"] == "opposites"
+            assert row["real"] == [*row["prompt"], {"role": "assistant", "content": truth.split("|")[0]}]
+
+
+def test_tasks_script_fails_with_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "recipe.spin.examples.tasks.prepare", "--task", "opposites"]
+    command += ["--output", str(tmp_path), "--test-size", "1000"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=EXAMPLES.parent)
+    assert result.returncode == 1
+    assert result.stderr.startswith("[data] error: the task's 204 questions") and result.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("response", "truth", "acc"),
+    [
+        ("The opposite of hot is cold.", "cold", 1.0),
+        ("COLD", "cold", 1.0),
+        ("**cold**\n", "cold", 1.0),
+        ("hard", "difficult|hard", 1.0),
+        ("difficult|hard", "difficult|hard", 1.0),
+        ("cold, not hot", "cold", 0.0),
+        ("colder", "cold", 0.0),
+        ("", "cold", 0.0),
+        ("12", "cold", 0.0),
+        ("17 - 9 = 8", "8", 1.0),
+        ("8, as 17 - 9 is 8 or so: 9", "8", 0.0),
+        ("eight", "8", 0.0),
+    ],
+)
+def test_tasks_reward(response: str, truth: str, acc: float) -> None:
+    assert tasks_reward.compute_score("", response, truth, {"index": 0}, num_turns=1) == {"score": acc, "acc": acc}
 
 
 # ---- GSM8K -----------------------------------------------------------------------------------------------------------

@@ -162,6 +162,13 @@ def test_the_policy_judges_through_its_own_server():
     assert asked == [{"temperature": 0.0, "max_tokens": 7}] * 2
 
 
+def test_the_reference_judges_when_all_responses_are_there():
+    reference = compose("algorithm.preference_source=judge", "algorithm.judge.servers=[reference]", device="cpu")
+    policy = compose("algorithm.preference_source=judge", device="cpu")
+    assert JudgeSource(reference, Tokenizer()).scoring_model == "reference"
+    assert JudgeSource(policy, Tokenizer()).scoring_model == "actor"
+
+
 # ---------------------------------------------------------------------- before Ray starts
 
 
@@ -218,6 +225,24 @@ def test_a_policy_that_judges_needs_room_for_the_question(run):
     assert "actor_rollout_ref.rollout.max_model_len=128" in message and "algorithm.judge.max_tokens" in message
     room = "actor_rollout_ref.rollout.max_model_len=512"
     run.check("algorithm.preference_source=judge", room, "algorithm.judge.max_tokens=16")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ([], "actor_rollout_ref.rollout.max_model_len=128"),
+        (["algorithm.judge.servers=[policy,reference]"], "one model's weights at a time; name policy or reference"),
+        (["actor_rollout_ref.model.lora_rank=4", "trainer.ref_update_freq=0"], "no second model"),
+        (["algorithm.filter_groups.enable=True"], "algorithm.filter_groups.enable=True: which prompts tie"),
+    ],
+)
+def test_a_reference_that_cannot_judge_is_refused(run, changes, words):
+    judge = ["algorithm.preference_source=judge", "algorithm.judge.servers=[reference]"]
+    message = run.refusal(*judge, *changes)
+    assert "algorithm.judge.servers" in message or "max_model_len" in message
+    assert words in message
+    room = ["actor_rollout_ref.rollout.max_model_len=512", "algorithm.judge.max_tokens=16"]
+    run.check(*judge, *room)
 
 
 def test_a_source_of_ones_own_is_named_by_its_module():

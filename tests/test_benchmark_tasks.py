@@ -1,0 +1,69 @@
+"""The benchmark of small tasks: its arms, its table, and that it goes on; its runs take five minutes each."""
+
+import json
+
+import pytest
+from checkable_run import Run
+
+from benchmarks import tasks
+from benchmarks.machine import ROOT
+from recipe.spin.examples.tasks.prepare import TASKS, prepare
+
+
+def result(before: float, after: float) -> dict:
+    kinds = [{"sampled": value, "greedy": value + 0.1} for value in (before, after)]
+    return dict(zip(("before", "after"), kinds, strict=True))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_arm_is_a_run_that_may_start_and_whose_prompts_fit(run: Run, task, tmp_path):
+    prepare(task, tmp_path)
+    config = run.check(*tasks.overrides(f"{task}, seed 7", tmp_path), "data.train_batch_size=32")
+    assert config.data.seed == config.actor_rollout_ref.rollout.seed == 7
+
+
+def test_every_task_is_shown_in_the_table():
+    assert list(tasks.SHOWN) == list(TASKS)
+
+
+def test_the_table_has_the_mean_over_seeds_and_the_failures():
+    found = {
+        "larger, seed 1": result(0.1, 0.5),
+        "larger, seed 2": result(0.2, 0.7),
+        "sums, seed 1": {"failed": "error: the DPO loss is nan"},
+    }
+    _, _, *lines = tasks.table(found).splitlines()
+    assert lines == [
+        "| `larger` | Which number is larger, 59 or 63? | 2 | 0.150 | 0.600 | 0.250 | 0.700 |",
+        "| sums, seed 1 | error: the DPO loss is nan | failed |  |  |  |  |",
+    ]
+
+
+def test_arms_that_are_there_are_not_run_again(tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr(tasks, "run", lambda name, folder: ran.append(folder.name) or result(0.1, 0.2))
+    file = tmp_path / "results" / "tasks.json"
+    tasks.sweep(["larger, seed 2"], [1, 2], tmp_path, file)
+    assert ran == ["larger-seed-2"]
+    found = tasks.sweep([], [2], tmp_path, file)
+    assert ran[1:] == ["sums-seed-2", "differences-seed-2", "opposites-seed-2"] and len(found) == 4
+    assert json.loads(file.read_text())["tasks"].keys() == found.keys()
+
+
+def test_a_run_that_fails_leaves_its_last_words(tmp_path, monkeypatch):
+    def train(overrides, folder):
+        raise RuntimeError("bash run_spin.sh\nerror: the DPO loss is nan\n")
+
+    monkeypatch.setattr(tasks, "train", train)
+    assert tasks.run("larger, seed 1", tmp_path / "run")["failed"] == "error: the DPO loss is nan"
+    assert (tmp_path / "run-data" / "train.parquet").exists()
+
+
+def test_the_documents_table_is_that_of_the_recorded_runs(tmp_path):
+    """It is never edited by hand."""
+    recorded = sorted((ROOT / "benchmarks" / "results").glob("tasks-*.json"))
+    found = json.loads(recorded[-1].read_text())["tasks"] if recorded else {}
+    copy = tmp_path / "tasks.md"
+    copy.write_text(tasks.DOCUMENT.read_text())
+    tasks.write_document(found, copy)
+    assert copy.read_text() == tasks.DOCUMENT.read_text()
