@@ -319,8 +319,8 @@ def an_asynchronous_run_shares_its_engine_with_nobody(settings: Settings) -> Non
     settings.require(
         not _takes_reference(settings),
         MODE,
-        f"with algorithm.preference_source={settings['algorithm.preference_source']} vLLM takes the reference's weights "
-        "at times, with responses of the policy half done; set sync",
+        f"with algorithm.preference_source={settings['algorithm.preference_source']} vLLM takes the reference's "
+        "weights at times, with responses of the policy half done; set sync",
     )
     model = "reward.reward_model"
     settings.require(
