@@ -127,11 +127,9 @@ class SpinTrainer(OpponentInVLLM, HeldOutValidation, PPOTrainerSync):
         self._reference_equals_actor = self.global_steps == 0 and not adapter
 
     def _validation_is_missing(self, folder: Path) -> bool:
-        frequency = self.config.trainer.test_freq
-        is_last = self.global_steps >= self.total_training_steps
-        due = frequency > 0 and (is_last or self.global_steps % frequency == 0)
         history, _ = run_folder.read_history(folder)
-        return due and not any(name.startswith("val-") for name in history.get(self.global_steps, {}))
+        validated = any(name.startswith("val-") for name in history.get(self.global_steps, {}))
+        return self._validation_is_due() and not validated
 
     def on_step_end(self):
         if self._weights_are_due():
@@ -139,10 +137,12 @@ class SpinTrainer(OpponentInVLLM, HeldOutValidation, PPOTrainerSync):
 
     def _weights_are_due(self) -> bool:
         """Whether vLLM gets the weights: every `rollout_sync_freq` steps, and for the held-out prompts."""
-        trainer, step = self.config.trainer, self.global_steps
-        is_last = step >= self.total_training_steps
-        validates = trainer.test_freq > 0 and (is_last or step % trainer.test_freq == 0)
-        return validates or step % trainer.rollout_sync_freq == 0
+        return self._validation_is_due() or self.global_steps % self.config.trainer.rollout_sync_freq == 0
+
+    def _validation_is_due(self) -> bool:
+        """Whether verl's loop answers the held-out prompts after this step."""
+        frequency, is_last = self.config.trainer.test_freq, self.global_steps >= self.total_training_steps
+        return frequency > 0 and (is_last or self.global_steps % frequency == 0)
 
     def on_validate_begin(self):
         self.progress["doing"] = "answering the held-out prompts"

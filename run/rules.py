@@ -291,7 +291,6 @@ def require_queue(settings: Settings, answers: float, who: str, remedy: str) -> 
         settings.require(answers <= size, key, f"{who}, which are kept at once; raise it or {remedy}")
 
 
-# ---- Around the run --------------------------------------------------------------------------------------------------
 def weights_stay_where_they_are_not_sent(settings: Settings) -> None:
     frequency, key = settings["trainer.rollout_sync_freq"], "trainer.rollout_sync_freq"
     settings.require(
@@ -330,6 +329,7 @@ def an_asynchronous_run_shares_its_engine_with_nobody(settings: Settings) -> Non
     )
 
 
+# ---- Around the run --------------------------------------------------------------------------------------------------
 def loggers_are_installed(settings: Settings) -> None:
     names = settings["trainer.logger"]
     for name in [names] if isinstance(names, str) else names:

@@ -10,6 +10,8 @@ from omegaconf import OmegaConf
 from verl.workers.rollout.llm_server import LLMServerClient
 from whole_runs import metrics, succeed
 
+from benchmarks import asynchronous
+from benchmarks.machine import run_missing
 from recipe.spin.async_trainer import AsyncSpinTrainer, WholeAnswers
 from recipe.spin.main_spin import TaskRunner
 from recipe.spin.rollout import answers
@@ -95,6 +97,23 @@ def test_a_response_that_goes_on_draws_other_numbers(monkeypatch):
     assert [prompt for prompt, _ in asked] == [[1, 2], [1, 2, 7, 8]]
     assert [sampling["max_tokens"] for _, sampling in asked] == [5, 3]
     assert len({sampling["seed"] for _, sampling in asked}) == 2 and params["seed"] == 3
+
+
+def test_the_benchmark_skips_runs_that_it_has_and_groups_the_others_by_arm(monkeypatch, tmp_path):
+    asked = []
+    line = {"staleness/mean": 1.0, "staleness/max": 2}
+    monkeypatch.setattr(asynchronous, "train", lambda overrides, folder: (asked.append(overrides) or [line], None))
+    monkeypatch.setattr(asynchronous, "summarize", lambda history: {"after": {"greedy": 0.5 + len(asked) / 4}})
+    names = asynchronous.names_of(["sync, weights every 4 steps"], [3, 4])
+    for _ in range(2):
+        found = run_missing([], names, lambda name: asynchronous.run(name, tmp_path), tmp_path / "found.json", "runs")
+    assert asked == [
+        ["trainer.rollout_sync_freq=4", f"data.seed={n}", f"actor_rollout_ref.rollout.seed={n}"] for n in (3, 4)
+    ]
+    assert found[names[0]]["staleness_max"] == 2
+    mean, spread = asynchronous.over_seeds(found, "sync, weights every 4 steps")["greedy"]
+    assert mean == 0.875 and spread == pytest.approx(0.125 * 2**0.5)
+    assert asynchronous.over_seeds(found, "sync") == {}
 
 
 # ---- a run -----------------------------------------------------------------------------------------------------------
