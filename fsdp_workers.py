@@ -39,8 +39,10 @@ class SpinWorker(ActorRolloutRefWorker):
     def init_model(self):
         """Builds the models as verl does, on the engine that `actor_rollout_ref.share_prompt` chooses."""
         meet_in_a_file(os.environ)
-        self.actor_worker_cls = partial(self.actor_worker_cls, share_prompt=self.config.share_prompt)
-        self.ref_worker_cls = partial(self.ref_worker_cls, share_prompt=self.config.share_prompt)
+        own = {name: self.config[name] for name in ("share_prompt", "keep_products")}
+        self.actor_worker_cls, self.ref_worker_cls = (
+            partial(worker, **own) for worker in (self.actor_worker_cls, self.ref_worker_cls)
+        )
         super().init_model()
         if "rollout" in self.role and has_own_sockets(self.config.rollout):
             self.rollout.zmq_handle = own_socket(self.rollout.zmq_handle)
