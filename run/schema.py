@@ -341,7 +341,7 @@ class ActorRolloutRef(Section):
     keep_products: bool = own(
         False,
         "with `model.enable_gradient_checkpointing` keep the results of matrix products and attention and recompute "
-        "the rest only",
+        "the rest only (True in the CPU profile)",
     )
     model: Model
     rollout: Rollout
