@@ -44,11 +44,15 @@ class DPOSettings:
 
 
 class RowWorker(TrainingWorker):
-    """verl's training worker on rows; share_prompt chooses between the engines of row_engine.py."""
+    """verl's training worker on rows; share_prompt chooses between the engines of row_engine.py.
 
-    def __init__(self, config, share_prompt: bool = True):
+    With keep_products recomputation of activations leaves out what takes long (engine/recompute.py).
+    """
+
+    def __init__(self, config, share_prompt: bool = True, keep_products: bool = False):
         engine = SharedPromptEngine if share_prompt else SeparateEngine
         super().__init__(replace(config, model_type=engine.MODEL_TYPE))
+        self.engine.keeps_products = keep_products
 
     def response_logps(self, data: TensorDict) -> TensorDict | None:
         """`logps` of the rows' responses, an entry a response, and with `calculate_token_logps` `token_logps`, an entry

@@ -19,6 +19,7 @@ from verl.workers.engine_workers import ActorRolloutRefWorker
 from recipe.spin import verl_patches
 from recipe.spin.dp_actor import DataParallelPPOActor, RowWorker
 from recipe.spin.rollout.weights import ONE_MACHINE, RUN_NAME, has_own_sockets, own_socket
+from recipe.spin.run import heap
 
 verl_patches.ignore_trl()
 verl_patches.own_transfer_queue()
@@ -39,8 +40,10 @@ class SpinWorker(ActorRolloutRefWorker):
     def init_model(self):
         """Builds the models as verl does, on the engine that `actor_rollout_ref.share_prompt` chooses."""
         meet_in_a_file(os.environ)
-        self.actor_worker_cls = partial(self.actor_worker_cls, share_prompt=self.config.share_prompt)
-        self.ref_worker_cls = partial(self.ref_worker_cls, share_prompt=self.config.share_prompt)
+        own = {name: self.config[name] for name in ("share_prompt", "keep_products")}
+        self.actor_worker_cls, self.ref_worker_cls = (
+            partial(worker, **own) for worker in (self.actor_worker_cls, self.ref_worker_cls)
+        )
         super().init_model()
         if "rollout" in self.role and has_own_sockets(self.config.rollout):
             self.rollout.zmq_handle = own_socket(self.rollout.zmq_handle)
@@ -71,7 +74,11 @@ class SpinWorker(ActorRolloutRefWorker):
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False)
     async def update_weights(self, global_steps: int = None, mode: str = "auto"):
-        """Pushes weights to vLLM as verl does, those of the model that `choose_rollout_model` named."""
+        """Pushes weights to vLLM as verl does, those of the model that `choose_rollout_model` named.
+
+        What the update's activations and gradients have left on the host goes to vLLM, which wakes now.
+        """
+        heap.hand_back()
         actor = self.actor
         if self.rollout_model == "reference":
             self.actor = self.ref

@@ -9,7 +9,7 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from recipe.spin.run import resume, signals
+from recipe.spin.run import heap, resume, signals
 from recipe.spin.run.check import ConfigError, check_config
 from recipe.spin.run.console import without_chatter
 from recipe.spin.run.failure import RunFailed
@@ -71,6 +71,7 @@ class TaskRunner:
                 self.trainer.init()
             agent_loop = agent_loop.result()
             agent_loop.connect(self.trainer.get_llm_client(), self.trainer.get_reward_handles())
+            heap.hand_back()
             self.trainer.fit(agent_loop)
             succeeded = True
         finally:
@@ -103,6 +104,7 @@ def run_spin(config: DictConfig) -> None:
     logs = Path(config.trainer.default_local_dir).absolute() / "logs"
     memory_seconds = 2.0 if config.trainer.device == "cpu" else 10.0  # a GPU's processes map terabytes
     monitor = RunMonitor(logs, memory_seconds, joins=cluster.prepare(config))
+    heap.hand_back()
     with explained(logs):
         with monitor, explained(logs, monitor.logs), Liveness(), signals.kept_from_ray():
             run_ppo(config, task_runner_class=runner)

@@ -17,7 +17,7 @@ from benchmarks.losses import summarize, train
 from benchmarks.machine import ROOT, provenance, results_file, run_missing
 
 ASYNC = ["trainer.v1.trainer_mode=colocate_async"]
-EVERY_4 = ["trainer.rollout_sync_freq=4"]
+EVERY_4 = ["trainer.rollout_sync_freq=4", "actor_rollout_ref.rollout.free_cache_engine=False"]
 ARMS = {
     "sync": [],
     "colocate_async": ASYNC,

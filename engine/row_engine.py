@@ -27,6 +27,7 @@ from recipe.spin.engine.logps import (
     token_logps,
 )
 from recipe.spin.engine.packing import copy_prompts, pack_rows, split_copies
+from recipe.spin.engine.recompute import keep_products
 from recipe.spin.engine.rows import nest, row_lists
 
 
@@ -40,6 +41,7 @@ class RowEngine(FSDPEngineWithLMHead):
     """
 
     MODEL_TYPE: str  # the engine's name in verl's registry
+    keeps_products = False  # where activations are recomputed: those of matrix products and attention are not
 
     def __init__(self, model_config, engine_config, optimizer_config, checkpoint_config):
         model_config.model_type = "language_model"  # what verl loads; the engine's own name chose it in the registry
@@ -72,6 +74,8 @@ class RowEngine(FSDPEngineWithLMHead):
             module = super()._build_module()
         for parameter in module.parameters():
             parameter.data = parameter.data.to(PrecisionType.to_dtype(dtype))
+        if self.keeps_products and self.model_config.enable_gradient_checkpointing:
+            keep_products(module)
         return module
 
     def _build_fsdp_module(self, module):

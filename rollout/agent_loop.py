@@ -23,6 +23,7 @@ from recipe.spin.preferences.source import Group, RewardSource, Score, load_sour
 from recipe.spin.rollout.groups import GroupScoring, checked
 from recipe.spin.rollout.rounds import Request, Round, Session
 from recipe.spin.rollout.scoring import Scoring
+from recipe.spin.run import heap
 
 verl_patches.own_transfer_queue()
 
@@ -158,6 +159,7 @@ class RolloutWorker(Scoring, VerlWorker):
             self._source = source
             self._at_once = source.scoring_model == "actor"
         self._unscored: dict[str, dict[int, tuple[AgentLoopOutput, dict]]] = defaultdict(dict)
+        heap.hand_back()
 
     def connect(self, llm_client: LLMServerClient, reward_loop_worker_handles: list[ActorHandle] | None) -> None:
         """Gives the worker, which started before them, vLLM's servers and the reward's workers."""

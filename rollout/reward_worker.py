@@ -6,6 +6,7 @@ from verl.experimental.reward_loop import reward_loop
 from verl.utils import hf_tokenizer
 
 from recipe.spin.rollout.reward_error import NoScore, Patience, RewardError, reward_name
+from recipe.spin.run import heap
 
 VerlWorker = reward_loop.RewardLoopWorker
 
@@ -18,6 +19,7 @@ class RewardWorker(VerlWorker):
         trusts = self.config.actor_rollout_ref.model.trust_remote_code
         reward_loop.hf_tokenizer = lambda path, **options: hf_tokenizer(path, **options | {"trust_remote_code": trusts})
         super()._init_reward_fn()
+        heap.hand_back()
 
     async def compute_score_batch(self, data) -> list[dict]:
         """A step's scores where the reward model shares the trainer's devices; verl would wait without end.

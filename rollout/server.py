@@ -12,6 +12,7 @@ from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, 
 from vllm.sampling_params import RequestOutputKind
 
 from recipe.spin.rollout.rounds import RoundServing
+from recipe.spin.run import heap
 
 ENGINE_POLL_SECONDS = 1.0
 
@@ -29,6 +30,7 @@ class RolloutServer(RoundServing, vLLMHttpServer):
 
     async def run_server(self, args) -> None:
         await super().run_server(args)
+        heap.hand_back()
         threading.Thread(target=self._end_with_engine, name="end-with-engine", daemon=True).start()
 
     def _end_with_engine(self) -> None:

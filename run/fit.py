@@ -60,6 +60,7 @@ def layout_of(config: DictConfig) -> Layout:
         compute_bytes=BYTES[(fsdp.get("mixed_precision") or {}).get("param_dtype", "bf16")],
         reference_bytes=BYTES[ref.fsdp_config.model_dtype or "bf16"],
         checkpointing=model.enable_gradient_checkpointing,
+        keeps_products=config.actor_rollout_ref.keep_products,
         whole_gradients=devices == 1 or deferred,
         param_offload=fsdp.param_offload,
         optimizer_offload=fsdp.optimizer_offload,

@@ -79,6 +79,7 @@ class Layout:
     compute_bytes: int = BF16  # of a weight or an activation in arithmetic; gradients and AdamW are fp32
     reference_bytes: int = BF16
     checkpointing: bool = True  # activations recomputed in the backward pass
+    keeps_products: bool = False  # but for the results of matrix products and attention
     whole_gradients: bool = True  # wait unsharded for the last micro-batch
     param_offload: bool = False  # weights on the host except in training
     optimizer_offload: bool = False  # AdamW's moments likewise
@@ -157,10 +158,17 @@ def gathered_bytes(model: Model, layout: Layout) -> float:
 
 
 def activation_bytes(model: Model, layout: Layout) -> float:
-    """Of a micro-batch: every layer's input, and of one layer (with recomputation) or all of them the inner values."""
+    """Of a micro-batch: every layer's input, and of one layer (with recomputation) or all of them the inner values.
+
+    Recomputation may leave the results of matrix products and attention as they are; then they wait in every layer.
+    """
     inner = 6 * model.hidden + 2 * model.head_size * (model.heads + model.kv_heads) + 4 * model.intermediate
+    products = 2 * model.hidden + 2 * model.head_size * (model.heads + model.kv_heads) + 2 * model.intermediate
     layers = 1 if layout.checkpointing else model.layers
-    return layout.tokens * layout.compute_bytes * (model.layers * model.hidden + layers * inner)
+    values = model.layers * model.hidden + layers * inner
+    if layout.checkpointing and layout.keeps_products:
+        values += (model.layers - 1) * products
+    return layout.tokens * layout.compute_bytes * values
 
 
 def host_bytes(model: Model, layout: Layout, ranks: int) -> float:

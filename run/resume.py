@@ -51,6 +51,7 @@ HARMLESS = (
     "algorithm.judge.retries",
     "algorithm.judge.max_unreadable",
     "actor_rollout_ref.share_prompt",
+    "actor_rollout_ref.keep_products",
     "actor_rollout_ref.model.enable_gradient_checkpointing",
     "actor_rollout_ref.actor.calculate_entropy",
     "actor_rollout_ref.actor.checkpoint.save_contents",

@@ -338,6 +338,11 @@ class ActorRolloutRef(Section):
     share_prompt: bool = own(
         True, "compute a prompt once for all its responses; False gives each response a copy of it"
     )
+    keep_products: bool = own(
+        False,
+        "with `model.enable_gradient_checkpointing` keep the results of matrix products and attention and recompute "
+        "the rest only (True in the CPU profile)",
+    )
     model: Model
     rollout: Rollout
     actor: Actor

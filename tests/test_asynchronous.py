@@ -19,6 +19,7 @@ from recipe.spin.rollout.agent_loop import ResumingClient
 from recipe.spin.spin_trainer import SpinTrainer, sends_rounds
 
 ASYNC = "trainer.v1.trainer_mode=colocate_async"
+EVERY_2 = ["trainer.rollout_sync_freq=2", "actor_rollout_ref.rollout.free_cache_engine=False"]
 
 
 # ---- what is decided -------------------------------------------------------------------------------------------------
@@ -123,7 +124,7 @@ def test_an_asynchronous_run_and_its_resume(task, tiny_llama, tmp_path):
 
     The first step answers two batches, each further one a batch more; a resumed run has its batch in the checkpoint.
     """
-    settings = [ASYNC, "trainer.rollout_sync_freq=2", "trainer.val_before_train=False"]
+    settings = [ASYNC, *EVERY_2, "trainer.val_before_train=False"]
     run = tmp_path / "run"
     succeed(task, tiny_llama, run, *settings)
     history = metrics(run)

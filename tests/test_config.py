@@ -256,11 +256,12 @@ def test_settings_that_work(run, overrides):
         ),
         ("trainer.rollout_sync_freq=0", ["trainer.rollout_sync_freq=0", "at least 1"]),
         (
-            "trainer.rollout_sync_freq=2 actor_rollout_ref.rollout.free_cache_engine=True",
+            "trainer.rollout_sync_freq=2",
             ["trainer.rollout_sync_freq=2", "set actor_rollout_ref.rollout.free_cache_engine=False"],
         ),
         (
-            "trainer.rollout_sync_freq=2 algorithm.preference_source=self_play",
+            "trainer.rollout_sync_freq=2 actor_rollout_ref.rollout.free_cache_engine=False "
+            "algorithm.preference_source=self_play",
             ["trainer.rollout_sync_freq=2", "the reference's weights"],
         ),
         (

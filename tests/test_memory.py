@@ -170,6 +170,7 @@ def test_the_gpu_profiles_layout():
         (["trainer.n_gpus_per_node=8", "actor_rollout_ref.actor.ppo_mini_batch_size=16"], {"tokens": 2 * 2560}),
         (["actor_rollout_ref.actor.use_dynamic_bsz=False"], {"tokens": 8 * 2560}),
         (["actor_rollout_ref.share_prompt=False"], {"logits": 16384 * 2048 / 3072}),
+        (["actor_rollout_ref.keep_products=True"], {"checkpointing": True, "keeps_products": True}),
         (
             [
                 "trainer.n_gpus_per_node=8",

@@ -1,13 +1,15 @@
-"""The CPU platform's patches of vLLM: sampling by inversion follows the distribution and the seeds."""
+"""The CPU platform's patches of vLLM: sampling by inversion follows the distribution and the seeds; it sleeps."""
+
+import types
 
 import pytest
 import torch
 
+from verl_cpu import memory
+
 
 @pytest.fixture(scope="module")
 def random_sample():
-    import types
-
     from verl_cpu.patches import _sample_by_inversion
 
     module = types.SimpleNamespace(TopKTopPSampler=types.SimpleNamespace(forward_native=None))
@@ -67,3 +69,42 @@ def test_successive_tokens_of_a_request_take_successive_draws(random_sample):
     expected = 1 - torch.rand(5, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
     tokens = [random_sample(probs, generators).item() for _ in range(5)]
     assert tokens == [int(draw * 1000 - 1e-6) for draw in expected.tolist()]
+
+
+# ---- sleep -----------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def worker():
+    """vLLM's CPU worker as far as it sleeps, with a model of a buffer and a cache."""
+    from verl_cpu.patches import _sleep
+
+    module = types.SimpleNamespace(CPUWorker=type("CPUWorker", (), {}))
+    _sleep(module)
+    model = torch.nn.Linear(512, 512, bias=False)
+    model.register_buffer("frequencies", torch.ones(4096))
+    worker = module.CPUWorker()
+    worker.model_runner = types.SimpleNamespace(model=model, kv_caches=[torch.ones(2, 64, 1024)])
+    return worker
+
+
+def whole_pages(tensor: torch.Tensor) -> torch.Tensor:
+    """What of a tensor lies in pages that hold nothing else, whatever its address."""
+    return tensor.detach().flatten()[1024:-1024]
+
+
+@pytest.mark.parametrize(("level", "keeps_weights"), [(1, True), (2, False)])
+def test_a_sleeping_worker_gives_back_its_cache_and_at_level_2_its_weights(worker, level, keeps_weights):
+    model = worker.model_runner.model
+    before = model.weight.detach().clone()
+    worker.sleep(level)
+    assert whole_pages(worker.model_runner.kv_caches[0]).count_nonzero() == 0
+    assert torch.equal(model.weight, before) if keeps_weights else whole_pages(model.weight).count_nonzero() == 0
+    assert (model.frequencies == 1).all()
+    worker.wake_up(["weights"])
+    model.weight.data.copy_(before)
+    assert torch.equal(model.weight, before)
+
+
+def test_emptying_a_part_of_a_page_changes_nothing():
+    tensor = torch.ones(10)
+    memory.empty(tensor)
+    assert (tensor == 1).all()

@@ -115,6 +115,25 @@ def _sample_by_inversion(module: ModuleType) -> None:
     module.TopKTopPSampler.forward_cpu = module.TopKTopPSampler.forward_native
 
 
+def _sleep(module: ModuleType) -> None:
+    """vLLM's CPU worker does not sleep. Here it gives back its cache, and at level 2 its weights, as on a GPU.
+
+    verl sends the weights anew before it generates again; buffers, which it does not send, stay.
+    """
+    from verl_cpu import memory
+
+    def sleep(self, level: int = 1) -> None:
+        weights = self.model_runner.model.parameters() if level == 2 else ()
+        for tensor in (*weights, *self.model_runner.kv_caches):
+            memory.empty(tensor)
+        memory.empty_heap()
+
+    def wake_up(self, tags: list[str] | None = None) -> None:
+        """The system gives pages when they are written to."""
+
+    module.CPUWorker.sleep, module.CPUWorker.wake_up = sleep, wake_up
+
+
 _PATCHES: dict[str, Callable[[ModuleType], None]] = {
     "torch.distributed.fsdp": _without_fsdp1_offload,
     "torch.distributed.fsdp._init_utils": _sync_module_states_on_cpu,
@@ -123,6 +142,7 @@ _PATCHES: dict[str, Callable[[ModuleType], None]] = {
     "verl.workers.rollout.vllm_rollout.bucketed_weight_transfer": _copy_received_weights,
     "vllm.model_executor.layers.utils": _reloadable_linear_weights,
     "vllm.v1.sample.ops.topk_topp_sampler": _sample_by_inversion,
+    "vllm.v1.worker.cpu_worker": _sleep,
 }
 
 

@@ -1,0 +1,14 @@
+"""The memory of a process that has done its loading, or its part of a step."""
+
+import ctypes
+
+
+def hand_back() -> None:
+    """Gives the system what the C library keeps of freed memory; reading a tokenizer leaves it 35 MB.
+
+    For processes that load and then wait for most of a run, and for the trainer before vLLM wakes. Does nothing
+    with a C library other than glibc.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
