@@ -17,6 +17,9 @@ OF_A_NODE = ("VLLM_HOST_IP",)
 SECRET = re.compile(r"_(KEY|TOKEN|SECRET|PASSWORD)$")
 # What the services want that metrics are logged to; only the process that drives the run talks to them
 LOGGING = ("CLEARML_", "MLFLOW_", "SWANLAB_", "WANDB_")
+# A package of vLLM's sets the root logger and its handlers to this level, ERROR without it, in every process that
+# imports vLLM: warnings of the recipe, and of a user's reward, would be lost there
+LOG_LEVEL = "SAGEMAKER_CONTAINER_LOG_LEVEL"
 
 # Nothing of a run on one machine listens on the network, unless the user names an interface
 ON_LOOPBACK = {
@@ -50,7 +53,7 @@ def prepare(config: DictConfig) -> bool:
     with open_dict(config):
         ray_init.address = address(config)
         ray_init.setdefault("namespace", name)
-        variables = {RUN_NAME: name}
+        variables = {RUN_NAME: name, LOG_LEVEL: os.environ.get(LOG_LEVEL, "WARNING")}
         joined = joins(config)
         if joined:
             for key in ("num_cpus", "num_gpus", "object_store_memory"):  # the cluster's own, which a joiner cannot set

@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import huggingface_hub
@@ -8,7 +9,9 @@ from tiny_models import ARCHITECTURES, save_tiny_model
 from whole_runs import write_task
 from worker_harness import Ranks
 
-from recipe.spin.run import model_files
+from recipe.spin.run import cluster, model_files
+
+os.environ.setdefault(cluster.LOG_LEVEL, "WARNING")  # as a run's processes have it
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,8 @@
 
 import copy
 import os
+import subprocess
+import sys
 import tempfile
 import threading
 from pathlib import Path
@@ -58,7 +60,7 @@ def test_a_run_on_one_machine_has_a_cluster_of_its_own_on_loopback(environment):
     joins, ray_init = prepared(config())
     assert not joins and ray_init["address"] == "local"  # never one that somebody else started on the machine
     assert ray_init["num_gpus"] == 1 and ray_init["object_store_memory"] == 500000000
-    assert list(ray_init["runtime_env"]["env_vars"]) == [RUN_NAME]  # the rest is inherited
+    assert list(ray_init["runtime_env"]["env_vars"]) == [RUN_NAME, cluster.LOG_LEVEL]  # the rest is inherited
     assert environment.items() >= (cluster.ON_LOOPBACK | SETTINGS).items()  # what the user names is kept
     assert environment["GLOO_SOCKET_IFNAME"] == "lo" and environment["NCCL_SOCKET_IFNAME"] == "eth1"
     assert not ray_constants.ENABLE_RAY_CLUSTER
@@ -90,7 +92,7 @@ def test_ray_address_local_is_a_cluster_of_its_own(environment):
 def test_workers_on_other_nodes_get_the_drivers_settings_and_no_secrets(environment):
     _, ray_init = prepared(config("trainer.nnodes=2"))
     variables = ray_init["runtime_env"]["env_vars"]
-    assert variables.pop(RUN_NAME) == ray_init["namespace"]
+    assert variables.pop(RUN_NAME) == ray_init["namespace"] and variables.pop(cluster.LOG_LEVEL) == "WARNING"
     assert variables.pop("PYTHONPATH").split(":") == [str(ROOT), "/mine"]
     assert variables == {name: SETTINGS[name] for name in list(SETTINGS)[:4]}
     assert not [secret for secret in SECRETS.values() if secret in OmegaConf.to_yaml(OmegaConf.create(ray_init))]
@@ -103,6 +105,20 @@ def test_what_the_user_sets_for_the_workers_is_kept(environment):
     _, ray_init = prepared(settings)
     assert ray_init["runtime_env"]["env_vars"]["HF_HOME"] == "/local"
     assert ray_init["namespace"] == "mine"
+
+
+def test_warnings_are_heard_in_a_process_that_has_imported_vllm(monkeypatch):
+    """As the agent loop's have, whose judge warns of what it cannot read."""
+    variables = dict(os.environ)
+    monkeypatch.setattr(os, "environ", dict(variables))
+    monkeypatch.setattr(ray_constants, "ENABLE_RAY_CLUSTER", True)
+    _, ray_init = prepared(config())
+    level = ray_init["runtime_env"]["env_vars"][cluster.LOG_LEVEL]
+    program = "import logging, recipe.spin.rollout.server; logging.getLogger('recipe.spin.mine').warning('heard')"
+    process = subprocess.run(
+        [sys.executable, "-c", program], env=variables | {cluster.LOG_LEVEL: level}, capture_output=True, text=True
+    )
+    assert process.returncode == 0 and "heard" in process.stderr, process.stderr[-2000:]
 
 
 def test_two_runs_have_different_names(environment):
