@@ -4,7 +4,8 @@ With `trainer.v1.trainer_mode=colocate_async` more prompts are being answered th
 are, the others are stopped, vLLM gives the device to the update, and with the new weights they go on where they were.
 """
 
-from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer, ReplayBufferAsync
+import transfer_queue as tq
+from verl.trainer.ppo.v1.trainer_base import _count_tq_prompt_groups
 
 from recipe.spin.rollout.agent_loop import ResumingClient
 from recipe.spin.spin_trainer import SpinTrainer
@@ -13,17 +14,8 @@ from recipe.spin.spin_trainer import SpinTrainer
 class AsyncSpinTrainer(SpinTrainer):
     """What differs from SpinTrainer where prompts are answered ahead of the step that trains on them."""
 
-    def _build_replay_buffer(self) -> ReplayBuffer:
-        buffer = super()._build_replay_buffer()
-        if type(buffer) is ReplayBufferAsync:  # not a sampler that the config names; ours has no state of its own
-            buffer.__class__ = WholeAnswers
-        return buffer
-
     def get_llm_client(self):
         return self.llm_server_manager.get_client(ResumingClient)
-
-    def on_train_begin(self):
-        self._add_async_warmup_batches(self.config.trainer.v1.colocate_async.num_warmup_batches)
 
     def on_sample_end(self):
         self.checkpoint_manager.abort_replicas()
@@ -33,16 +25,38 @@ class AsyncSpinTrainer(SpinTrainer):
         super().on_step_end()
         self.checkpoint_manager.resume_generation_replicas()
 
+    # ------------------------------------------------------------------ prompts ahead
 
-class WholeAnswers(ReplayBufferAsync):
-    """verl's buffer, which replaces a prompt whose responses failed by another, for ever if all fail: it ends the run.
+    @property
+    def _batches_ahead(self) -> float:
+        return self.config.trainer.v1.colocate_async.num_warmup_batches
 
-    The reward or the engine that failed has said why in the log. `algorithm.reward_error=skip` lets no prompt fail.
-    """
+    def _add_batch_to_generate(self) -> None:
+        """Fills up what vLLM has to do, with none of the prompts that no step is left for."""
+        size = self.config.data.train_batch_size
+        steps_left = self.total_training_steps - self.global_steps + 1
+        missing = int(size * min(1 + self._batches_ahead, steps_left)) - _count_tq_prompt_groups()
+        if missing > 0:
+            self._add_prompts_to_generate(missing)
 
-    def _terminal_eviction_reasons(self, global_steps, partition_id):
-        reasons = super()._terminal_eviction_reasons(global_steps, partition_id)
-        failed = self.failure_keys[partition_id]
-        if failed and partition_id != "val":
-            raise RuntimeError(f"step {global_steps}: generating or scoring failed for {len(failed)} prompts")
-        return reasons
+    def _check_filtering(self, fetched: int) -> None:
+        super()._check_filtering(fetched - int(self.config.data.train_batch_size * self._batches_ahead))
+
+    def _reissue_inflight_prompts(self, partition_id: str = "train") -> int:
+        """Sends the prompts that the checkpoint holds unanswered or failed; what its last step trained on is cleared.
+
+        verl saves before it clears that, and a resumed run would keep it for good.
+        """
+        tags = (tq.kv_list(partition_id) or {}).get(partition_id, {})
+        waiting = {key for key, tag in tags.items() if tag.get("is_prompt")}
+        trained_on = [key for key in tags if key not in waiting and key.rsplit("_", 2)[0] not in waiting]
+        if trained_on:
+            tq.kv_clear(keys=trained_on, partition_id=partition_id)
+        failed = [key for key in waiting if tags[key]["status"] == "failure"]
+        if failed:
+            tq.kv_batch_put(
+                keys=failed,
+                partition_id=partition_id,
+                tags=[{**tags[key], "status": "pending"} for key in failed],
+            )
+        return super()._reissue_inflight_prompts(partition_id)

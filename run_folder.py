@@ -27,7 +27,7 @@ def checkpoints(folder: Path) -> dict[int, Path]:
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Whether a save came to its end; the place in the data is written last."""
+    """Whether a save came to its end; the place in the data is written after the models."""
     return (checkpoint / "data.pt").exists()
 
 

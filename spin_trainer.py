@@ -16,7 +16,7 @@ import transfer_queue as tq
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.utils import Role
-from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
+from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer, ReplayBufferAsync
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils import tensordict_utils as tu
 from verl.utils.debug import marked_timer
@@ -32,16 +32,19 @@ from recipe.spin.engine.rows import arrange, build_rows, make_rows, nest, pad_ro
 from recipe.spin.fsdp_workers import SpinWorker
 from recipe.spin.preferences.source import RewardSource, load_source
 from recipe.spin.rollout import answers
-from recipe.spin.rollout.agent_loop import SAMPLING_SEED, RolloutClient, WholeRounds
+from recipe.spin.rollout.agent_loop import SAMPLING_SEED, RolloutClient
+from recipe.spin.rollout.buffers import OldestFirst, WholeRounds
 from recipe.spin.rollout.held_out import HeldOutValidation
 from recipe.spin.rollout.opponent import OpponentInVLLM
 from recipe.spin.rollout.reward_worker import use_reward_worker
+from recipe.spin.rollout.staleness import StaleWeights
 from recipe.spin.rollout.weights import has_own_sockets
 
 RESPONSE_FIELDS = ["prompts", "responses", "response_mask", "rollout_log_probs"]
+OWN_BUFFERS = {ReplayBuffer: WholeRounds, ReplayBufferAsync: OldestFirst}
 
 
-class SpinTrainer(OpponentInVLLM, HeldOutValidation, PPOTrainerSync):
+class SpinTrainer(OpponentInVLLM, StaleWeights, HeldOutValidation, PPOTrainerSync):
     """verl's synchronous trainer with preferences and the DPO update in place of advantages and PPO's."""
 
     def __init__(self, config):
@@ -68,9 +71,10 @@ class SpinTrainer(OpponentInVLLM, HeldOutValidation, PPOTrainerSync):
 
     def _build_replay_buffer(self) -> ReplayBuffer:
         buffer = super()._build_replay_buffer()
-        if type(buffer) is ReplayBuffer:  # not a sampler that the config names; ours has methods more, no state
-            buffer.__class__ = WholeRounds
+        if type(buffer) in OWN_BUFFERS:  # not a sampler that the config names; ours have methods more, no state
+            buffer.__class__ = OWN_BUFFERS[type(buffer)]
             buffer.settle = lambda seconds: self.agent_loop_manager.settle(seconds)
+            buffer.is_idle = lambda: self.agent_loop_manager.is_idle()
         # verl's 2 s would be a floor under every small step. WholeRounds looks once a round, others all the time
         buffer.poll_interval = 0.05 if isinstance(buffer, WholeRounds) else 0.25
         return buffer
@@ -131,14 +135,6 @@ class SpinTrainer(OpponentInVLLM, HeldOutValidation, PPOTrainerSync):
         validated = any(name.startswith("val-") for name in history.get(self.global_steps, {}))
         return self._validation_is_due() and not validated
 
-    def on_step_end(self):
-        if self._weights_are_due():
-            super().on_step_end()
-
-    def _weights_are_due(self) -> bool:
-        """Whether vLLM gets the weights: every `rollout_sync_freq` steps, and for the held-out prompts."""
-        return self._validation_is_due() or self.global_steps % self.config.trainer.rollout_sync_freq == 0
-
     def _validation_is_due(self) -> bool:
         """Whether verl's loop answers the held-out prompts after this step."""
         frequency, is_last = self.config.trainer.test_freq, self.global_steps >= self.total_training_steps
@@ -184,7 +180,7 @@ class SpinTrainer(OpponentInVLLM, HeldOutValidation, PPOTrainerSync):
             batch, sample_metrics = self.replay_buffer.sample(
                 global_steps=self.global_steps, partition_id="train", batch_size=sample_batch_size
             )
-            metrics.update(sample_metrics)
+            metrics.update(sample_metrics | self._measure_staleness(batch))
             self.on_sample_end()
 
         if self.reward_loop_manager.reward_loop_worker_handles is None:
@@ -202,6 +198,7 @@ class SpinTrainer(OpponentInVLLM, HeldOutValidation, PPOTrainerSync):
                 self._compute_ref_logps(rows)
             with marked_timer("update_actor", timing_raw, color="red"):
                 self._update_actor(rows, metrics)
+            self._name_logp_gap(metrics)
         return batch
 
     def _prefer(self, batch: KVBatchMeta, metrics: dict) -> TensorDict | None:
@@ -224,7 +221,6 @@ class SpinTrainer(OpponentInVLLM, HeldOutValidation, PPOTrainerSync):
         if self.config.algorithm.reward_error == "skip":
             metrics["score/missing"] = answers.count_missing(rewards, extra)
         metrics.update(answers.response_metrics(rewards, mask, ended, responses, extra))
-        metrics.update(answers.staleness(batch.tags, self.global_steps))
         metrics.update(self.source.metrics([one.get("preference", {}) for one in extra]))
         penalty = self.config.algorithm.missing_eos_penalty
         if penalty:
@@ -233,7 +229,7 @@ class SpinTrainer(OpponentInVLLM, HeldOutValidation, PPOTrainerSync):
         responses, pairs, prompt_of = self.source.pair(responses, rewards, mask, self.global_steps)
         paired_prompts = pairs.rejected.div(n, rounding_mode="floor").unique().numel()
         metrics["pairs/used"] = pairs.chosen.numel()
-        metrics["pairs/prompts_answered"] = self._fetched[1]
+        metrics["pairs/prompts_answered"] = self._fetched_now
         metrics["pairs/tie_rate"] = 1 - paired_prompts / (len(prompts) // n)
         if pairs.chosen.numel() == 0:
             return None
@@ -381,10 +377,14 @@ class SpinTrainer(OpponentInVLLM, HeldOutValidation, PPOTrainerSync):
         tu.assign_non_tensor(rows, average_log_prob=False)
         return self.actor_rollout_wg.compute_actor_logps(rows)["logps"].values()[: len(prompts)]
 
+    @property
+    def _fetched_now(self) -> int:
+        step, fetched = self._fetched
+        return fetched if step == self.global_steps else 0
+
     def _fetch_one_gen_batch(self) -> TensorDict:
         """Numbers the prompts within a step instead of drawing random ids, so that seeds repeat, after a resume too."""
-        step, fetched = self._fetched
-        first = fetched if step == self.global_steps else 0
+        first = self._fetched_now
         self._check_filtering(first)
         batch = super()._fetch_one_gen_batch()
         self._fetched = (self.global_steps, first + len(batch))

@@ -101,6 +101,7 @@ class JudgeSource(RewardSource):
         """Looks at the settings and asks each server once what it serves."""
         settings = config.algorithm.judge
         check_settings(settings)
+        check_step_limit(config)
         if cls.takes_reference(config):
             check_reference(config)
         read_template(settings.prompt)
@@ -312,6 +313,16 @@ def check_settings(settings: DictConfig) -> None:
         )
     if len(models(settings)) != len(servers):
         raise ValueError(f"algorithm.judge.models={settings.models!r}: give one name, a name a server, or null")
+
+
+def check_step_limit(config: DictConfig) -> None:
+    """Raises ValueError where a step's comparisons have a time limit and do not come together."""
+    limit = config.algorithm.judge.step_timeout_s
+    if limit is not None and config.trainer.v1.trainer_mode != "sync":
+        raise ValueError(
+            f"algorithm.judge.step_timeout_s={limit}: with asynchronous generation the comparisons of a step's prompts "
+            "are spread over several steps; leave it null, algorithm.judge.timeout_s limits each call"
+        )
 
 
 def check_reference(config: DictConfig) -> None:

@@ -3,7 +3,6 @@
 import asyncio
 import zlib
 from collections import defaultdict
-from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 from uuid import uuid4
@@ -13,7 +12,6 @@ from ray.actor import ActorHandle
 from verl.experimental.agent_loop.agent_loop import AgentLoopOutput
 from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
-from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 from verl.utils.rollout_trace import rollout_trace_op
 from verl.workers.rollout.llm_server import FullyAsyncLLMServerClient, LLMServerClient
 from verl.workers.rollout.replica import TokenOutput
@@ -30,8 +28,6 @@ verl_patches.own_transfer_queue()
 # Columns that SpinTrainer adds to a batch of prompts
 GREEDY = "spin_greedy"  # answer greedily, whatever the sampling parameters say
 SAMPLING_SEED = "spin_sampling_seed"  # names the prompt within the run
-
-WAIT_SECONDS = 60.0
 
 
 class SpinAgentLoop(SingleTurnAgentLoop):
@@ -120,17 +116,23 @@ class RolloutClient(LLMServerClient):
         """There is no count of requests in flight to bring up to date."""
 
 
-class SeedByLength(LLMServerClient):
-    """Draws on with other random numbers where a response goes on: one seed would give it those of its beginning."""
+class PartByPart(LLMServerClient):
+    """What verl's client leaves out of the parts of a response: random numbers, and the weights' version, of each.
+
+    One seed would give a part the random numbers of the response's beginning.
+    """
 
     async def generate(self, request_id, *, prompt_ids, sampling_params, **options) -> TokenOutput:
         if "seed" in sampling_params:
             seed = zlib.crc32(f"{sampling_params['seed']}/{len(prompt_ids)}".encode())
             sampling_params = sampling_params | {"seed": seed}
-        return await super().generate(request_id, prompt_ids=prompt_ids, sampling_params=sampling_params, **options)
+        output = await super().generate(request_id, prompt_ids=prompt_ids, sampling_params=sampling_params, **options)
+        if not output.token_ids:  # stopped before it began: other weights will begin it
+            output.extra_fields["global_steps"] = None
+        return output
 
 
-class ResumingClient(FullyAsyncLLMServerClient, SeedByLength):
+class ResumingClient(FullyAsyncLLMServerClient, PartByPart):
     """verl's client for responses that weight updates interrupt: it asks again until they are whole."""
 
 
@@ -244,6 +246,10 @@ class RolloutWorker(Scoring, VerlWorker):
             await self.llm_client.generate(request, prompt_ids=prompt_ids, sampling_params=sampling_params)
         ).token_ids
 
+    async def count_answering(self) -> int:
+        """How many prompts are being answered."""
+        return len(self.background_tasks)
+
     async def settle(self) -> None:
         """Returns when no prompt is being answered."""
         while self.background_tasks:
@@ -269,48 +275,13 @@ class RolloutManager(AgentLoopManagerTQ):
         found = ray.get([worker.score_groups.remote() for worker in self.agent_loop_workers])
         return {uid: scores for part in found for uid, scores in part.items()}
 
+    def is_idle(self) -> bool:
+        """Whether no prompt is being answered. Raises when a worker died."""
+        return not any(ray.get([worker.count_answering.remote() for worker in self.agent_loop_workers]))
+
     def settle(self, seconds: float) -> bool:
         """Waits for the prompts being answered, at most so long; whether all are. Raises when a worker died."""
         waits = [worker.settle.remote() for worker in self.agent_loop_workers]
         ready, running = ray.wait(waits, num_returns=len(waits), timeout=seconds)
         ray.get(ready)
         return not running
-
-
-class WholeRounds(ReplayBuffer):
-    """verl's buffer, which looks at answers when all that were asked for are there, and returns them in their order.
-
-    Dynamic sampling then drops and replaces the same prompts in every run.
-    """
-
-    settle: Callable[[float], bool]  # the manager's
-
-    def _sync_metadata_from_transfer_queue(self) -> None:
-        super()._sync_metadata_from_transfer_queue()
-        for partition in {*self.pending_keys, *self.running_keys}:
-            if self.pending_keys[partition] or self.running_keys[partition]:
-                self.finished_keys.pop(partition, None)
-                self.failure_keys.pop(partition, None)
-
-    def _select_prompt_uids(self, partition_id, sampleable_keys, batch_size):
-        asked = [uid for uid in self.prompt_global_steps[partition_id] if uid in sampleable_keys]
-        _, *snapshots = super()._select_prompt_uids(partition_id, sampleable_keys, batch_size)
-        return asked[:batch_size], *snapshots
-
-    def _materialize_batch(self, partition_id, selected_prompt_uids, partition_snapshot):
-        place = {uid: number for number, uid in enumerate(selected_prompt_uids)}
-
-        def order(key: str) -> tuple[int, int, int]:
-            uid, session, index = key.rsplit("_", 2)
-            return place.get(uid, -1), int(session), int(index)
-
-        snapshot = {key: partition_snapshot[key] for key in sorted(partition_snapshot, key=order)}
-        return super()._materialize_batch(partition_id, selected_prompt_uids, snapshot)
-
-    def _wait_for_next_poll(self, partition_id, last_debug_time):
-        if self.settle(WAIT_SECONDS):
-            super()._sync_metadata_from_transfer_queue()
-            lost = self.pending_keys[partition_id] | self.running_keys[partition_id]
-            if lost:
-                raise RuntimeError(f"{len(lost)} prompts were never answered, and nothing works on them: {min(lost)}")
-        return super()._wait_for_next_poll(partition_id, last_debug_time)

@@ -37,16 +37,6 @@ def count_missing(rewards: torch.Tensor, extra: list[dict]) -> int:
     return int(missing.sum())
 
 
-def staleness(tags: list[dict], step: int) -> dict[str, float]:
-    """How many steps the weights that began N responses were behind those that the step trains, 0 where every step
-    pushes weights and waits for all its responses; by the responses' tags. Nothing where the engine does not tell."""
-    versions = [tag.get("min_global_steps") for tag in tags]
-    if None in versions:
-        return {}
-    ages = [step - 1 - version for version in versions]
-    return {"staleness/mean": float(np.mean(ages)), "staleness/max": max(ages)}
-
-
 def response_metrics(
     rewards: torch.Tensor, mask: torch.Tensor, ended: torch.Tensor, responses: TensorDict, extra: list[dict]
 ) -> dict[str, float]:

@@ -106,6 +106,10 @@ class RoundServing:
         waiting = requests
         while waiting:
             await asyncio.sleep(ADMISSION_POLL_SECONDS)
-            states = self.engine.output_processor.request_states
-            known = {name for key in states for name in (key, key.rpartition("-")[0])}  # vLLM may append to an id
+            known = self._known()
             waiting = {task: name for task, name in waiting.items() if not task.done() and name not in known}
+
+    def _known(self) -> set[str]:
+        """The names of the requests that vLLM has."""
+        states = self.engine.output_processor.request_states
+        return {name for key in states for name in (key, key.rpartition("-")[0])}  # vLLM may append to an id

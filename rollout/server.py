@@ -1,5 +1,6 @@
 """verl's vLLM server and replica, for rounds; a server ends with its engine."""
 
+import asyncio
 import os
 import secrets
 import sys
@@ -11,7 +12,7 @@ from verl.workers.rollout.replica import TokenOutput
 from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, vLLMReplica
 from vllm.sampling_params import RequestOutputKind
 
-from recipe.spin.rollout.rounds import RoundServing
+from recipe.spin.rollout.rounds import ADMISSION_POLL_SECONDS, RoundServing
 from recipe.spin.run import heap
 
 ENGINE_POLL_SECONDS = 1.0
@@ -23,6 +24,7 @@ class RolloutServer(RoundServing, vLLMHttpServer):
     def __init__(self, *args, **kwargs):
         # Requests come through Ray; the HTTP server that verl starts beside it answers nobody without the key
         os.environ.setdefault("VLLM_API_KEY", secrets.token_hex(16))
+        self._passed: set[str] = set()  # the names of requests that are through verl's gate
         super().__init__(*args, **kwargs)
 
     def _get_worker_extension_cls(self) -> str:
@@ -45,7 +47,32 @@ class RolloutServer(RoundServing, vLLMHttpServer):
         """As verl's. vLLM reports each answer once, complete and as tokens: verl asks for neither parts nor text."""
         params = {"output_kind": RequestOutputKind.FINAL_ONLY, **sampling_params}
         params.setdefault("detokenize", bool(params.get("stop")))
-        return await super().generate(prompt_ids, params, request_id, **options)
+        try:
+            return await super().generate(prompt_ids, params, request_id, **options)
+        finally:
+            self._passed.discard(request_id)
+
+    async def _park_until_admitted(self, request_id: str) -> TokenOutput | None:
+        rejected = await super()._park_until_admitted(request_id)
+        if rejected is None:
+            self._passed.add(request_id)
+        return rejected
+
+    async def abort_all_requests(self, reset_prefix_cache: bool = True, reject_request: bool = False) -> dict:
+        """As verl's: closes the gate, and makes vLLM return what it has of each response.
+
+        verl's waits, up to 60 s, until each request has given its first output: here that is the whole answer, and a
+        request whose turn in vLLM has not come has none for long. That vLLM has them all is enough.
+        """
+        if self.node_rank != 0:
+            return {"aborted_count": 0, "request_ids": []}
+        self._submission_paused, self._rejecting = True, reject_request
+        self._resume_event.clear()
+        while self._passed - self._known():
+            await asyncio.sleep(ADMISSION_POLL_SECONDS)
+        aborted = list(self.engine.output_processor.request_states)
+        await self.engine.pause_generation(mode="abort", clear_cache=reset_prefix_cache)
+        return {"aborted_count": len(aborted), "request_ids": aborted}
 
 
 class RolloutReplica(vLLMReplica):

@@ -25,6 +25,8 @@ FIXED = (
     "actor_rollout_ref.actor.fsdp_config.fsdp_size",
     "data.dataloader_num_workers",
 )
+# With prompts that are answered ahead a checkpoint has a file a storage unit as well
+FIXED_AHEAD = ("transfer_queue.backend.SimpleStorage.num_data_storage_units",)
 # Settings of these names say how long, where, how fast and in how much memory; what is trained stays the same
 HARMLESS = (
     "trainer.*",
@@ -305,7 +307,8 @@ def _compare(settings: dict, origin: Path, step: int, config: DictConfig) -> Non
     found = differences(old, settings)
     if _ranks(old) != _ranks(settings):
         found.append((RANKS, _ranks(old), _ranks(settings)))
-    fixed = [difference for difference in found if difference[0] in FIXED]
+    ahead = settings["trainer"]["v1"]["trainer_mode"] != "sync"
+    fixed = [difference for difference in found if difference[0] in (FIXED + FIXED_AHEAD if ahead else FIXED)]
     if fixed:
         raise ConfigError(
             f"the checkpoint of step {step} in {origin} cannot be loaded with\n{_listed(fixed)}\nSet these as before, "

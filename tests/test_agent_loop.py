@@ -14,14 +14,7 @@ from verl.workers.rollout.replica import TokenOutput
 
 from recipe.spin.preferences.source import Group, RewardSource, Score
 from recipe.spin.rollout import agent_loop
-from recipe.spin.rollout.agent_loop import (
-    GREEDY,
-    SAMPLING_SEED,
-    RolloutClient,
-    RolloutWorker,
-    SpinAgentLoop,
-    WholeRounds,
-)
+from recipe.spin.rollout.agent_loop import GREEDY, SAMPLING_SEED, RolloutClient, RolloutWorker, SpinAgentLoop
 from recipe.spin.rollout.rounds import Round
 
 
@@ -275,51 +268,3 @@ def test_groups_are_scored_once_in_the_order_of_their_responses():
 def test_a_group_with_too_few_scores_is_refused():
     with pytest.raises(ValueError, match="score_group gave 1 scores for 2 responses"):
         asyncio.run(worker_with_unscored(Server(), 1).score_groups())
-
-
-# ---------------------------------------------------------------------- the buffer
-
-
-@pytest.fixture
-def buffer(monkeypatch) -> WholeRounds:
-    """A buffer over a TransferQueue that holds what `buffer.queue` says."""
-    buffer = WholeRounds("sync", None, None, "drop", None, poll_interval=0.0)
-    buffer.queue = {}
-    from verl.trainer.ppo.v1 import replay_buffer
-
-    monkeypatch.setattr(replay_buffer.tq, "kv_list", lambda: {"val": dict(buffer.queue)})
-    monkeypatch.setattr(replay_buffer.tq, "kv_clear", lambda partition_id, keys: None)
-    return buffer
-
-
-def prompt(status: str) -> dict:
-    return {"is_prompt": True, "status": status, "global_steps": 1}
-
-
-def test_answers_are_handed_out_in_the_order_of_their_prompts(buffer):
-    uids = [f"uid{number}" for number in np.random.default_rng(0).permutation(20)]
-    buffer.queue = {uid: prompt("finished") for uid in uids}
-    for uid in sorted(uids):
-        buffer.queue |= {f"{uid}_{session}_0": {"status": "success"} for session in (1, 0)}
-    batch, _ = buffer.sample(global_steps=1, partition_id="val", batch_size=20)
-    assert batch.keys == [f"{uid}_{session}_0" for uid in uids for session in (0, 1)]
-
-
-def test_nothing_is_looked_at_while_a_prompt_is_being_answered(buffer):
-    buffer.queue = {"a": prompt("finished"), "a_0_0": {"status": "success"}, "b": prompt("running")}
-
-    def settle(seconds):
-        buffer.queue["b"] = prompt("finished")
-        buffer.queue["b_0_0"] = {"status": "success"}
-        return True
-
-    buffer.settle = settle
-    batch, _ = buffer.sample(global_steps=1, partition_id="val", batch_size=1)
-    assert batch.keys == ["a_0_0"] and buffer.finished_keys["val"] == {"a", "b"}
-
-
-def test_a_prompt_that_nothing_works_on_is_an_error(buffer):
-    buffer.queue = {"a": prompt("pending")}
-    buffer.settle = lambda seconds: True
-    with pytest.raises(RuntimeError, match="1 prompts were never answered"):
-        buffer.sample(global_steps=1, partition_id="val", batch_size=1)

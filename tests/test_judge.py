@@ -203,6 +203,15 @@ def test_settings_that_cannot_work_are_refused(run, changes, words):
         assert words in run.refusal(*settings(server, **changes))
 
 
+def test_a_steps_limit_is_refused_where_its_comparisons_do_not_come_together(run):
+    with RuleJudge(number) as server:
+        asked = settings(server, step_timeout_s=60)
+        run.check(*asked)
+        assert "algorithm.judge.step_timeout_s=60: with asynchronous generation" in run.refusal(
+            *asked, "trainer.v1.trainer_mode=colocate_async"
+        )
+
+
 @pytest.mark.parametrize(
     "text", ["Which is better, $first or $second?", "$request $first $second $third", "$request $first $second $"]
 )

@@ -269,6 +269,16 @@ def test_what_no_checkpoint_can_be_loaded_with_is_refused(stopped, mode, change,
     assert words in stopped.refusal(change, f"trainer.resume_mode={mode}")
 
 
+def test_what_is_answered_ahead_stands_in_a_file_a_storage_unit(folder):
+    units = "transfer_queue.backend.SimpleStorage.num_data_storage_units"
+    folder.start()
+    folder.save(6)
+    folder.start(f"{units}=2")
+    ahead = "trainer.v1.trainer_mode=colocate_async"
+    assert f"{units}: 2 -> 1" in folder.refusal(ahead, "trainer.resume_mode=force")
+    folder.start(ahead, f"{units}=2", "trainer.resume_mode=force")
+
+
 def test_ranks_may_stand_in_other_machines(folder):
     two = ["trainer.device=cuda", "trainer.nnodes=2", "trainer.n_gpus_per_node=4"]
     folder.start(*two)
