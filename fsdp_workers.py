@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.tensor import DTensor
 from verl.single_controller.base.decorator import Dispatch, make_nd_compute_dataproto_dispatch_fn, register
 from verl.utils import tensordict_utils as tu
-from verl.utils.device import get_torch_device
+from verl.utils.device import get_device_name, get_torch_device
 from verl.workers.engine_workers import ActorRolloutRefWorker
 
 from recipe.spin import verl_patches
@@ -76,9 +76,10 @@ class SpinWorker(ActorRolloutRefWorker):
     async def update_weights(self, global_steps: int = None, mode: str = "auto"):
         """Pushes weights to vLLM as verl does, those of the model that `choose_rollout_model` named.
 
-        What the update's activations and gradients have left on the host goes to vLLM, which wakes now.
+        On a CPU vLLM, which wakes now, gets what the update's activations and gradients have left.
         """
-        heap.hand_back()
+        if get_device_name() == "cpu":
+            heap.hand_back()
         actor = self.actor
         if self.rollout_model == "reference":
             self.actor = self.ref

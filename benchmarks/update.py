@@ -23,10 +23,13 @@ from benchmarks.random_model import save_random_model
 from recipe.spin.tools.device_probe import free_port
 
 SEPARATE = "actor_rollout_ref.share_prompt=False"
+RECOMPUTE = "actor_rollout_ref.model.enable_gradient_checkpointing"
+KEEP_PRODUCTS = "actor_rollout_ref.keep_products"
 ARMS: dict[str, list[str]] = {
-    "a sequence a response, recomputed": [SEPARATE, "actor_rollout_ref.model.enable_gradient_checkpointing=True"],
-    "a sequence a response": [SEPARATE],
-    "the prompt once": [],
+    "a sequence a response, recomputed": [SEPARATE, f"{RECOMPUTE}=True", f"{KEEP_PRODUCTS}=False"],
+    "a sequence a response": [SEPARATE, f"{RECOMPUTE}=False"],
+    "the prompt once": [f"{RECOMPUTE}=False"],
+    "the prompt once, products kept": [f"{RECOMPUTE}=True", f"{KEEP_PRODUCTS}=True"],
 }
 
 

@@ -105,6 +105,8 @@ def remedies(model: Model, layout: Layout, memory_bytes: float, row: float) -> l
     if layout.whole_gradients and layout.devices > 1:
         key = f"{ACTOR}.fsdp_config.use_no_sync_for_gradient_accumulation"
         found.append(_set(f"{key}=False", whole_gradients=False))
+    if layout.keeps_products:
+        found.append(_set("actor_rollout_ref.keep_products=False", keeps_products=False))
     tokens = max(row, SMALL_MICRO_BATCH)
     if tokens < layout.tokens:
         logits = tokens * layout.logits / layout.tokens

@@ -241,6 +241,16 @@ def sequence_parallelism_can_work(settings: Settings) -> None:
     settings.require(settings[f"{MODEL}.use_remove_padding"], key, f"needs {MODEL}.use_remove_padding=True")
 
 
+def activations_wait_in_one_way(settings: Settings) -> None:
+    key = f"{MODEL}.enable_activation_offload"
+    settings.require(
+        not (settings[key] and settings["actor_rollout_ref.keep_products"]),
+        key,
+        "verl recomputes layers in a way of its own then, which keeps no products; set "
+        "actor_rollout_ref.keep_products=False",
+    )
+
+
 def fsdp1_gathers_no_model_on_cpus(settings: Settings) -> None:
     fsdp1 = settings["trainer.device"] == "cpu" and settings[f"{ACTOR}.strategy"] == "fsdp" and ranks(settings) > 1
     settings.require(
@@ -276,7 +286,8 @@ def the_queue_holds_a_batch(settings: Settings) -> None:
     answers = settings["data.train_batch_size"] * settings[f"{ROLLOUT}.n"]
     if settings[MODE] == "colocate_async":
         ahead = math.ceil(settings["trainer.v1.colocate_async.num_warmup_batches"])
-        who = f"batches of {answers} responses, {ahead} of them ahead of the step, are answered at a time"
+        answers += settings["data.train_batch_size"]  # prompts, which a checkpoint holds too
+        who = f"batches of {answers} prompts and responses, {ahead} of them ahead of the step, are kept at a time"
         answers *= 1 + ahead
     else:
         who = f"a batch has {answers} responses"
@@ -315,6 +326,11 @@ def an_asynchronous_run_shares_its_engine_with_nobody(settings: Settings) -> Non
     """Its requests are under way at every moment, when vLLM would get another's weights or have to give way."""
     if settings[MODE] != "colocate_async":
         return
+    settings.require(
+        not settings["skip.rollout_tq.enable"],
+        "skip.rollout_tq.enable",
+        f"it replays whole steps, which {MODE}=colocate_async does not have; set False",
+    )
     settings.require(
         not _takes_reference(settings),
         MODE,
@@ -376,6 +392,7 @@ RULES: tuple[Callable[[Settings], None], ...] = (
     ranks_fall_into_groups,
     the_machine_has_the_ranks,
     sequence_parallelism_can_work,
+    activations_wait_in_one_way,
     fsdp1_gathers_no_model_on_cpus,
     sequences_fit_vllm,
     the_queue_holds_a_batch,

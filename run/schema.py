@@ -340,8 +340,8 @@ class ActorRolloutRef(Section):
     )
     keep_products: bool = own(
         False,
-        "with `model.enable_gradient_checkpointing` keep the results of matrix products and attention and recompute "
-        "the rest only (True in the CPU profile)",
+        "with `model.enable_gradient_checkpointing` keep the results of matrix products (on a CPU of attention too) "
+        "and recompute the rest only (True in the CPU profile)",
     )
     model: Model
     rollout: Rollout

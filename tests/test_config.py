@@ -254,6 +254,11 @@ def test_settings_that_work(run, overrides):
             f"{MODE}=colocate_async algorithm.preference_source=judge algorithm.judge.servers=[reference]",
             [f"{MODE}='colocate_async'", "set sync"],
         ),
+        (f"{MODE}=colocate_async skip.rollout_tq.enable=True", ["skip.rollout_tq.enable=True", "set False"]),
+        (
+            "actor_rollout_ref.model.enable_activation_offload=True",
+            ["enable_activation_offload=True", "set actor_rollout_ref.keep_products=False"],
+        ),
         ("trainer.rollout_sync_freq=0", ["trainer.rollout_sync_freq=0", "at least 1"]),
         (
             "trainer.rollout_sync_freq=2",

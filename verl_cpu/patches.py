@@ -118,7 +118,7 @@ def _sample_by_inversion(module: ModuleType) -> None:
 def _sleep(module: ModuleType) -> None:
     """vLLM's CPU worker does not sleep. Here it gives back its cache, and at level 2 its weights, as on a GPU.
 
-    verl sends the weights anew before it generates again; buffers, which it does not send, stay.
+    verl sends the weights anew before it generates again. Buffers stay, as it sends only some of them.
     """
     from verl_cpu import memory
 
