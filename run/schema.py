@@ -92,7 +92,7 @@ class Judge(Section):
     api_key_env: Text = own("OPENAI_API_KEY", "the environment variable that holds the servers' key")
     prompt: Text = own(None, "a text file that asks the question", shown="preferences/judge_prompt.txt")
     comparisons: Literal["all", "tournament"] = own("all", "each response meets each, or a knock-out `tournament`")
-    temperature: NotNegative = own(0.0, "at which judges answer")
+    temperature: NotNegative = own(0.0, "at which judges answer; policy and reference always at 0")
     max_tokens: Count = own(512, "of an answer")
     concurrency: Count = own(64, "questions under way at a time")
     retries: Whole = own(4, "tries after a failed one")
