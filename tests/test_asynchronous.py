@@ -153,6 +153,29 @@ def test_a_stop_waits_for_vllm_to_have_the_requests_and_not_for_their_answers():
     asyncio.run(run())
 
 
+def part(reason: str, tokens: list[int], version: int) -> SimpleNamespace:
+    """What verl's server returns of a response, made by weights of that version."""
+    return SimpleNamespace(
+        token_ids=tokens,
+        log_probs=[-1.0] * len(tokens),
+        routed_experts=None,
+        num_preempted=0,
+        stop_reason=reason,
+        extra_fields={"global_steps": version},
+    )
+
+
+def resuming_client(monkeypatch, generate) -> ResumingClient:
+    """The client over a server that `generate` stands for, without verl's pauses."""
+
+    async def no_time(seconds):
+        pass
+
+    monkeypatch.setattr(LLMServerClient, "generate", generate)
+    monkeypatch.setattr(asyncio, "sleep", no_time)
+    return ResumingClient(OmegaConf.create({}))
+
+
 def test_a_response_that_goes_on_draws_other_numbers(monkeypatch):
     """Stopped after two tokens, it is asked for with them, what is left of its budget and a seed of its own."""
     asked = []
@@ -160,21 +183,9 @@ def test_a_response_that_goes_on_draws_other_numbers(monkeypatch):
     async def generate(self, request_id, *, prompt_ids, sampling_params, **options):
         asked.append((prompt_ids, sampling_params))
         reason, tokens = ("aborted", [7, 8]) if len(asked) == 1 else ("completed", [9])
-        return SimpleNamespace(
-            token_ids=tokens,
-            log_probs=[-1.0] * len(tokens),
-            routed_experts=None,
-            num_preempted=0,
-            stop_reason=reason,
-            extra_fields={"global_steps": len(asked)},
-        )
+        return part(reason, tokens, version=len(asked))
 
-    async def no_time(seconds):
-        pass
-
-    monkeypatch.setattr(LLMServerClient, "generate", generate)
-    monkeypatch.setattr(asyncio, "sleep", no_time)
-    client = ResumingClient(OmegaConf.create({}))
+    client = resuming_client(monkeypatch, generate)
     params = {"max_tokens": 5, "seed": 3}
     output = asyncio.run(client.generate("r", prompt_ids=[1, 2], sampling_params=params))
     assert (output.token_ids, output.log_probs) == ([7, 8, 9], [-1.0] * 3)
@@ -188,22 +199,9 @@ def test_a_response_that_was_stopped_before_it_began_is_of_the_weights_that_bega
     answers = [("aborted", [], 4), ("aborted", [7], 5), ("completed", [8], 6)]
 
     async def generate(self, request_id, **options):
-        reason, tokens, version = answers.pop(0)
-        return SimpleNamespace(
-            token_ids=tokens,
-            log_probs=[-1.0] * len(tokens),
-            routed_experts=None,
-            num_preempted=0,
-            stop_reason=reason,
-            extra_fields={"global_steps": version},
-        )
+        return part(*answers.pop(0))
 
-    async def no_time(seconds):
-        pass
-
-    monkeypatch.setattr(LLMServerClient, "generate", generate)
-    monkeypatch.setattr(asyncio, "sleep", no_time)
-    client = ResumingClient(OmegaConf.create({}))
+    client = resuming_client(monkeypatch, generate)
     output = asyncio.run(client.generate("r", prompt_ids=[1], sampling_params={"max_tokens": 5}))
     assert output.token_ids == [7, 8]
     assert [output.extra_fields[name] for name in ("min_global_steps", "max_global_steps")] == [5, 6]
