@@ -17,7 +17,8 @@ adds one. A step is one optimizer step of online DPO on SmolLM2-135M-Instruct, 3
 this recipe and TRL's OnlineDPOTrainer in turn on the same machine; ratios are medians over rounds. The floor is the
 arithmetic that a step cannot do without, at the machine's measured rate of matrix products. "To plain" is the
 reference pass and the update to those of `plain_step.py`, per operation. "Others" are the cores that other programs
-kept busy during the worst of the runs: well above 0, the seconds mean little."""
+kept busy during the worst of the runs: well above 0, the seconds mean little.
+"""
 COLUMNS = ("date", "commit", "machine", "to TRL, same 32 pairs", "to TRL, ties dropped", "ours, s", "TRL, s")
 COLUMNS += ("floor, s", "to plain", "memory ours / TRL, GB", "GFLOP/s", "others", "file")
 
