@@ -8,12 +8,15 @@ import psutil
 from omegaconf import DictConfig
 
 from recipe.spin.run import memory
-from recipe.spin.run.finding import FAIL, OK, Finding, gigabytes
+from recipe.spin.run.finding import FAIL, OK, WARN, Finding, gigabytes
 from recipe.spin.run.fit import BYTES, layout_of
 from recipe.spin.run.memory import Model
+from recipe.spin.run.model_files import weight_bucket
 from recipe.spin.run.rules import ACTOR
 from recipe.spin.run_folder import checkpoints, nearest_existing
 
+SHARED_MEMORY = "/dev/shm"
+NCCL_SHARED_MEMORY = 1e9  # what NVIDIA's documentation of NCCL advises to give a container (docker's --shm-size=1g)
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
@@ -40,6 +43,26 @@ def check_host_memory(config: DictConfig, model: Model) -> Finding:
     why = " (each loads the whole model in fp32, for its embeddings are tied)" if model.tied and ranks > 1 else ""
     remedy = "use a machine with more memory or fewer GPUs of it (trainer.n_gpus_per_node)"
     return Finding("host memory", FAIL, f"{text}{why}; {remedy}", figures)
+
+
+def check_shared_memory(config: DictConfig) -> Finding:
+    """Room for what ranks and vLLM exchange there; a container has 64 MB unless it is given more.
+
+    On a CPU each rank's bucket of weights lies there, and a write beyond the room kills the process. On GPUs NCCL takes
+    some for several ranks, how much depends on the machine: too little there is a warning.
+    """
+    ranks, there = config.trainer.n_gpus_per_node, shutil.disk_usage(SHARED_MEMORY).free
+    if config.trainer.device == "cpu":
+        needed, who = ranks * weight_bucket(config) * 2**20, "weights on their way to vLLM take"
+    else:
+        needed, who = NCCL_SHARED_MEMORY if ranks > 1 else 0, "NCCL should have"
+    figures = {"needed": needed, "there": there}
+    text = f"{gigabytes(there)} GB of shared memory are free in {SHARED_MEMORY}"
+    if needed <= there:
+        return Finding("shared memory", OK, text, figures)
+    remedy = "give the container more (docker's --shm-size=2g; in Kubernetes an emptyDir with medium: Memory)"
+    verdict = FAIL if config.trainer.device == "cpu" else WARN
+    return Finding("shared memory", verdict, f"{text}, and {who} {gigabytes(needed)} GB; {remedy}", figures)
 
 
 def check_disk(config: DictConfig, model: Model) -> Finding:

@@ -15,7 +15,7 @@ from recipe.spin.run import cluster
 from recipe.spin.run.finding import FAIL, OK, WARN, Finding
 from recipe.spin.run.fit import check_device_memory, load_shape
 from recipe.spin.run.gpu import check_compiler, check_driver, devices
-from recipe.spin.run.host import check_disk, check_host_memory
+from recipe.spin.run.host import check_disk, check_host_memory, check_shared_memory
 
 UNITS = "transfer_queue.backend.SimpleStorage.num_data_storage_units"
 CPUS_A_RANK = 3  # verl's placement groups hold so many for each GPU (ResourcePoolManager.max_colocate_count)
@@ -35,6 +35,8 @@ def findings(config: DictConfig) -> Iterator[Finding]:
     """All checks that apply to the run, the quick ones first."""
     if not cluster.joins(config):
         yield check_cores(config)
+    if not _is_only_a_head(config):
+        yield check_shared_memory(config)
     if config.trainer.device == "cuda" and not _is_only_a_head(config):
         yield check_driver()
         yield check_compiler()

@@ -196,7 +196,18 @@ def _tokenizer(path: str, trust_remote_code: bool, local_files_only: bool):
 
 
 def fit_weight_bucket(config: DictConfig) -> None:
-    """Raises the size of the buffer that carries weights to vLLM to the model's largest tensor, and says so.
+    """Raises the size of the buffer that carries weights to vLLM to what the model needs, and says so."""
+    engine = config.actor_rollout_ref.rollout.checkpoint_engine
+    if (needed := weight_bucket(config)) > engine.update_weights_bucket_megabytes:
+        sys.stderr.write(
+            f"[spin] {BUCKET}={needed} in place of {engine.update_weights_bucket_megabytes}: the model's embedding is "
+            "sent to vLLM in one piece\n"
+        )
+        engine.update_weights_bucket_megabytes = needed
+
+
+def weight_bucket(config: DictConfig) -> int:
+    """Megabytes of the buffer that carries weights to vLLM: the setting, or the model's largest tensor if that is more.
 
     That is the embedding, in fp32. On one machine verl sends no tensor in parts and stops at the first push. For a
     checked config.
@@ -204,15 +215,6 @@ def fit_weight_bucket(config: DictConfig) -> None:
     path = config.actor_rollout_ref.model.path
     folder = Path(path).expanduser()
     file = folder / "config.json" if folder.is_dir() else _cached_file(path, "config.json")
-    if file is None:
-        return
-    model = _of_text(json.loads(file.read_bytes()))
-    vocabulary, hidden = model.get("vocab_size", 0), model.get("hidden_size", 0)
-    engine = config.actor_rollout_ref.rollout.checkpoint_engine
-    needed = ceil(vocabulary * hidden * 4 / 2**20)
-    if needed > engine.update_weights_bucket_megabytes:
-        sys.stderr.write(
-            f"[spin] {BUCKET}={needed} in place of {engine.update_weights_bucket_megabytes}: the model's embedding of "
-            f"{vocabulary} x {hidden} is sent to vLLM in one piece\n"
-        )
-        engine.update_weights_bucket_megabytes = needed
+    model = _of_text(json.loads(file.read_bytes())) if file else {}
+    embedding = ceil(model.get("vocab_size", 0) * model.get("hidden_size", 0) * 4 / 2**20)
+    return max(embedding, config.actor_rollout_ref.rollout.checkpoint_engine.update_weights_bucket_megabytes)

@@ -220,8 +220,13 @@ def test_a_containers_limit_is_what_there_is(tmp_path, monkeypatch):
     assert host.available_memory() < 1.5e9 < free
 
 
-def disk(monkeypatch, free: float) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: types.SimpleNamespace(free=free))
+def disk(monkeypatch, free: float = 1e12, shared: float = 1e12) -> None:
+    """A machine with so many bytes free on its disk and in its shared memory."""
+
+    def disk_usage(place):
+        return types.SimpleNamespace(free=shared if place == host.SHARED_MEMORY else free)
+
+    monkeypatch.setattr(shutil, "disk_usage", disk_usage)
 
 
 def test_disk_for_those_kept_and_one_more(model, tmp_path, monkeypatch):
@@ -273,6 +278,37 @@ def test_without_checkpoints_no_disk_is_needed(model, monkeypatch):
     disk(monkeypatch, 0)
     config = settings(ONE, model, "trainer.save_freq=-1")
     assert host.check_disk(config, fit.load_shape(config)[0]).verdict == OK
+
+
+# ---- Shared memory ---------------------------------------------------------------------------------------------------
+BUCKET = "actor_rollout_ref.rollout.checkpoint_engine.update_weights_bucket_megabytes"
+
+
+def test_a_containers_shared_memory_must_hold_what_is_sent_to_vllm(monkeypatch):
+    """On a CPU; a write beyond it is a bus error, of which nothing tells why."""
+    room = 2 * 16 * 2**20
+    config = settings("trainer.n_gpus_per_node=2", f"{BUCKET}=16", device="cpu")
+    disk(monkeypatch, shared=room)
+    assert host.check_shared_memory(config).verdict == OK
+    disk(monkeypatch, shared=room - 1)
+    finding = host.check_shared_memory(config)
+    assert finding.verdict == FAIL
+    for words in ("/dev/shm", "weights on their way to vLLM", "--shm-size", "emptyDir"):
+        assert words in finding.text
+
+
+def test_an_embedding_beyond_the_bucket_counts(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text('{"vocab_size": 1048576, "hidden_size": 32}')
+    disk(monkeypatch, shared=100 * 2**20)
+    setting = f"actor_rollout_ref.model.path={tmp_path}"
+    assert host.check_shared_memory(settings(ONE, setting, f"{BUCKET}=16", device="cpu")).figures["needed"] == 2**27
+
+
+def test_too_little_shared_memory_for_nccl_is_a_warning(monkeypatch):
+    disk(monkeypatch, shared=67e6)
+    assert host.check_shared_memory(settings(ONE)).verdict == OK
+    finding = host.check_shared_memory(settings(EIGHT))
+    assert finding.verdict == WARN and "NCCL" in finding.text and "--shm-size" in finding.text
 
 
 # ---- All of it before a run ------------------------------------------------------------------------------------------
