@@ -13,13 +13,12 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.tensor import DTensor
 from verl.single_controller.base.decorator import Dispatch, make_nd_compute_dataproto_dispatch_fn, register
 from verl.utils import tensordict_utils as tu
-from verl.utils.device import get_device_name, get_torch_device
+from verl.utils.device import get_torch_device
 from verl.workers.engine_workers import ActorRolloutRefWorker
 
 from recipe.spin import verl_patches
 from recipe.spin.dp_actor import DataParallelPPOActor, RowWorker
 from recipe.spin.rollout.weights import ONE_MACHINE, RUN_NAME, has_own_sockets, own_socket
-from recipe.spin.run import heap
 
 verl_patches.ignore_trl()
 verl_patches.own_transfer_queue()
@@ -74,12 +73,7 @@ class SpinWorker(ActorRolloutRefWorker):
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False)
     async def update_weights(self, global_steps: int = None, mode: str = "auto"):
-        """Pushes weights to vLLM as verl does, those of the model that `choose_rollout_model` named.
-
-        On a CPU vLLM, which wakes now, gets what the update's activations and gradients have left.
-        """
-        if get_device_name() == "cpu":
-            heap.hand_back()
+        """Pushes weights to vLLM as verl does, those of the model that `choose_rollout_model` named."""
         actor = self.actor
         if self.rollout_model == "reference":
             self.actor = self.ref

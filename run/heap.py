@@ -1,4 +1,4 @@
-"""The memory of a process that has done its loading, or its part of a step."""
+"""The memory of a process that has done its loading."""
 
 import ctypes
 
@@ -6,8 +6,7 @@ import ctypes
 def hand_back() -> None:
     """Gives the system what the C library keeps of freed memory; reading a tokenizer leaves it 35 MB.
 
-    For processes that load and then wait for most of a run, and for the trainer before vLLM wakes. Does nothing
-    with a C library other than glibc.
+    For processes that load and then wait for most of a run. Does nothing with a C library other than glibc.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:

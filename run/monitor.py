@@ -16,11 +16,10 @@ import ray
 from recipe.spin.run import private_folder
 from recipe.spin.run.console import Console
 from recipe.spin.run.drift import Drift
+from recipe.spin.run.process_memory import needed_memory
 
 TASK_RUNNER = "spin_task_runner"
 POLL_SECONDS = 2.0
-MEMORY_STEP = 1.005
-MEMORY_LOOKS = 5  # at the processes' memory, then it is measured anyway
 LOOKS = 5  # a file that no process of the run has mapped by then is another's
 SHARED_MEMORY = re.compile(r"/dev/shm/(?:psm|verl_weights)_\w+")
 LOGS_OF_A_CLUSTER = "on each node, in /tmp/ray/session_latest/logs (below --temp-dir where Ray was started with one)"
@@ -36,13 +35,11 @@ class RunMonitor:
     Attributes:
         seconds: length of the run.
         logs: where the workers' logs are when the run has failed.
-        peak_memory_gb: highest sum of the proportional set sizes of this process and its descendants (Ray's and
-            vLLM's among them), in 10^9 bytes. Measured when their resident memory is half a percent higher than ever,
-            and now and then: the kernel walks through all pages for it, every two seconds a tenth of a core's time.
-            None on a cluster that the run joins.
+        peak_memory_gb: the most that this process and its descendants (Ray's and vLLM's among them) were seen to
+            need, in 10^9 bytes (process_memory.py). None on a cluster that the run joins.
     """
 
-    def __init__(self, log_folder: Path, memory_seconds: float = POLL_SECONDS, joins: bool = False):
+    def __init__(self, log_folder: Path, memory_seconds: float = 5.0, joins: bool = False):
         """log_folder: gets Ray's logs if the run fails, in place of an older run's. memory_seconds: between two looks
         at the processes' memory."""
         self._joins = joins
@@ -58,9 +55,7 @@ class RunMonitor:
         self._folder: Path | None = None
         self._shared_memory: set[str] = set()
         self._looks: Counter[str] = Counter()
-        self._peak_resident = 0
         self._looked = -math.inf  # at the processes' memory
-        self._unmeasured = 0  # looks since
 
     def __enter__(self) -> "RunMonitor":
         self._started = time.monotonic()
@@ -120,12 +115,7 @@ class RunMonitor:
 
     def _measure_memory(self, processes: list[psutil.Process]) -> None:
         self._looked = time.monotonic()
-        self._unmeasured += 1
-        resident = sum(map(_own_resident, processes))
-        if resident > MEMORY_STEP * self._peak_resident or self._unmeasured > MEMORY_LOOKS:
-            self.peak_memory_gb = max(self.peak_memory_gb, sum(map(_proportional_set_size, processes)) / 1e9)
-            self._peak_resident = max(resident, self._peak_resident)
-            self._unmeasured = 0
+        self.peak_memory_gb = max(self.peak_memory_gb, needed_memory(processes) / 1e9)
 
     def _find_shared_memory(self, processes: list[psutil.Process]) -> None:
         """Notes the files in shared memory that are this run's; asks the processes only while there are new ones."""
@@ -152,23 +142,6 @@ def process_tree() -> list[psutil.Process]:
     """This process and all its descendants."""
     own = psutil.Process()
     return [own, *own.children(recursive=True)]
-
-
-def _own_resident(process: psutil.Process) -> int:
-    """Bytes of memory that a process has for itself, which the kernel keeps count of; 0 if it ended meanwhile."""
-    try:
-        memory = process.memory_info()
-        return memory.rss - memory.shared
-    except psutil.Error:
-        return 0
-
-
-def _proportional_set_size(process: psutil.Process) -> int:
-    """Bytes of memory of a process, pages shared by n processes counted as a n-th; 0 if it ended meanwhile."""
-    try:
-        return process.memory_full_info().pss
-    except psutil.Error:
-        return 0
 
 
 def _shared_memory(process: psutil.Process) -> set[str]:

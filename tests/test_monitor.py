@@ -1,6 +1,5 @@
 """What RunMonitor measures of a run's processes, and how seldom it asks for what costs much."""
 
-import os
 import types
 from multiprocessing import shared_memory
 
@@ -16,26 +15,12 @@ def monitor(tmp_path) -> RunMonitor:
     return RunMonitor(tmp_path)
 
 
-def test_memory_is_measured_when_the_processes_hold_more_than_ever(monitor, monkeypatch):
-    resident, asked = {"now": 0}, []
-    monkeypatch.setattr(run_monitor, "_own_resident", lambda process: resident["now"])
-    monkeypatch.setattr(run_monitor, "_proportional_set_size", lambda process: asked.append(process) or 2e9)
-    for resident["now"] in (100, 50, 100, 100.2, 101, 60):
+def test_the_peak_is_the_most_that_was_seen(monitor, monkeypatch):
+    needed = iter((1e9, 3e9, 2e9))
+    monkeypatch.setattr(run_monitor, "needed_memory", lambda processes: next(needed))
+    for _ in range(3):
         monitor._measure_memory(["a", "b"])
-    assert len(asked) == 4 and monitor.peak_memory_gb == 4.0
-    for _ in range(run_monitor.MEMORY_LOOKS):
-        monitor._measure_memory(["a", "b"])  # shared memory may have grown meanwhile
-    assert len(asked) == 6
-
-
-def test_slow_growth_is_not_missed(monitor, monkeypatch):
-    now = {"bytes": 1e9}
-    monkeypatch.setattr(run_monitor, "_own_resident", lambda process: now["bytes"])
-    monkeypatch.setattr(run_monitor, "_proportional_set_size", lambda process: now["bytes"])
-    for _ in range(100):
-        now["bytes"] *= 1.001
-        monitor._measure_memory(["a"])
-    assert monitor.peak_memory_gb == pytest.approx(now["bytes"] / 1e9, rel=0.01)
+    assert monitor.peak_memory_gb == 3.0
 
 
 @pytest.mark.parametrize(("seconds", "looks"), [(0.0, 5), (1e6, 1)])
@@ -50,18 +35,11 @@ def test_memory_is_looked_at_as_often_as_asked_for(monitor, monkeypatch, seconds
     monkeypatch.setattr(run_monitor, "POLL_SECONDS", 0.0)
     monkeypatch.setattr(run_monitor, "process_tree", lambda: ["a"])
     monkeypatch.setattr(run_monitor, "_ask_task_runner", lambda: None)
-    monkeypatch.setattr(run_monitor, "_own_resident", lambda process: looked.append(process) or 0)
-    monkeypatch.setattr(run_monitor, "_proportional_set_size", lambda process: 0)
+    monkeypatch.setattr(run_monitor, "needed_memory", lambda processes: looked.append(processes) or 0)
     monitor._memory_seconds, monitor._find_shared_memory = seconds, lambda processes: None
     monitor._console = types.SimpleNamespace(waits_for=wait)
     monitor._watch()
     assert len(looked) == looks and set(waits) == {"starting Ray"}
-
-
-def test_a_process_holds_what_it_does_not_share():
-    own = run_monitor._own_resident(psutil.Process())
-    block = bytearray(os.urandom(1 << 20) * 64)
-    assert run_monitor._own_resident(psutil.Process()) - own >= 0.9 * len(block)
 
 
 @pytest.fixture

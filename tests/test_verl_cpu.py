@@ -1,11 +1,18 @@
 """The CPU platform's patches of vLLM: sampling by inversion follows the distribution and the seeds; it sleeps."""
 
+import os
+import subprocess
+import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
 
 from verl_cpu import memory
+
+ROOT = Path(__file__).resolve().parent.parent
+MADV_PAGEOUT = 21  # a name of Python 3.12's mmap
 
 
 @pytest.fixture(scope="module")
@@ -91,20 +98,75 @@ def whole_pages(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().flatten()[1024:-1024]
 
 
+def is_offered(tensor: torch.Tensor) -> bool:
+    """Whether a system that is short of memory takes the tensor's pages: asks it to, now."""
+    memory._call(memory._libc.madvise, *memory._whole_pages(tensor), MADV_PAGEOUT)
+    return whole_pages(tensor).count_nonzero().item() == 0
+
+
 @pytest.mark.parametrize(("level", "keeps_weights"), [(1, True), (2, False)])
-def test_a_sleeping_worker_gives_back_its_cache_and_at_level_2_its_weights(worker, level, keeps_weights):
+def test_a_sleeping_worker_offers_its_cache_and_at_level_2_its_weights(worker, level, keeps_weights):
     model = worker.model_runner.model
     before = model.weight.detach().clone()
     worker.sleep(level)
-    assert whole_pages(worker.model_runner.kv_caches[0]).count_nonzero() == 0
-    assert torch.equal(model.weight, before) if keeps_weights else whole_pages(model.weight).count_nonzero() == 0
-    assert (model.frequencies == 1).all()
+    assert is_offered(worker.model_runner.kv_caches[0])
+    assert is_offered(model.weight) != keeps_weights
+    assert not keeps_weights or torch.equal(model.weight, before)
+    assert not is_offered(model.frequencies)
     worker.wake_up(["weights"])
     model.weight.data.copy_(before)
     assert torch.equal(model.weight, before)
 
 
-def test_emptying_a_part_of_a_page_changes_nothing():
-    tensor = torch.ones(10)
-    memory.empty(tensor)
+def test_what_is_offered_is_there_as_long_as_nobody_needs_it():
+    tensor = torch.ones(1 << 20)
+    memory.offer(tensor)
     assert (tensor == 1).all()
+    tensor[:] = 2  # in use again
+    assert not is_offered(tensor) and (tensor == 2).all()
+
+
+def test_offering_a_part_of_a_page_changes_nothing():
+    tensor = torch.ones(10)
+    memory.offer(tensor)
+    assert (tensor == 1).all()
+
+
+def test_memory_that_cannot_be_offered_is_an_error():
+    with pytest.raises(OSError, match="madvise"):
+        memory._call(memory._libc.madvise, 1, 4096, 8)
+
+
+# Freed activations lie between what is kept; the profile's env.sh makes glibc keep them
+HEAP = """
+import torch
+from pathlib import Path
+from threading import Thread
+from verl_cpu import memory
+
+def offered():
+    text = Path("/proc/self/smaps_rollup").read_text()
+    return int(next(line for line in text.splitlines() if line.startswith("LazyFree")).split()[1]) >> 10
+
+def offer_what_is_freed():
+    freed, kept = [], []
+    for number in range(40):
+        freed.append(torch.full((5 << 18,), float(number)))
+        kept.append(torch.full((1000,), float(number)))
+    del freed
+    memory.offer_heap()
+    print(offered(), all((one == number).all() for number, one in enumerate(kept)))
+"""
+
+
+@pytest.mark.parametrize("thread", [False, True], ids=["main thread", "another thread"])
+def test_freed_memory_is_offered_and_what_is_in_use_is_not(thread):
+    code = (
+        f"{HEAP}\nthread = Thread(target=offer_what_is_freed)\nthread.start()"
+        if thread
+        else f"{HEAP}\noffer_what_is_freed()"
+    )
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "33554432", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
+    process = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True)
+    offered, kept = process.stdout.split()
+    assert int(offered) > 150 and kept == "True", process.stderr  # of 200 MB

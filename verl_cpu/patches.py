@@ -116,7 +116,7 @@ def _sample_by_inversion(module: ModuleType) -> None:
 
 
 def _sleep(module: ModuleType) -> None:
-    """vLLM's CPU worker does not sleep. Here it gives back its cache, and at level 2 its weights, as on a GPU.
+    """vLLM's CPU worker does not sleep. Here it offers the system its cache, and at level 2 its weights.
 
     verl sends the weights anew before it generates again. Buffers stay, as it sends only some of them.
     """
@@ -125,11 +125,11 @@ def _sleep(module: ModuleType) -> None:
     def sleep(self, level: int = 1) -> None:
         weights = self.model_runner.model.parameters() if level == 2 else ()
         for tensor in (*weights, *self.model_runner.kv_caches):
-            memory.empty(tensor)
-        memory.empty_heap()
+            memory.offer(tensor)
+        memory.offer_heap()
 
     def wake_up(self, tags: list[str] | None = None) -> None:
-        """The system gives pages when they are written to."""
+        """What the system has taken it gives when it is written to."""
 
     module.CPUWorker.sleep, module.CPUWorker.wake_up = sleep, wake_up
 

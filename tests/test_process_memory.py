@@ -1,0 +1,69 @@
+"""What a run's processes need: not what they share twice, not what they offered, and nothing once they have ended."""
+
+import multiprocessing
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import psutil
+import pytest
+
+from recipe.spin.run.process_memory import needed_memory
+
+SIZE = 64 << 20
+# A process that does with a block of memory what it is told
+SUBJECT = """
+import mmap
+block, page = mmap.mmap(-1, 64 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), b"1" * (1 << 20)
+print("ready", flush=True)
+while order := input():
+    if order == "offer":
+        block.madvise(mmap.MADV_FREE)
+    else:
+        block.seek(0)
+        for _ in range(64):
+            block.write(page)
+    print("done", flush=True)
+"""
+
+
+@pytest.fixture
+def subject():
+    command = [sys.executable, "-c", SUBJECT]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as process:
+        process.stdout.readline()
+
+        def tell(order: str) -> None:
+            process.stdin.write(f"{order}\n")
+            process.stdout.readline()
+
+        yield SimpleNamespace(tell=tell, process=psutil.Process(process.pid))
+        process.stdin.write("\n")
+
+
+def test_memory_that_is_offered_is_not_needed_until_it_is_used_again(subject):
+    before, more = needed_memory([subject.process]), []
+    for order in ("use", "offer", "use"):
+        subject.tell(order)
+        more.append(needed_memory([subject.process]) - before)
+    assert more == pytest.approx([SIZE, 0, SIZE], abs=SIZE / 10)
+
+
+def test_memory_that_two_processes_share_counts_once():
+    """A forked child has the parent's pages."""
+    block, (theirs, ours) = bytearray(b"1" * SIZE), multiprocessing.Pipe(duplex=False)
+    child = multiprocessing.get_context("fork").Process(target=theirs.recv)
+    child.start()
+    try:
+        processes = [psutil.Process(), psutil.Process(child.pid)]
+        resident = sum(process.memory_info().rss for process in processes)
+        assert needed_memory(processes) < resident - 0.9 * len(block)
+    finally:
+        ours.send("end")
+        child.join()
+
+
+def test_a_process_that_has_ended_needs_nothing(subject):
+    gone = psutil.Process(subprocess.Popen(["true"]).pid)
+    gone.wait()
+    assert needed_memory([gone, subject.process]) == needed_memory([subject.process])
