@@ -63,6 +63,16 @@ def test_the_log_of_another_machines_process_is_not_there(table, tmp_path):
     assert watch.lost.component == "reward worker 0" and watch.lost.last_words == ""
 
 
+def test_a_process_that_died_with_its_machine_is_lost(table):
+    row = actor(1, "WorkerDict", "DEAD", name="x3WorkerDict_0:0", reason=ActorDiedErrorContext.NODE_DIED)
+    row["DeathCause"].actor_died_error_context.error_message = "The actor died because its node has died. Node Id: 7f"
+    table.append(row | {"Address": {"IPAddress": "elsewhere"}})
+    watch = Liveness()
+    watch._look()
+    assert watch.lost.component == "the trainer's rank 0"
+    assert watch.lost.how == "The actor died because its node has died. Node Id: 7f"
+
+
 @pytest.mark.parametrize("reason", [ActorDiedErrorContext.RAY_KILL, ActorDiedErrorContext.OUT_OF_SCOPE, None])
 def test_what_was_ended_on_purpose_or_by_an_exception_is_not_lost(table, reason):
     table.append(actor(1, "TransferQueueController", "DEAD", reason=reason))
@@ -115,7 +125,8 @@ def quick(monkeypatch):
 def test_a_run_that_waits_for_a_dead_process_is_ended(table, quick):
     with pytest.raises(ComponentDied, match=r"vLLM's server 0 \(process 101\) died: Worker exits\."), Liveness():
         table.append(actor(1, "RolloutServer", "DEAD", reason=ActorDiedErrorContext.WORKER_DIED))
-        threading.Event().wait(30)
+        for _ in range(3000):  # as Ray's waiting does, looks for signals now and then; a lock's would not
+            time.sleep(0.01)
 
 
 def test_what_a_run_ends_by_itself_is_the_death_before_it(table, quick, monkeypatch):
