@@ -68,30 +68,59 @@ def test_a_buffer_that_asks_all_the_time_does_so_four_times_a_second(trainer, mo
     assert trainer._build_replay_buffer().poll_interval == seconds
 
 
+UPDATE = {
+    "loss": [0.5],
+    "logps/chosen": [-6.0],
+    "kl/sequence": [2.1],
+    "response_length/chosen": [12.0],
+    "response_length/rejected": [9.0],
+}
+
+
+@pytest.fixture
+def step(trainer):
+    """Takes a step by the trainer's own method, in which pairs are found or not, and optimizer steps skipped or not.
+
+    Returns the step's metrics.
+    """
+    limits = {"max_steps_without_pairs": 2, "max_skipped_steps": 3}
+    actor = {"ppo_epochs": 1, "calculate_entropy": False}
+    config = {"trainer": {"ref_update_freq": 0, **limits}, "actor_rollout_ref": {"actor": actor}}
+    trainer.config = OmegaConf.create(config)
+    trainer._without_pairs_in_a_row = trainer._skipped_in_a_row = 0
+    trainer._dpo_settings = lambda: DPOSettings(beta=0.1)
+    trainer.replay_buffer = types.SimpleNamespace(sample=lambda **asked: ("the batch", {}))
+    trainer.reward_loop_manager = types.SimpleNamespace(reward_loop_worker_handles=["a worker"])
+    trainer.on_sample_begin = trainer.on_sample_end = lambda: None
+    trainer._measure_staleness = lambda batch: {}
+    trainer._compute_ref_logps = lambda rows: None
+
+    def take(pairs: bool = True, skipped: tuple[bool, ...] = (False,)) -> dict:
+        rows = TensorDict({}, batch_size=1) if pairs else None
+        trainer._prefer = lambda batch, metrics: rows
+        output = tu.get_tensordict({}, non_tensor_dict={"metrics": UPDATE | {"skipped": list(skipped)}})
+        trainer._actor_rollout_wg = types.SimpleNamespace(update_actor=lambda rows: output)
+        metrics = {}
+        assert trainer._step_once(metrics, {}, sample_batch_size=4) == "the batch"
+        return metrics
+
+    return take
+
+
 @pytest.mark.parametrize(("average", "per_token"), [(False, -0.5), (True, -6.0)])
-def test_metrics_that_show_likelihood_and_length_going(trainer, average, per_token):
+def test_metrics_that_show_likelihood_and_length_going(step, trainer, average, per_token):
     """The log-prob a token, which the mean is already, and by how much the chosen responses are longer."""
-    trainer.config = OmegaConf.create({"actor_rollout_ref": {"actor": {"ppo_epochs": 1, "calculate_entropy": False}}})
-    trainer.config.trainer = {"max_skipped_steps": 3}
-    trainer._skipped_in_a_row = 0
     trainer._dpo_settings = lambda: DPOSettings(beta=0.1, average_log_prob=average)
-    lengths = {"response_length/chosen": [12.0], "response_length/rejected": [9.0]}
-    update = {"skipped": [False], "loss": [0.5], "logps/chosen": [-6.0], "kl/sequence": [2.1], **lengths}
-    output = tu.get_tensordict(tensor_dict={}, non_tensor_dict={"metrics": update})
-    trainer._actor_rollout_wg = types.SimpleNamespace(update_actor=lambda rows: output)
-    metrics = {}
-    trainer._update_actor(TensorDict({}, batch_size=1), metrics)
+    metrics = step()
     assert metrics["logps/chosen_token"] == per_token and metrics["logps/chosen"] == -6.0
     assert metrics["response_length/gap"] == 3.0 and metrics["kl/token"] == pytest.approx(0.2)
 
 
-def test_steps_without_a_pair_in_a_row_stop_the_run(trainer):
-    trainer.config = OmegaConf.create({"trainer": {"max_steps_without_pairs": 2}})
-    trainer._without_pairs_in_a_row = 0
-    for found in (False, True, False):
-        trainer._check_pairs(found)
+def test_steps_without_a_pair_in_a_row_stop_the_run(step):
+    for pairs in (False, True, False):
+        assert ("actor/loss" in step(pairs)) == pairs
     with pytest.raises(RuntimeError, match="step 7: 2 steps in a row gave no pair.*max_steps_without_pairs=2"):
-        trainer._check_pairs(False)
+        step(pairs=False)
 
 
 def held_out(**val_kwargs):
@@ -342,10 +371,9 @@ def test_held_out_prompts_without_a_score_are_left_out_and_counted(trainer):
     assert metrics["val-aux/prompts_without_score"] == 2
 
 
-def test_skipped_steps_in_a_row_stop_the_run(trainer):
-    trainer.config = OmegaConf.create({"trainer": {"max_skipped_steps": 3}})
-    trainer._skipped_in_a_row = 0
+def test_skipped_steps_in_a_row_stop_the_run(step):
+    """In a row across the trainer's steps, each of which has several of the optimizer's."""
     for skipped in ([True, True, False], [False, True], [True, False], [True, True]):
-        trainer._check_skipped(skipped)
+        assert step(skipped=skipped)["actor/skipped_steps"] == sum(skipped)
     with pytest.raises(FloatingPointError, match=r"step 7: .* 3 optimizer steps in a row .*max_skipped_steps=3"):
-        trainer._check_skipped([True])
+        step(skipped=[True])
