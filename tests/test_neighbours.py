@@ -69,13 +69,13 @@ def test_a_rendezvous_at_a_loopback_address_listens_there_alone(kept):
 
 
 @pytest.fixture
-def limited(monkeypatch):
-    """verl's two sides with a limit of 0.3 s, in this test alone."""
+def limit(monkeypatch):
+    """Limits the waiting of verl's two sides, in this test alone."""
     for side, method in (("Sender", "async_send_weights"), ("Receiver", "receive_weights")):
         for name in (method, "_init_socket"):
             side_class = getattr(transfer, f"BucketedWeight{side}")
             monkeypatch.setattr(side_class, name, getattr(side_class, name))
-    verl_patches.limit_weight_transfer(seconds=0.3)
+    return verl_patches.limit_weight_transfer
 
 
 def send(address: str, value: float) -> None:
@@ -106,18 +106,21 @@ def test_two_runs_each_get_their_own_weights(monkeypatch, tmp_path):
         assert not sender.is_alive()
 
 
-def test_a_receiver_whose_sender_has_died_says_so(limited, tmp_path):
+def test_a_receiver_whose_sender_has_died_says_so(limit, tmp_path):
+    limit(seconds=0.3)
     with pytest.raises(TimeoutError, match="trainer's rank did not send weights for 0.3 s"):
         receive(f"ipc://{tmp_path}/nobody")
 
 
-def test_a_sender_whose_receiver_has_died_says_so(limited, tmp_path):
+def test_a_sender_whose_receiver_has_died_says_so(limit, tmp_path):
+    limit(seconds=0.3)
     with pytest.raises(TimeoutError, match="vLLM's worker did not take weights for 0.3 s"):
         send(f"ipc://{tmp_path}/nobody", 1.0)
     assert not (tmp_path / "nobody").exists()
 
 
-def test_a_transfer_within_the_limit_is_as_before(limited, tmp_path):
+def test_a_transfer_within_the_limit_is_as_before(limit, tmp_path):
+    limit(seconds=60)
     address = f"ipc://{tmp_path}/both"
     sender = threading.Thread(target=send, args=(address, 3.0), daemon=True)
     sender.start()
