@@ -2,11 +2,16 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
+import time
+from collections import Counter
+from itertools import count
 from pathlib import Path
 
 import psutil
@@ -57,8 +62,9 @@ def start(
     program=("-m", "recipe.spin.main_spin"),
     device: str = "cpu",
     within: tuple[str, ...] = (),
+    temporary: Path | None = None,
 ):
-    """Starts a run as a user would; `within` is a command that starts it elsewhere."""
+    """Starts a run as a user would; `within` is a command that starts it elsewhere, `temporary` its TMPDIR."""
     command = [*within, sys.executable, *program, f"device={device}", f"actor_rollout_ref.model.path={model}"]
     command += [
         f"data.train_files={task}/train.parquet",
@@ -76,10 +82,13 @@ def start(
         "trainer.test_freq=100",
         *overrides,
     ]
+    variables = {MARK: str(run), "VERL_FILE_LOGGER_PATH": str(run.parent / "verl.jsonl")}
+    if temporary:
+        variables["TMPDIR"] = str(temporary)
     return subprocess.Popen(
         command,
         cwd=ROOT,
-        env=os.environ | {MARK: str(run), "VERL_FILE_LOGGER_PATH": str(run.parent / "verl.jsonl")},
+        env=os.environ | variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -105,9 +114,9 @@ def succeed(task: Path, model: Path, run: Path, *overrides: str, **options) -> s
     return output
 
 
-def fail(task: Path, model: Path, run: Path, *overrides: str) -> str:
+def fail(task: Path, model: Path, run: Path, *overrides: str, **options) -> str:
     """Runs to the end, which must be a bad one, and returns the line with the error."""
-    process = start(task, model, run, *overrides)
+    process = start(task, model, run, *overrides, **options)
     output = finish(process)
     assert process.returncode not in (0, None)
     return output[output.index("error: ") :].splitlines()[0]
@@ -130,20 +139,79 @@ def processes(run: Path, describe=lambda process: " ".join(process.cmdline()) or
     return found
 
 
+def temporary_folder() -> Path:
+    """Makes a temporary folder for runs alone; below pytest's the paths of Ray's sockets would be too long."""
+    return Path(tempfile.mkdtemp(prefix="runs-", dir="/tmp"))
+
+
+class Watch:
+    """Context manager around a run with a temporary folder of its own: where it listens, and what it leaves.
+
+    Which files in shared memory are the run's its processes tell while they have them mapped. A new one is asked about
+    within a fraction of a second, as a push of weights to a tiny model has one for no longer.
+
+    Attributes:
+        temporary: the folder, for `start`.
+        listening: the addresses on which the run's processes took connections, with the processes' names.
+    """
+
+    SHARED_MEMORY = Path("/dev/shm")
+    LOOKS = 20  # a file that no process of the run has mapped by then is another's
+
+    def __init__(self, run: Path):
+        self._run = run
+        self.temporary = temporary_folder()
+        self.listening: set[tuple[str, str]] = set()
+        self._before = set(self.SHARED_MEMORY.iterdir())
+        self._shared_memory: set[str] = set()
+        self._looks: Counter[str] = Counter()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> "Watch":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._ended.set()
+        self._thread.join()
+        shutil.rmtree(self.temporary)
+
+    def left(self, patience: float = 3.0) -> list[str]:
+        """The files, folders and processes of the run that are there when it has ended, and a moment later still."""
+        until = time.monotonic() + patience
+        while (found := self._left()) and time.monotonic() < until:
+            time.sleep(0.1)
+        return found
+
+    def _left(self) -> list[str]:
+        files = [*map(str, self.temporary.iterdir()), *filter(os.path.exists, self._shared_memory.copy())]
+        return sorted(files) + processes(self._run)
+
+    def _watch(self) -> None:
+        for tick in count():
+            if self._ended.wait(0.05):
+                return
+            self._find_shared_memory()
+            if tick % 40 == 0:
+                self.listening.update(*processes(self._run, listening))
+
+    def _find_shared_memory(self) -> None:
+        new = set(map(str, set(self.SHARED_MEMORY.iterdir()) - self._before)) - self._shared_memory
+        self._looks.update(new)
+        if any(self._looks[file] <= self.LOOKS for file in new):
+            self._shared_memory |= new & set().union(*processes(self._run, mapped_files))
+
+
 def listening(process: psutil.Process) -> set[tuple[str, str]]:
-    """The addresses on which a process takes connections, with its name."""
+    """The addresses on which a process takes connections, with its name; those of IPv6 sockets in its notation."""
     sockets = [socket for socket in process.net_connections(kind="tcp") if socket.status == psutil.CONN_LISTEN]
-    return {(socket.laddr.ip.removeprefix("::ffff:"), process.name()) for socket in sockets}
+    return {(socket.laddr.ip, process.name()) for socket in sockets}
 
 
-def watch_listening(run: Path, found: set, ended: threading.Event) -> None:
-    while not ended.wait(2):
-        found.update(*processes(run, listening))
-
-
-def files() -> set[str]:
-    """The files that a killed run would leave: shared memory, sockets and folders."""
-    temporary = Path(tempfile.gettempdir())
-    places = [(Path("/dev/shm"), "psm_*"), (Path("/dev/shm"), "verl_weights_*")]
-    places += [(temporary, "spin-*"), (temporary, "rl-colocate*")]
-    return {str(path) for folder, pattern in places for path in folder.glob(pattern)}
+def mapped_files(process: psutil.Process) -> set[str]:
+    """The files in shared memory that a process has mapped."""
+    try:
+        return set(re.findall(r"/dev/shm/\S+", Path(f"/proc/{process.pid}/maps").read_text()))
+    except OSError:  # it has just ended
+        return set()
