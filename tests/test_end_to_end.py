@@ -8,6 +8,7 @@ import ipaddress
 import json
 import math
 import os
+import re
 import shutil
 import time
 from pathlib import Path
@@ -62,6 +63,14 @@ def test_a_run_reports_what_it_reached(one_rank):
     output = (one_rank.parent / "output.txt").read_text()
     assert summary["checkpoint"] in output and "held-out accuracy" in output
     assert "Traceback" not in output and len(output.replace("\r", "\n").splitlines()) < 200
+
+
+def test_a_run_shows_its_steps_and_not_what_its_libraries_say(one_rank):
+    output = (one_rank.parent / "output.txt").read_text()
+    steps = re.findall(r"^\[spin\] step (\d) of 4, ", output, re.MULTILINE)
+    assert steps == sorted(set(steps)) and steps[-1:] == ["4"]
+    for chatter in ("Platform override", "ray init kwargs", "configuration checks passed"):
+        assert chatter not in output
 
 
 def test_the_checkpoint_is_the_trained_model(one_rank, tiny_llama):
