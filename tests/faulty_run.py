@@ -1,13 +1,15 @@
 """A run in which one process is killed: SPIN_FAULT=COMPONENT:MOMENT python -m faulty_run KEY=VALUE ...
 
 The TaskRunner kills it, once, at that moment of a step behind the first that it trains, which leaves a checkpoint; at
-the moment `validation` in the first validation. The component `disk` is filled instead, by a file in the run's folder;
-at the moment `report` by the driver. A module of its own, so that Ray's workers can import it.
+the moment `validation` in the first validation. At the moment `report` the driver kills itself, as all others have
+ended by then. The component `disk` is filled instead, by a file in the run's folder. When that was stands in a file
+beside the folder, by the machine's monotonic clock. A module of its own, so that Ray's workers can import it.
 """
 
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 
 import psutil
@@ -17,6 +19,7 @@ from recipe.spin.run import report
 from recipe.spin.run.liveness import _actors_of_this_job, class_of
 
 FILLER = "filler"
+STRUCK = "struck"
 ACTORS = {  # by the classes of the actors
     "server": "RolloutServer",
     "rank": "WorkerDict",
@@ -37,7 +40,7 @@ def process_of(component: str) -> int:
     raylet = next(parent for parent in runner.parents() if parent.name() == "raylet")
     if component == "gcs_server":
         return next(child.pid for child in raylet.parent().children() if child.name() == "gcs_server")
-    return {"runner": runner, "raylet": raylet}[component].pid
+    return {"runner": runner, "raylet": raylet, "driver": raylet.parent()}[component].pid
 
 
 def fill(folder: Path) -> None:
@@ -48,6 +51,15 @@ def fill(folder: Path) -> None:
                 pass
         except OSError:
             return
+
+
+def strike(folder: Path, pid: int | None) -> None:
+    """Kills a process of the run in a folder, or with none fills the folder's disk."""
+    (folder.parent / STRUCK).write_text(str(time.monotonic()))
+    if pid is None:
+        fill(folder)
+    else:
+        os.kill(pid, signal.SIGKILL)
 
 
 def faulty(trainer: type) -> type:
@@ -62,13 +74,12 @@ def faulty(trainer: type) -> type:
             if now != moment or too_early or self._struck:
                 return
             self._struck = True
-            if component == "disk":
-                return fill(Path(self.config.trainer.default_local_dir))
-            pid = process_of(component)
+            folder = Path(self.config.trainer.default_local_dir)
+            pid = None if component == "disk" else process_of(component)
             if after:
-                threading.Timer(after, os.kill, (pid, signal.SIGKILL)).start()
+                threading.Timer(after, strike, (folder, pid)).start()
             else:
-                os.kill(pid, signal.SIGKILL)
+                strike(folder, pid)
 
         def on_init_end(self):
             self._begun_at = self.global_steps
@@ -108,8 +119,9 @@ class FaultyRunner(main_spin.TaskRunner):
         return faulty(main_spin.TaskRunner.trainer_class(config))
 
 
-def write_to_a_full_disk(config, **known):
-    fill(Path(config.trainer.default_local_dir))
+def strike_and_write(config, **known):
+    fills = os.environ["SPIN_FAULT"] == "disk:report"
+    strike(Path(config.trainer.default_local_dir), None if fills else os.getpid())
     return WRITE_REPORT(config, **known)
 
 
@@ -118,8 +130,8 @@ WRITE_REPORT = report.write
 
 def main() -> None:
     main_spin.TaskRunner = FaultyRunner
-    if os.environ["SPIN_FAULT"] == "disk:report":
-        report.write = write_to_a_full_disk
+    if os.environ["SPIN_FAULT"].endswith(":report"):
+        report.write = strike_and_write
     main_spin.main()
 
 

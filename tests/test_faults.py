@@ -6,7 +6,8 @@ rows makes such a chain. All of them are left out of the suite but for a sample:
 -m "slow or long"`.
 """
 
-import os
+import glob
+import json
 import shutil
 import signal
 import subprocess
@@ -15,8 +16,8 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from faulty_run import FILLER
-from whole_runs import finish, metrics, processes, start
+from faulty_run import FILLER, STRUCK
+from whole_runs import finish, metrics, processes, start, temporary_folder
 
 from recipe.spin.run_folder import metrics_files, tracked_step
 
@@ -79,6 +80,8 @@ NAMES = {
     "raylet": "Ray's node manager (raylet)",
     "gcs_server": "Ray's control service (gcs_server)",
 }
+# In which a run has named a process that died, and ended. A bound against hangs: it is not measured here
+SECONDS_TO_END = 60
 MOMENTS = ("generation", "scoring", "update", "refresh", "push", "validation", "checkpoint")
 SAMPLE = {("engine", "generation")}  # in every run of the suite
 CASES = [
@@ -99,34 +102,85 @@ class Chain:
     def start(self, *overrides: str, reward: str = "in_order", **options):
         """The command that begins the run or goes on with it, a checkpoint every step."""
         self.reward.with_name("behaviour").write_text(reward)
+        self._struck.unlink(missing_ok=True)
         settings = [f"reward.custom_reward_function.path={self.reward}", "trainer.save_freq=1"]
         settings += ["trainer.val_before_train=False"]
         return self._start(self.run, *settings, "trainer.total_training_steps=1000", *overrides, **options)
+
+    def start_faulty(self, moment: str):
+        """The same, with the fault of the environment's SPIN_FAULT at that moment."""
+        validates = ["trainer.test_freq=1", "trainer.val_before_train=True"] if moment == "validation" else []
+        reward = "slow" if moment == "scoring" else "in_order"
+        return self.start(*validates, reward=reward, program=["-m", "faulty_run"])
 
     @property
     def step(self) -> int:
         return tracked_step(self.run) or 0
 
+    @property
+    def _struck(self) -> Path:
+        return self.run.with_name(STRUCK)
+
+    @property
+    def seconds_since_the_kill(self) -> float:
+        return time.monotonic() - float(self._struck.read_text())
+
     def failure(self, process, begun_at: int) -> str:
-        """The error of a run that went on from a step and failed as it should: within its time, nothing left."""
+        """The error of a run that went on from a step and failed as it should, nothing left."""
         output = finish(process, timeout=240)
         assert process.returncode == 1 and "Traceback" not in output, output[-5000:]
         lines = output[output.index("error: ") :].splitlines()
         assert "same command" in lines[-2] and lines[-1].startswith(f"logs: {self.run}"), output[-5000:]
-        assert begun_at in [step for step, _ in metrics_files(self.run)], "it did not go on from the last checkpoint"
-        assert processes(self.run) == [] and list(self.temporary.iterdir()) == []
+        self.went_on_from(begun_at)
+        self.leaves_nothing()
         return lines[0]
+
+    def death(self, process, begun_at: int) -> None:
+        """The end of a run that went on from a step and whose command was killed: no error, no process left."""
+        output = finish(process, timeout=240)
+        assert process.returncode == -signal.SIGKILL, output[-5000:]
+        assert not [line for line in output.splitlines() if line.startswith("error: ")], output[-5000:]
+        while (alive := processes(self.run)) and self.seconds_since_the_kill < SECONDS_TO_END:
+            time.sleep(0.1)
+        assert alive == []
+        self.went_on_from(begun_at)
+
+    def success(self, *overrides: str, **options) -> None:
+        """Starts the command, which must come to a good end."""
+        process = self.start(*overrides, **options)
+        output = finish(process, timeout=600)
+        assert process.returncode == 0, output[-5000:]
+        self.leaves_nothing()
+
+    def stop(self, number: int) -> None:
+        """Starts the command, and stops it by a signal while Ray starts."""
+        sessions = f"{self.temporary}/spin-*/ray/session_*"
+        before, process, deadline = set(glob.glob(sessions)), self.start(), time.monotonic() + 120
+        while not set(glob.glob(sessions)) - before:
+            if process.poll() is not None or time.monotonic() > deadline:
+                process.kill()
+                pytest.fail(f"Ray has not started: {finish(process)[-5000:]}")
+            time.sleep(0.01)
+        process.send_signal(number)
+        output = finish(process, timeout=120)
+        assert process.returncode == 128 + number and "the same command goes on" in output, output[-5000:]
+        self.leaves_nothing()
+
+    def leaves_nothing(self) -> None:
+        assert processes(self.run) == [] and list(self.temporary.iterdir()) == []
+
+    def went_on_from(self, step: int) -> None:
+        assert step in [begun_at for begun_at, _ in metrics_files(self.run)], "it began at another step"
 
 
 @pytest.fixture(scope="module")
 def a_chain(task, tiny_llama, tmp_path_factory):
     """Makes chains in a temporary folder of their own, so that what is left there is theirs."""
-    temporary = Path(f"/tmp/f{os.getpid()}")
-    temporary.mkdir()
+    temporary = temporary_folder()
     with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("TMPDIR", str(temporary))
         environment.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}")
-        yield lambda name: Chain(tmp_path_factory.mktemp(name), temporary, partial(start, task, tiny_llama))
+        begin = partial(start, task, tiny_llama, temporary=temporary)
+        yield lambda name: Chain(tmp_path_factory.mktemp(name), temporary, begin)
     shutil.rmtree(temporary)
 
 
@@ -139,11 +193,36 @@ def chain(a_chain) -> Chain:
 @pytest.mark.parametrize(("component", "moment"), CASES)
 def test_a_killed_process_is_named_and_ends_the_run(component, moment, chain, monkeypatch):
     monkeypatch.setenv("SPIN_FAULT", f"{component}:{moment}")
-    begun_at, options = chain.step, {"reward": "slow"} if moment == "scoring" else {}
-    validates = ["trainer.test_freq=1", "trainer.val_before_train=True"] if moment == "validation" else []
-    process = chain.start(*validates, program=["-m", "faulty_run"], **options)
-    assert chain.failure(process, begun_at).startswith(f"error: {NAMES[component]} (process ")
-    assert chain.step > begun_at or validates
+    begun_at = chain.step
+    error = chain.failure(chain.start_faulty(moment), begun_at)
+    assert chain.seconds_since_the_kill < SECONDS_TO_END
+    assert error.startswith(f"error: {NAMES[component]} (process ")
+    assert chain.step > begun_at or moment == "validation"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("moment", MOMENTS, ids=[f"driver-{moment}" for moment in MOMENTS])
+def test_a_killed_command_leaves_nothing_when_the_next_has_started(moment, chain, monkeypatch):
+    """The run's processes end with it. Its folder stays, which the next start removes, however short that is."""
+    monkeypatch.setenv("SPIN_FAULT", f"driver:{moment}")
+    begun_at = chain.step
+    chain.death(chain.start_faulty(moment), begun_at)
+    assert chain.step > begun_at or moment == "validation"
+    assert len(list(chain.temporary.glob("spin-*"))) == 1
+    chain.stop(signal.SIGINT)
+
+
+@pytest.mark.long
+def test_a_command_killed_as_it_writes_the_report_writes_it_when_started_again(chain, monkeypatch):
+    """The same command, which has nothing to train any more."""
+    monkeypatch.setenv("SPIN_FAULT", "driver:report")
+    begun_at = chain.step
+    whole = f"trainer.total_training_steps={begun_at + 2}"
+    chain.death(chain.start(whole, program=["-m", "faulty_run"]), begun_at)
+    chain.leaves_nothing()
+    assert chain.step == begun_at + 2 and not (chain.run / "summary.json").exists()
+    chain.success(whole)
+    assert json.loads((chain.run / "summary.json").read_text())["steps"] == chain.step == begun_at + 2
 
 
 @pytest.mark.long
@@ -161,9 +240,7 @@ def test_the_run_that_failed_again_and_again_comes_to_what_one_without_a_fault_d
         pytest.skip("no fault came before")
     last, histories = chain.step + 1, []
     for one in (chain, a_chain("faultless")):
-        process = one.start(f"trainer.total_training_steps={last}")
-        output = finish(process, timeout=600)
-        assert process.returncode == 0, output[-5000:]
+        one.success(f"trainer.total_training_steps={last}")
         histories.append(metrics(one.run))
     failed, faultless = ({step: learned(entry) for step, entry in history.items() if step} for history in histories)
     assert len(faultless) == last and last in failed
@@ -208,20 +285,16 @@ def test_a_full_disk_is_named_and_the_run_goes_on_when_there_is_room(small_disk,
         lines = output[output.index("error: ") :].splitlines()
         assert process.returncode == 1 and "Traceback" not in output, output[-5000:]
         assert f"No space is left on the disk of {chain.run}" in output and "same command" in lines[-2], output[-5000:]
-        assert processes(chain.run) == [] and list(chain.temporary.iterdir()) == []
+        chain.leaves_nothing()
         (seen / "run" / FILLER).unlink()
-    process = chain.start(*small, within=within)
-    output = finish(process)
-    assert process.returncode == 0, output[-5000:]
+    chain.success(*small, within=within)
     assert max(metrics(seen / "run")) == tracked_step(seen / "run") == 8
 
 
 @pytest.mark.long
 def test_a_reward_that_fails_now_and_then_can_be_tolerated(a_chain):
     tolerant = a_chain("tolerant")
-    process = tolerant.start("algorithm.reward_error=skip", "trainer.total_training_steps=4", reward="sometimes")
-    output = finish(process)
-    assert process.returncode == 0, output[-5000:]
+    tolerant.success("algorithm.reward_error=skip", "trainer.total_training_steps=4", reward="sometimes")
     missing = [entry["score/missing"] for step, entry in metrics(tolerant.run).items() if step]
     assert len(missing) == 4 and 0 < sum(missing) < 4 * 8
 
@@ -229,15 +302,4 @@ def test_a_reward_that_fails_now_and_then_can_be_tolerated(a_chain):
 @pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_run_can_be_stopped_while_ray_starts(number, a_chain):
-    stopped = a_chain("stopped")
-    process, deadline = stopped.start(), time.monotonic() + 120
-    while (
-        not list(stopped.temporary.glob("spin-*/ray/session_*"))
-        and process.poll() is None
-        and time.monotonic() < deadline
-    ):
-        time.sleep(0.01)
-    process.send_signal(number)
-    output = finish(process, timeout=120)
-    assert process.returncode == 128 + number and "the same command goes on" in output, output[-5000:]
-    assert processes(stopped.run) == [] and list(stopped.temporary.iterdir()) == []
+    a_chain("stopped").stop(number)
