@@ -8,6 +8,7 @@ rows makes such a chain. All of them are left out of the suite but for a sample:
 
 import glob
 import json
+import math
 import shutil
 import signal
 import subprocess
@@ -198,6 +199,18 @@ def test_a_killed_process_is_named_and_ends_the_run(component, moment, chain, mo
     assert chain.seconds_since_the_kill < SECONDS_TO_END
     assert error.startswith(f"error: {NAMES[component]} (process ")
     assert chain.step > begun_at or moment == "validation"
+
+
+@pytest.mark.slow
+def test_the_command_goes_on_after_the_fault_of_a_row(chain):
+    """To a good end, by which the run is as long as one without the fault; the last test compares what it came to."""
+    if not chain.step:
+        pytest.skip("no fault came before")
+    begun_at, last = chain.step, chain.step + 1
+    chain.success(f"trainer.total_training_steps={last}")
+    chain.went_on_from(begun_at)
+    history = metrics(chain.run)
+    assert chain.step == max(history) == last and math.isfinite(history[last]["actor/loss"])
 
 
 @pytest.mark.long
