@@ -32,7 +32,13 @@ class InOrder:
             return place.get(uid, -1), int(session), int(index)
 
         snapshot = {key: partition_snapshot[key] for key in sorted(partition_snapshot, key=order)}
-        return super()._materialize_batch(partition_id, selected_prompt_uids, snapshot)
+        batch = super()._materialize_batch(partition_id, selected_prompt_uids, snapshot)
+        if not batch.keys and partition_id == "val":  # with which verl's validation ends in an error that says nothing
+            raise RuntimeError(
+                f"all held-out answers failed, of {len(selected_prompt_uids)} prompts that were asked together; mend "
+                "the cause, which the logs of the agent loop's worker hold"
+            )
+        return batch
 
     def _check_lost(self, partition_id: str) -> None:
         """Raises where prompts wait that nobody works on; to be asked when nobody works on any."""

@@ -68,6 +68,13 @@ def test_a_prompt_that_nothing_works_on_is_an_error(buffer):
         buffer.sample(global_steps=1, partition_id="val", batch_size=1)
 
 
+def test_held_out_prompts_that_all_failed_are_an_error_that_says_so(buffer):
+    """Words by which run/failure.py looks for the cause."""
+    buffer.queue = {"a": prompt("failure"), "b": prompt("failure")}
+    with pytest.raises(RuntimeError, match="all held-out answers failed, of 2 prompts"):
+        buffer.sample(global_steps=1, partition_id="val", batch_size=2)
+
+
 # ---- asynchronous generation -----------------------------------------------------------------------------------------
 def finish(buffer: OldestFirst, uid: str, version: int = 0, status: str = "finished") -> None:
     buffer.queue[uid]["status"] = status
