@@ -153,7 +153,7 @@ def test_on_a_joined_cluster_nothing_is_claimed_that_only_a_part_is_seen_of(tmp_
 
 def test_the_report_of_a_joined_run_tells_no_memory(capsys):
     summary = {"steps": 4, "seconds": 60, "before": {}, "after": {}, "peak_memory_gb": None, "checkpoint": None}
-    summary |= {"measure": "accuracy", "unreadable_metrics_lines": 0}
+    summary |= {"measure": "accuracy", "held_out_faults": {}, "unreadable_metrics_lines": 0}
     report.print_summary(summary, Path("run"), picture="none")
     assert "4 steps" in (told := capsys.readouterr().out) and "memory" not in told
     report.print_summary(summary | {"peak_memory_gb": 1.5}, Path("run"), picture="none")
