@@ -121,6 +121,8 @@ def prepare(config: DictConfig) -> None:
     folder = Path(config.trainer.default_local_dir)
     step, origin = _beginning(config, folder)
     settings = settings_of(config) | {CONTENTS: contents_of(config)}
+    if step > 0 and origin.resolve() != folder.resolve():
+        _say(f"goes on from {origin}, not this run's folder: loading a checkpoint runs code that its maker put into it")
     if step > 0:
         _compare(settings, origin, step, config)
     if config.trainer.resume_mode == "force":
