@@ -140,6 +140,10 @@ class SpinTrainer(OpponentInVLLM, StaleWeights, HeldOutValidation, PPOTrainerSyn
         frequency, is_last = self.config.trainer.test_freq, self.global_steps >= self.total_training_steps
         return frequency > 0 and (is_last or self.global_steps % frequency == 0)
 
+    def fit(self, agent_loop_manager):
+        with verl_patches.secrets_kept_from_loggers():
+            super().fit(agent_loop_manager)
+
     def on_validate_begin(self):
         self.progress["doing"] = "answering the held-out prompts"
 

@@ -50,6 +50,25 @@ def without_load_balancer() -> None:
     LLMServerManager._init_global_load_balancer = keep_none
 
 
+@contextmanager
+def secrets_kept_from_loggers() -> Iterator[None]:
+    """verl hands the loggers of metrics (wandb, MLflow and others) all settings, the secrets among them."""
+    from verl.trainer.ppo.v1 import trainer_base
+
+    from recipe.spin.run.resume import without_secrets
+
+    tracking = trainer_base.Tracking
+
+    def tracking_without_secrets(*args, config: dict, **options):
+        return tracking(*args, config=without_secrets(config), **options)
+
+    trainer_base.Tracking = tracking_without_secrets
+    try:
+        yield
+    finally:
+        trainer_base.Tracking = tracking
+
+
 def _all_have_servers(manager) -> bool:
     replicas = getattr(manager, "rollout_replicas", [])
     return bool(replicas) and all(replica.servers for replica in replicas)

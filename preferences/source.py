@@ -92,7 +92,8 @@ class RewardSource:
     async def score_group(self, group: Group) -> list[Score]:
         """A score for each of the responses to a prompt, which takes the place of the reward in pairing them.
 
-        Asked for each prompt of a training step, at the time that `scoring_model` tells.
+        Asked for each prompt of a training step, at the time that `scoring_model` tells. A value that is no finite
+        number ends the run, but NaN where the reward is NaN (`algorithm.reward_error=skip`) leaves the response out.
         """
         raise NotImplementedError
 

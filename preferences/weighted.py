@@ -8,6 +8,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+OWN_NAMES = ("score", "acc")  # of what is returned, beside the functions' scores by their names
+
 
 async def compute_score(
     data_source: str,
@@ -23,7 +25,15 @@ async def compute_score(
     Args:
         functions: by name `{path: file, name: function (compute_score), weight: number (1)}`; a function is called as
             a reward function of its own would be, asynchronous ones together.
+
+    Raises:
+        ValueError: when a function's name is one of the sum's own.
     """
+    if taken := [name for name in OWN_NAMES if name in functions]:
+        raise ValueError(
+            f"reward.custom_reward_function.reward_kwargs.functions.{taken[0]}: the name is taken by the sum's "
+            f"own {' and '.join(OWN_NAMES)}; call the function otherwise"
+        )
     arguments = dict(
         data_source=data_source, solution_str=solution_str, ground_truth=ground_truth, extra_info=extra_info, **kwargs
     )

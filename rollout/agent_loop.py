@@ -224,9 +224,8 @@ class RolloutWorker(Scoring, VerlWorker):
         outputs, row = [output for output, _ in answers], answers[0][1]
         texts = [self.tokenizer.decode(output.response_ids, skip_special_tokens=True) for output in outputs]
         rewards = [output.reward_score for output in outputs] if self._has_reward() else None
-        return await self._source.score_group(
-            Group(row["global_steps"], list(row["raw_prompt"]), texts, rewards, row, self._generate)
-        )
+        group = Group(row["global_steps"], list(row["raw_prompt"]), texts, rewards, row, self._generate)
+        return checked(await self._source.score_group(group), group, type(self._source).__name__)
 
     async def score_groups(self) -> dict[str, list[Score]]:
         """Scores of the responses that were given since the last call, by their prompt's uid, in their order."""
@@ -236,7 +235,7 @@ class RolloutWorker(Scoring, VerlWorker):
 
         async def score(uid: str) -> list[Score]:
             _session.set((uid, 0))
-            return checked(await self._score_group(unscored[uid]), len(unscored[uid]))
+            return await self._score_group(unscored[uid])
 
         return dict(zip(unscored, await asyncio.gather(*map(score, unscored)), strict=True))
 

@@ -1,15 +1,52 @@
 """Scoring the responses to a prompt together, as soon as the last of them is there."""
 
 import asyncio
+import math
 from collections.abc import Awaitable, Callable
+from numbers import Real
 from typing import Any
 
+from recipe.spin.preferences.source import Group, Score
+from recipe.spin.rollout.reward_error import NoScore
+from recipe.spin.rollout.scoring import finite_number, prompt_name
 
-def checked(scores: list[Any], count: int) -> list[Any]:
-    """The scores. Raises ValueError unless there is one for each of `count` responses."""
-    if len(scores) != count:
-        raise ValueError(f"score_group gave {len(scores)} scores for {count} responses; give one for each")
-    return scores
+
+def checked(scores: Any, group: Group, source: str) -> list[Score]:
+    """What the source's `score_group` gave for a prompt's responses, the values as floats.
+
+    NaN is taken where the response's reward is NaN: there the reward failed, which was counted or has ended the run.
+
+    Raises:
+        ValueError: unless each response has a Score with a finite number; names the source, the prompt, the response.
+    """
+    prompt, count = prompt_name(group.row), len(group.responses)
+    given = len(scores) if isinstance(scores, list | tuple) else f"{scores!r}, which is no list of"
+    if given != count:
+        raise ValueError(
+            f"{source}.score_group gave {given} scores for {count} responses to {prompt}; give one for each"
+        )
+    rewards = group.rewards or [None] * count
+    found = []
+    for number, (score, reward) in enumerate(zip(scores, rewards, strict=True)):
+        try:
+            found.append(Score(_value(score, reward), score.info))
+        except NoScore as error:
+            raise ValueError(
+                f"{source}.score_group {error} for response {number} to {prompt}; give a Score with a finite number"
+            ) from error
+    return found
+
+
+def _value(score: Any, reward: float | None) -> float:
+    if not isinstance(score, Score):
+        raise NoScore(f"returned {score!r}, which is no Score,")
+    if _is_nan(score.value) and _is_nan(reward):
+        return math.nan
+    return finite_number(score.value)
+
+
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, Real) and math.isnan(value)
 
 
 class GroupScoring:
@@ -30,7 +67,7 @@ class GroupScoring:
 
     async def _score_all(self) -> None:
         try:
-            scores = checked(await self._score([self._responses[n] for n in sorted(self._responses)]), self._count)
+            scores = await self._score([self._responses[n] for n in sorted(self._responses)])
         except Exception as error:  # handed to each that waits
             self._scores.set_exception(error)
         else:

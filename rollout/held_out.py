@@ -6,19 +6,25 @@ import numpy as np
 import torch
 
 from recipe.spin.rollout.agent_loop import GREEDY, SAMPLING_SEED
+from recipe.spin.run.report import held_out_faults
 
 
 class HeldOutValidation:
     """What differs from the validation of verl's trainer, to be put before it among a trainer's bases."""
 
     def _validate(self) -> dict[str, float]:
-        """Answers the held-out prompts greedily and, if `val_kwargs` ask for samples, with these too, all in one go."""
+        """Answers the held-out prompts greedily and, if `val_kwargs` ask for samples, with these too, all in one go.
+
+        What of it failed, and was let pass, goes into the run's progress, which the console shows.
+        """
         loader = self.val_dataloader
         self.val_dataloader = self._held_out = HeldOutRows(loader, self.config.actor_rollout_ref.rollout.val_kwargs)
         try:
-            return super()._validate()
+            metrics = super()._validate()
         finally:
             self.val_dataloader = loader
+        self.progress["validation"] = {"step": self.global_steps, "faults": held_out_faults(metrics)}
+        return metrics
 
     def _val_metrics_update(self, data_sources, sample_uids, infos, turns, expected_acc_counts=None):
         """verl's metrics of the answers that `val_kwargs` ask for, and of the greedy ones under names of their own.

@@ -60,9 +60,14 @@ def finite_number(score) -> float:
 
 def response_name(row: dict) -> str:
     """Which response of which prompt it was."""
+    return f"response {row['session_id']} to {prompt_name(row)}"
+
+
+def prompt_name(row: dict) -> str:
+    """Which prompt of the data it was, by its last message."""
     messages = row.get("raw_prompt")
     prompt = str(messages[-1].get("content")) if messages is not None and len(messages) else ""
     shown = prompt if len(prompt) <= SHOWN_CHARACTERS else prompt[: SHOWN_CHARACTERS - 3] + "..."
     index = (row.get("extra_info") or {}).get("index")
     number = "" if index is None else f", extra_info.index {index}"
-    return f"response {row['session_id']} to the prompt {shown!r} (data_source {row.get('data_source')}{number})"
+    return f"the prompt {shown!r} (data_source {row.get('data_source')}{number})"

@@ -9,12 +9,14 @@ from uuid import uuid4
 from omegaconf import DictConfig, open_dict
 
 from recipe.spin.rollout.weights import ONE_MACHINE, RUN_NAME
+from recipe.spin.run.faults import ConfigError
 
 # What processes on other nodes need of the driver's environment; those of this machine inherit it
 PASSED_ON = ("GLOO_", "HF_", "MALLOC_", "NCCL_", "OMP_", "PYTORCH_", "TORCH_", "TRANSFORMERS_", "VERL_", "VLLM_")
 OF_A_NODE = ("VLLM_HOST_IP",)
 # Ray prints and stores its runtime environment: secrets never go there
-SECRET = re.compile(r"_(KEY|TOKEN|SECRET|PASSWORD)$")
+SECRET = re.compile(r"(?i)(?:^|_)(KEY|TOKEN|SECRET|PASSWORD)$")
+PASSWORD_IN_ADDRESS = re.compile(r"://[^/@\s]+@")
 # What the services want that metrics are logged to; only the process that drives the run talks to them
 LOGGING = ("CLEARML_", "MLFLOW_", "SWANLAB_", "WANDB_")
 # A package of vLLM's sets the root logger and its handlers to this level, ERROR without it, in every process that
@@ -47,7 +49,11 @@ def prepare(config: DictConfig) -> bool:
     """Completes `ray_kwargs.ray_init` for this run; returns whether it joins a cluster.
 
     The run gets a name, which is its namespace in Ray and tells its sockets from those of other runs.
+
+    Raises:
+        ConfigError: when secrets stand among the settings that Ray or a logger would show.
     """
+    check_secrets(config)
     ray_init = config.ray_kwargs.ray_init
     name = f"spin-{uuid4().hex[:8]}"
     with open_dict(config):
@@ -64,6 +70,24 @@ def prepare(config: DictConfig) -> bool:
         runtime_env = ray_init.setdefault("runtime_env", {})
         runtime_env.env_vars = variables | dict(runtime_env.get("env_vars") or {})
     return joined
+
+
+def check_secrets(config: DictConfig) -> None:
+    """Raises ConfigError where a secret is a variable of Ray's runtime environment, or part of wandb's proxy."""
+    variables = (config.ray_kwargs.ray_init.get("runtime_env") or {}).get("env_vars") or {}
+    secrets = [name for name in variables if SECRET.search(name)]
+    if secrets:
+        raise ConfigError(
+            f"ray_kwargs.ray_init.runtime_env.env_vars.{secrets[0]}: Ray prints its runtime environment, logs it and "
+            "shows it in its dashboard, so no secret may stand there. Take it out, and set the variable in the "
+            "environment: of this command, for a run on one machine and for the keys of WANDB_*, MLFLOW_*, SWANLAB_* "
+            "and CLEARML_*; else on each node before `ray start` (docs/clusters.md)"
+        )
+    if PASSWORD_IN_ADDRESS.search(str(config.trainer.get("wandb_proxy"))):
+        raise ConfigError(
+            "trainer.wandb_proxy holds a password, which would be logged with the settings: take it out, and set "
+            "WANDB_HTTPS_PROXY in this command's environment"
+        )
 
 
 def passed_on(environment: dict[str, str]) -> dict[str, str]:

@@ -12,6 +12,8 @@ from typing import TextIO
 
 from tqdm import tqdm
 
+from recipe.spin.run.report import in_words
+
 SHOWN = {"accuracy": "score/accuracy", "score": "score/mean", "margin": "rewards/margins", "pairs": "pairs/used"}
 STILL_SECONDS = 60.0  # between two lines about the same thing
 UNWANTED = ("ray init kwargs:", "[validate_config] All configuration checks passed")  # verl prints these
@@ -26,6 +28,7 @@ class Console:
         self._doing = ""
         self._since = self._told = 0.0
         self._step = 0  # the last one shown
+        self._validated: int | None = None  # the step of the last validation that was looked at
         self._bar: tqdm | None = None
 
     def waits_for(self, doing: str) -> None:
@@ -43,7 +46,10 @@ class Console:
         self._stream.flush()
 
     def show(self, progress: dict) -> None:
-        """The TaskRunner's progress: `doing`, the last finished `step` of `total`, and its `metrics`."""
+        """The TaskRunner's progress: `doing`, the last finished `step` of `total`, and its `metrics`.
+
+        After a validation also `validation`: its `step`, and what it had of a validation's `faults` (report.py).
+        """
         training = progress["doing"] == "training"
         if self._bar is None and not (training or self._step):
             self.waits_for(progress["doing"])
@@ -53,15 +59,26 @@ class Console:
             self._write_step(progress)
             if not (training and self._step):
                 self.waits_for(progress["doing"])
+        self._look_at_validation(progress)
+
+    def _look_at_validation(self, progress: dict) -> None:
+        validation = progress.get("validation")
+        if validation and validation["step"] != self._validated:
+            self._validated = validation["step"]
+            if validation["faults"]:
+                self.warn(f"step {validation['step']}: {in_words(validation['faults'])}")
 
     def warn(self, text: str) -> None:
         """Something to look at, on a line that stays."""
+        if self._terminal and self._doing:
+            self._stream.write("\n")
         tqdm.write(f"[spin] warning: {text}", file=self._stream)
 
     def close(self, progress: dict | None = None) -> None:
         """Ends with what the run reached, unless it failed."""
         if progress is not None and progress["step"]:
             self._draw(progress) if self._terminal else self._write_step(progress)
+            self._look_at_validation(progress)
         if self._bar is not None:
             self._bar.close()
         else:

@@ -14,6 +14,13 @@ from recipe.spin.run_folder import nearest_existing
 
 WHOLE_ERROR = "error.txt"  # among the logs
 FULL_BYTES = 10_000_000
+# What a run's error says when generating or scoring failed; the second is verl's, of a step without any response
+HELD_OUT_FAILED = "held-out answers failed"
+PROMPTS_FAILED = ("generating or scoring", "no materializable trajectories")
+LOG_RECORD = re.compile(r"^[A-Z]+:(?=\d{4}-\d\d-\d\d )", re.MULTILINE)  # by level, before its time
+# In the log: a training prompt is called by its step and number, a held-out one by a random id
+TRAINING_PROMPT = re.compile(r"Error in _run_prompt for uid=[0-9]{8}-[0-9]{8}$", re.MULTILINE)
+HELD_OUT_PROMPT = re.compile(r"Error in _run_prompt for uid=[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$", re.MULTILINE)
 GO_ON = "When the cause is removed the same command goes on from the last checkpoint."
 
 
@@ -58,7 +65,7 @@ def cause_of(error: Exception) -> str:
     if isinstance(error, ComponentDied):
         return str(error)
     if isinstance(error, ray.exceptions.RayError):
-        return first_cause(str(error), ray_logs())
+        return first_cause(str(error), ray_logs(), job_id())
     return "".join(traceback.format_exception_only(error)).strip()
 
 
@@ -69,16 +76,37 @@ def ray_logs() -> Path | None:
     return Path(worker._global_node.get_logs_dir_path()) if worker._global_node else None
 
 
-def first_cause(error: str, logs: Path | None) -> str:
-    """The innermost exception of a run's error, or what made prompts fail in the agent loop.
+def job_id() -> str:
+    """What Ray calls this run, in the names of its workers' logs too; "*" where Ray does not run."""
+    import ray
+    from ray._private import worker
 
-    verl's agent loop logs the exception of a failed prompt and goes on, so it stands in the workers' logs alone.
+    return worker.global_worker.current_job_id.hex() if ray.is_initialized() else "*"
+
+
+def first_cause(error: str, logs: Path | None, job: str) -> str:
+    """The innermost exception of a run's error, or where it says that prompts failed what made them fail.
+
+    verl's agent loop logs the exception of a failed prompt and goes on, so it stands in the workers' logs alone. A
+    training prompt that fails ends the run, so the first is told; of held-out ones, of which some may fail
+    (`trainer.max_failed_validation`), the last.
     """
-    for file in sorted(logs.glob("worker-*")) if logs else ():
-        _, found, block = file.read_text(errors="replace").partition("Error in _run_prompt")
-        if found:
-            return _last_exception(block.split("ERROR:")[0])
-    return _last_exception(error)
+    said = _last_exception(error)
+    held_out = HELD_OUT_FAILED in said
+    if logs is None or not (held_out or any(words in said for words in PROMPTS_FAILED)):
+        return said
+    others = TRAINING_PROMPT if held_out else HELD_OUT_PROMPT
+    records = [record for record in _failed_prompts(logs, job) if not others.search(record)]
+    return _last_exception(records[-1 if held_out else 0]) if records else said
+
+
+def _failed_prompts(logs: Path, job: str) -> list[str]:
+    """What the job's workers on this machine logged of prompts that failed, in the order of time."""
+    records: list[str] = []
+    for file in logs.glob(f"worker-*-{job}-*"):  # on a joined cluster other jobs' and earlier runs' stand beside them
+        records += LOG_RECORD.split(file.read_text(errors="replace"))
+    failed = [record for record in records if "Error in _run_prompt" in record.partition("\n")[0]]
+    return sorted(failed)  # each begins with its time
 
 
 def _last_exception(text: str) -> str:

@@ -9,6 +9,11 @@ from omegaconf import DictConfig
 from recipe.spin.run_folder import TRACKER, read_history
 
 PLOT = "learning_curve.png"
+# Metrics of a validation that should be 0, in words
+HELD_OUT_FAULTS = {
+    "val-failed/answers": "{:.1%} of the held-out answers failed",
+    "val-aux/prompts_without_score": "{:g} held-out prompts have a response without a score",
+}
 History = dict[int, dict[str, float | None]]  # metrics by step; None is no number
 
 
@@ -67,18 +72,31 @@ def held_out_measure(history: History) -> str:
     return "accuracy" if any("/acc/" in name for name in names) else "score"
 
 
+def held_out_faults(metrics: dict[str, float | None]) -> dict[str, float]:
+    """What a validation had of HELD_OUT_FAULTS."""
+    return {name: metrics[name] for name in HELD_OUT_FAULTS if _is_number(metrics.get(name)) and metrics[name] > 0}
+
+
+def in_words(faults: dict[str, float]) -> str:
+    return "; ".join(HELD_OUT_FAULTS[name].format(value) for name, value in faults.items())
+
+
 def _is_number(value) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
 def summarize(history: History) -> dict:
-    """Held-out accuracy (or score) before the first step and at the last validation after it, and the steps."""
+    """Held-out accuracy (or score) before the first step and at the last validation after it, the steps, and faults.
+
+    `held_out_faults` has the validations in which answers failed or responses had no score, by step.
+    """
     held_out = {step: accuracy for step, metrics in history.items() if (accuracy := held_out_accuracy(metrics))}
     return {
         "measure": held_out_measure(history),
         "before": held_out.pop(0, {}),
         "after": held_out[max(held_out)] if held_out else {},
         "steps": max(history, default=0),
+        "held_out_faults": {step: found for step, metrics in history.items() if (found := held_out_faults(metrics))},
     }
 
 
@@ -133,6 +151,7 @@ def print_summary(summary: dict, folder: Path, picture: str) -> None:
     for kind in before | after:
         values = f"{_shown(before, kind)} before, {_shown(after, kind)} after"
         lines.append(f"  held-out {summary['measure']}, {kind + ':':9} {values}")
+    lines += _faults_told(summary["held_out_faults"])
     if summary["peak_memory_gb"] is not None:
         lines.append(f"  peak memory of all processes: {summary['peak_memory_gb']} GB")
     lines += [
@@ -144,6 +163,18 @@ def print_summary(summary: dict, folder: Path, picture: str) -> None:
     if unreadable := summary["unreadable_metrics_lines"]:
         lines.append(f"  {unreadable} lines in {folder / 'metrics'} are no metrics and left out")
     print("\n".join(lines), flush=True)  # noqa: T201 - the report is the run's output
+
+
+def _faults_told(by_step: dict[int, dict[str, float]]) -> list[str]:
+    """A line for each kind of fault that validations had: the worst, and how many had it."""
+    lines = []
+    for name in HELD_OUT_FAULTS:
+        found = {step: faults[name] for step, faults in by_step.items() if name in faults}
+        if found:
+            worst = max(found, key=found.get)
+            others = f", or fewer at {len(found) - 1} other validations" if len(found) > 1 else ""
+            lines.append(f"  {in_words({name: found[worst]})} at step {worst}{others}")
+    return lines
 
 
 def _shown(accuracy: dict[str, float | None], kind: str) -> str:

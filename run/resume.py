@@ -121,6 +121,8 @@ def prepare(config: DictConfig) -> None:
     folder = Path(config.trainer.default_local_dir)
     step, origin = _beginning(config, folder)
     settings = settings_of(config) | {CONTENTS: contents_of(config)}
+    if step > 0 and origin.resolve() != folder.resolve():
+        _say(f"goes on from {origin}, not this run's folder: loading a checkpoint runs code that its maker put into it")
     if step > 0:
         _compare(settings, origin, step, config)
     if config.trainer.resume_mode == "force":
@@ -221,7 +223,7 @@ def settings_of(config: DictConfig) -> dict:
         for part in sections:
             section = section[part]
         section[name] = _absolute(section[name])
-    return _without_secrets(settings)
+    return without_secrets(settings)
 
 
 def _absolute(value):
@@ -231,13 +233,13 @@ def _absolute(value):
     return str(Path(value).expanduser().absolute()) if exists else value
 
 
-def _without_secrets(value, key: str = ""):
+def without_secrets(value, key: str = ""):
     """Leaves out what is named like a secret, and a password within an address."""
     if isinstance(value, dict):
         named = {name: f"{key}.{name}".lstrip(".") for name in value}
-        return {name: _without_secrets(v, named[name]) for name, v in value.items() if not SECRET.search(named[name])}
+        return {name: without_secrets(v, named[name]) for name, v in value.items() if not SECRET.search(named[name])}
     if isinstance(value, list):
-        return [_without_secrets(entry, key) for entry in value]
+        return [without_secrets(entry, key) for entry in value]
     return re.sub(r"(://)[^/@\s]+@", r"\1", value) if isinstance(value, str) else value
 
 

@@ -266,5 +266,5 @@ def test_groups_are_scored_once_in_the_order_of_their_responses():
 
 
 def test_a_group_with_too_few_scores_is_refused():
-    with pytest.raises(ValueError, match="score_group gave 1 scores for 2 responses"):
+    with pytest.raises(ValueError, match=r"Longest.score_group gave 1 scores for 2 responses to the prompt 'who\?'"):
         asyncio.run(worker_with_unscored(Server(), 1).score_groups())

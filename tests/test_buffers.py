@@ -1,10 +1,16 @@
 """verl's replay buffers with an order: what a step gets, when, and what is an error."""
 
+import math
+
 import numpy as np
 import pytest
+import torch
 from verl.trainer.ppo.v1 import replay_buffer
+from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 
 from recipe.spin.rollout.buffers import OldestFirst, WholeRounds
+from recipe.spin.rollout.reward_error import RewardError
+from recipe.spin.rollout.scoring import FAULT
 from recipe.spin.rollout.staleness import staleness
 
 
@@ -66,6 +72,88 @@ def test_a_prompt_that_nothing_works_on_is_an_error(buffer):
     buffer.settle = lambda seconds: True
     with pytest.raises(RuntimeError, match="1 prompts were never answered"):
         buffer.sample(global_steps=1, partition_id="val", batch_size=1)
+
+
+def test_held_out_prompts_that_all_failed_are_an_error_that_says_so(buffer):
+    """Words by which run/failure.py looks for the cause."""
+    buffer.queue = {"a": prompt("failure"), "b": prompt("failure")}
+    with pytest.raises(RuntimeError, match="all held-out answers failed, of 2 prompts"):
+        buffer.sample(global_steps=1, partition_id="val", batch_size=2)
+
+
+# ---- dynamic sampling, where responses have no score -----------------------------------------------------------------
+def give(buffer, uid: str, *rewards: float) -> None:
+    """Answers a prompt; NaN is what a response has whose reward failed (algorithm.reward_error=skip)."""
+    buffer.queue[uid] = prompt("finished")
+    for number, reward in enumerate(rewards):
+        buffer.queue[f"{uid}_{number}_0"] = {"status": "success"}
+        failed = {FAULT: "the reward raised KeyError: 'answer'", "reward_extra_info": {}}
+        info = {"reward_extra_info": {"acc": reward}}
+        buffer.given[f"{uid}_{number}_0"] = (reward, failed if math.isnan(reward) else info)
+
+
+@pytest.fixture(params=[(WholeRounds, "reward"), (WholeRounds, "acc"), (OldestFirst, "reward")])
+def filtering(request, monkeypatch) -> ReplayBuffer:
+    """A buffer that replaces prompts whose responses tie by others, which `refill` answers."""
+    kind, metric = request.param
+    mode = "sync" if kind is WholeRounds else "colocate_async"
+    options = {"filter_groups_metric": metric, "train_batch_size": 2, "gen_batch_size": 1}
+    buffer = kind(mode, None, None, "drop", None, poll_interval=0.0, refill_fn=lambda n: buffer.refill(n), **options)
+    buffer.settle, buffer.is_idle = lambda seconds: True, lambda: False
+    buffer.given, buffer.asked = {}, 0
+
+    def get(keys, partition_id, select_fields):
+        found = {
+            "rm_scores": [torch.tensor([0.0, buffer.given[key][0]]) for key in keys],
+            "extra_fields": [buffer.given[key][1] for key in keys],
+        }
+        return {name: found[name] for name in select_fields}
+
+    monkeypatch.setattr(replay_buffer.tq, "kv_batch_get", get)
+    return queued(monkeypatch, buffer, "train")
+
+
+def refill(buffer, *rewards: float) -> None:
+    def answer(count: int) -> None:
+        for _ in range(count):
+            give(buffer, f"new{buffer.asked}", *rewards)
+            buffer.asked += 1
+
+    buffer.refill = answer
+
+
+def test_a_prompt_ties_if_those_of_its_responses_that_have_a_score_do(filtering):
+    refill(filtering, 0.0, 1.0)
+    for uid, rewards in {
+        "one": (math.nan, 1.0, math.nan),
+        "none": (math.nan, math.nan, math.nan),
+        "same": (1.0, math.nan, 1.0),
+        "apart": (math.nan, 0.0, 1.0),
+    }.items():
+        give(filtering, uid, *rewards)
+    batch, metrics = filtering.sample(global_steps=1, partition_id="train", batch_size=2)
+    assert {key.split("_")[0] for key in batch.keys} == {"apart", "new0"}
+    assert metrics["training/filter_groups/evicted_samples"] == 3
+    assert metrics["training/filter_groups/responses_without_score"] == 7
+    for uid in ("b", "c"):
+        give(filtering, uid, 0.0, 1.0)
+    _, metrics = filtering.sample(global_steps=2, partition_id="train", batch_size=2)
+    assert "training/filter_groups/responses_without_score" not in metrics
+
+
+def test_a_reward_that_fails_for_all_is_not_asked_without_end(filtering):
+    refill(filtering, math.nan, math.nan)
+    for uid in ("a", "b"):
+        give(filtering, uid, math.nan, math.nan)
+    with pytest.raises(RewardError, match="no response to 2 prompts has a score.*raised KeyError: 'answer'"):
+        filtering.sample(global_steps=1, partition_id="train", batch_size=2)
+
+
+def test_a_metric_that_the_reward_does_not_give_is_verls_to_name(filtering):
+    filtering.filter_groups_metric = "brevity"
+    give(filtering, "a", 1.0, math.nan)
+    with pytest.raises(RuntimeError, match="missing DAPO metric 'brevity'"):
+        filtering.sample(global_steps=1, partition_id="train", batch_size=1)
 
 
 # ---- asynchronous generation -----------------------------------------------------------------------------------------

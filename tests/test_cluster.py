@@ -13,13 +13,16 @@ import pytest
 from checkable_run import composed, override
 from omegaconf import DictConfig, OmegaConf
 from ray._private import ray_constants
+from verl.trainer.ppo.v1 import trainer_base
 
 from recipe.spin import fsdp_workers
 from recipe.spin.main_spin import TaskRunner
 from recipe.spin.rollout.weights import ONE_MACHINE, RUN_NAME
 from recipe.spin.run import cluster, report
 from recipe.spin.run import monitor as run_monitor
+from recipe.spin.run.check import ConfigError
 from recipe.spin.run.monitor import RunMonitor
+from recipe.spin.spin_trainer import SpinTrainer
 
 ROOT = Path(__file__).resolve().parent.parent
 SECRETS = {"WANDB_API_KEY": "s3cret-1", "HF_TOKEN": "s3cret-2", "VLLM_API_KEY": "s3cret-3", "HF_HUB_TOKEN": "s3cret-4"}
@@ -107,6 +110,48 @@ def test_what_the_user_sets_for_the_workers_is_kept(environment):
     assert ray_init["namespace"] == "mine"
 
 
+@pytest.mark.parametrize("nodes", [1, 2])
+@pytest.mark.parametrize("name", [*SECRETS, "JUDGE_PASSWORD", "AWS_SECRET_ACCESS_KEY", "TOKEN", "my_api_key"])
+def test_a_secret_among_rays_variables_is_refused(environment, name, nodes):
+    settings = config(f"trainer.nnodes={nodes}")
+    OmegaConf.update(settings, f"ray_kwargs.ray_init.runtime_env.env_vars.{name}", "s3cret", force_add=True)
+    with pytest.raises(ConfigError) as caught:
+        cluster.prepare(settings)
+    message = str(caught.value)
+    assert f"runtime_env.env_vars.{name}: Ray prints" in message and "before `ray start`" in message
+    assert "s3cret" not in message
+
+
+def test_a_proxys_password_is_refused(environment):
+    settings = config()
+    OmegaConf.update(settings, "trainer.wandb_proxy", "http://me:s3cret@proxy:80", force_add=True)
+    with pytest.raises(ConfigError, match="trainer.wandb_proxy holds a password.*WANDB_HTTPS_PROXY"):
+        cluster.prepare(settings)
+    settings.trainer.wandb_proxy = "http://proxy:80"
+    cluster.prepare(settings)
+
+
+def test_loggers_of_metrics_get_the_settings_without_secrets(environment, monkeypatch):
+    class Logged(Exception):
+        pass
+
+    def tracking(config, **options):
+        raise Logged(config)
+
+    monkeypatch.setattr(trainer_base, "Tracking", tracking)
+    trainer = SpinTrainer.__new__(SpinTrainer)
+    trainer.config = config()
+    cluster.prepare(trainer.config)
+    OmegaConf.update(trainer.config, "data.hf_token", "s3cret", force_add=True)
+    OmegaConf.update(trainer.config, "trainer.somewhere", "http://me:s3cret@host/v1", force_add=True)
+    with pytest.raises(Logged) as caught:
+        trainer.fit(None)
+    logged = caught.value.args[0]
+    assert logged["trainer"]["somewhere"] == "http://host/v1" and logged["algorithm"]["dpo_loss_type"] == "sigmoid"
+    assert "s3cret" not in repr(logged) and "env_vars" not in logged["ray_kwargs"]["ray_init"]["runtime_env"]
+    assert trainer_base.Tracking is tracking
+
+
 def test_warnings_are_heard_in_a_process_that_has_imported_vllm(monkeypatch):
     """As the agent loop's have, whose judge warns of what it cannot read."""
     variables = dict(os.environ)
@@ -153,7 +198,7 @@ def test_on_a_joined_cluster_nothing_is_claimed_that_only_a_part_is_seen_of(tmp_
 
 def test_the_report_of_a_joined_run_tells_no_memory(capsys):
     summary = {"steps": 4, "seconds": 60, "before": {}, "after": {}, "peak_memory_gb": None, "checkpoint": None}
-    summary |= {"measure": "accuracy", "unreadable_metrics_lines": 0}
+    summary |= {"measure": "accuracy", "held_out_faults": {}, "unreadable_metrics_lines": 0}
     report.print_summary(summary, Path("run"), picture="none")
     assert "4 steps" in (told := capsys.readouterr().out) and "memory" not in told
     report.print_summary(summary | {"peak_memory_gb": 1.5}, Path("run"), picture="none")

@@ -96,6 +96,26 @@ def test_a_run_that_ends_before_its_first_step_shows_no_bar(clock):
     assert stream.getvalue() == "[spin] starting Ray ...\n"
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_what_failed_in_a_validation_is_said_once(clock, terminal):
+    stream = Stream(terminal)
+    console = Console(stream)
+    faults = {"val-failed/answers": 0.031, "val-aux/prompts_without_score": 2}
+    answering, validated = "answering the held-out prompts", {"validation": {"step": 0, "faults": faults}}
+    console.show(progress(0, answering))
+    console.show(progress(0, answering) | validated)
+    for step in (0, 1):
+        console.show(progress(step) | validated)
+    console.show(progress(2) | {"validation": {"step": 2, "faults": {}}})
+    console.close(progress(4) | {"validation": {"step": 4, "faults": {"val-failed/answers": 0.5}}})
+    warnings = [line for line in stream.lines if "warning" in line]
+    assert warnings == [
+        "[spin] warning: step 0: 3.1% of the held-out answers failed; "
+        "2 held-out prompts have a response without a score",
+        "[spin] warning: step 4: 50.0% of the held-out answers failed",
+    ]
+
+
 def test_chatter_is_dropped_and_everything_else_stays(capsys):
     with without_chatter():
         print("ray init kwargs: {'num_cpus': 4}")

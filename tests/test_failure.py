@@ -25,6 +25,7 @@ def ray_logs(tmp_path, monkeypatch) -> Path:
     logs = tmp_path / "ray"
     logs.mkdir()
     monkeypatch.setattr(failure, "ray_logs", lambda: logs)
+    monkeypatch.setattr(failure, "job_id", lambda: "01000000")
     return logs
 
 
@@ -43,14 +44,64 @@ def test_the_cause_the_remedy_and_the_logs_are_the_last_lines(tmp_path, ray_logs
     assert "Traceback" in (tmp_path / "run" / "logs" / "error.txt").read_text()
 
 
-def test_what_the_agent_loop_logged_is_the_cause_and_only_of_this_run(tmp_path, ray_logs):
-    error = RayTaskError("run", "Traceback\n  File x\nRuntimeError: generating or scoring failed", RuntimeError("x"))
+TRAINING = "00000003-00000001"
+HELD_OUT = "0b5c8f0e-6a57-4d0c-9a46-1f2f3c1d2e4a"
+SCORING_FAILED = "step 3: 7 of 8 prompts have responses, 7 of them all 2: generating or scoring the others failed"
+HELD_OUT_FAILED = "step 4: 2 of 8 held-out answers failed, and trainer.max_failed_validation=0.1 is the share that may"
+NOTHING_LEFT = "Sync replay buffer selected terminal groups with no materializable trajectories."
+
+
+def remote(message: str) -> RayTaskError:
+    """An exception of the task runner, as the driver gets it."""
+    return RayTaskError("run", f"Traceback\n  File x\nRuntimeError: {message}", RuntimeError(message))
+
+
+def log(folder: Path, error: str, uid: str, *, job: str = "01000000", worker: str = "a", second: int = 0) -> None:
+    """Adds what the agent loop's worker says of a prompt that failed, in Ray's name for its file."""
+    time = f"2026-11-25 03:20:{second:02},554"
+    with open(folder / f"worker-{worker}-{job}-17.err", "a") as file:
+        file.write(f"ERROR:{time}:Error in _run_prompt for uid={uid}\n  File y\n{error}\nWARNING:{time}:more\n")
+
+
+@pytest.mark.parametrize("message", [SCORING_FAILED, NOTHING_LEFT])
+def test_what_the_agent_loop_logged_is_the_cause_and_only_of_this_run(tmp_path, ray_logs, message):
     older = tmp_path / "run" / "logs"
     older.mkdir(parents=True)
-    (older / "worker-1.err").write_text("Error in _run_prompt\nKeyError: 'an older run'\n")
-    assert refusal(older, error)[0] == "RuntimeError: generating or scoring failed"
-    (ray_logs / "worker-1.err").write_text("ERROR: Error in _run_prompt for uid=1\n  File y\na.b.MyError: in a.b: it\n")
-    assert refusal(older, error)[0] == "MyError: in a.b: it"
+    log(older, "KeyError: 'an older run'", TRAINING)
+    assert refusal(older, remote(message))[0] == f"RuntimeError: {message}"
+    log(ray_logs, "a.b.MyError: in a.b: it", TRAINING)
+    assert refusal(older, remote(message))[0] == "MyError: in a.b: it"
+
+
+def test_of_the_jobs_on_a_cluster_the_runs_own_is_told(tmp_path, ray_logs, monkeypatch):
+    monkeypatch.setattr(failure, "job_id", lambda: "0f000000")
+    log(ray_logs, "KeyError: 'another job'", TRAINING, job="03000000")
+    assert refusal(tmp_path, remote(SCORING_FAILED))[0] == f"RuntimeError: {SCORING_FAILED}"
+    log(ray_logs, "ValueError: its own", TRAINING, job="0f000000", worker="b", second=9)
+    assert refusal(tmp_path, remote(SCORING_FAILED))[0] == "ValueError: its own"
+
+
+def test_a_held_out_prompt_that_was_let_pass_is_not_the_cause_of_what_fails_later(tmp_path, ray_logs):
+    log(ray_logs, "KeyError: 'let pass'", HELD_OUT)
+    assert refusal(tmp_path, remote("CUDA out of memory"))[0] == "RuntimeError: CUDA out of memory"
+    assert refusal(tmp_path, remote(SCORING_FAILED))[0] == f"RuntimeError: {SCORING_FAILED}"
+    log(ray_logs, "ValueError: first", TRAINING, worker="b", second=1)
+    log(ray_logs, "ValueError: second", TRAINING, second=2)
+    assert refusal(tmp_path, remote(SCORING_FAILED))[0] == "ValueError: first"
+
+
+def test_held_out_answers_that_failed_are_told_by_the_last(tmp_path, ray_logs):
+    log(ray_logs, "KeyError: 'let pass'", HELD_OUT, worker="b", second=1)
+    log(ray_logs, "KeyError: 'too many'", HELD_OUT, worker="a", second=2)
+    log(ray_logs, "ValueError: of training", TRAINING, worker="c", second=3)
+    assert refusal(tmp_path, remote(HELD_OUT_FAILED))[0] == "KeyError: 'too many'"
+
+
+def test_an_error_of_the_agent_loop_that_names_no_prompt_counts(tmp_path, ray_logs):
+    (ray_logs / "worker-a-01000000-17.err").write_text(
+        "ERROR:2026-11-25 03:20:03,554:Error in _run_prompt: away\n  File y\nConnectionError: away\n"
+    )
+    assert refusal(tmp_path, remote(SCORING_FAILED))[0] == "ConnectionError: away"
 
 
 def test_a_full_disk_is_named_whatever_the_error_says(tmp_path, ray_logs, monkeypatch):

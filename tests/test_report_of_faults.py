@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from recipe.spin.rollout.held_out import HeldOutValidation
 from recipe.spin.run import report
 
 SAMPLED = "val-core/sums/acc/mean@4"
@@ -89,3 +90,36 @@ def test_the_report_names_what_was_measured(tmp_path, capsys, variable, measure)
     put(tmp_path, {0: {name: 0.25}, 4: {name: 0.5}})
     assert write(tmp_path)["measure"] == measure
     assert f"held-out {measure}, sampled:  0.250 before, 0.500 after" in capsys.readouterr().out
+
+
+def test_what_failed_in_validations_is_told(tmp_path, capsys):
+    failed, unscored = "val-failed/answers", "val-aux/prompts_without_score"
+    put(tmp_path, {0: {SAMPLED: 0.1, failed: 0.0}, 2: {SAMPLED: 0.5, failed: 0.0}})
+    assert write(tmp_path)["held_out_faults"] == {}
+    assert "held-out answers failed" not in capsys.readouterr().out
+    put(tmp_path, {0: {failed: 0.031, unscored: 2}, 2: {failed: 0.25}, 4: {failed: 0.0, unscored: None}})
+    assert write(tmp_path)["held_out_faults"] == {"0": {failed: 0.031, unscored: 2}, "2": {failed: 0.25}}
+    output = capsys.readouterr().out
+    assert "  25.0% of the held-out answers failed at step 2, or fewer at 1 other validations\n" in output
+    assert "  2 held-out prompts have a response without a score at step 0\n" in output
+
+
+class VerlsValidation:
+    def _validate(self) -> dict:
+        return {"val-core/sums/acc/mean@4": 0.5, "val-failed/answers": 0.25, "val-aux/prompts_without_score": 0}
+
+
+class Trainer(HeldOutValidation, VerlsValidation):
+    global_steps, val_dataloader = 8, []
+    config = OmegaConf.create(
+        {"actor_rollout_ref": {"rollout": {"val_kwargs": {"n": 4, "do_sample": True, "temperature": 1.0}}}}
+    )
+
+    def __init__(self):
+        self.progress = {"step": 7}
+
+
+def test_the_console_gets_to_know_what_failed_in_a_validation():
+    trainer = Trainer()
+    assert trainer._validate()["val-core/sums/acc/mean@4"] == 0.5 and trainer.val_dataloader == []
+    assert trainer.progress == {"step": 7, "validation": {"step": 8, "faults": {"val-failed/answers": 0.25}}}

@@ -359,7 +359,8 @@ def test_going_back_to_an_earlier_checkpoint(stopped, capsys):
     config = stopped.start("trainer.resume_mode=resume_path", path, "algorithm.dpo_loss_type=ipo")
     assert config.trainer.resume_mode == "resume_path"
     assert config.trainer.resume_from_path == f"{stopped.path}/global_step_3"
-    assert "sigmoid -> ipo" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "sigmoid -> ipo" in said and "runs code" not in said
     assert list(checkpoints(stopped.path)) == [3] and (stopped.path / TRACKER).read_text() == "3"
 
 
@@ -367,6 +368,8 @@ def test_a_checkpoint_of_another_folder(stopped, tmp_path, capsys):
     path = f"trainer.resume_from_path={stopped.path}/global_step_3"
     stopped.start(f"trainer.default_local_dir={tmp_path}/next", "trainer.resume_mode=resume_path", path)
     assert list(checkpoints(stopped.path)) == [3, 6] and (tmp_path / "next" / resume.SETTINGS).exists()
+    said = capsys.readouterr().err
+    assert f"goes on from {stopped.path}, not this run's folder: loading a checkpoint runs code" in said
 
 
 def test_a_tracker_that_a_kill_emptied_is_mended(stopped, capsys):

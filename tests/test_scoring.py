@@ -2,6 +2,7 @@
 out."""
 
 import asyncio
+import contextlib
 import math
 
 import numpy as np
@@ -11,6 +12,7 @@ from omegaconf import OmegaConf
 from ray.exceptions import RayTaskError
 from verl.experimental.agent_loop.agent_loop import AgentLoopMetrics, AgentLoopOutput
 
+from recipe.spin.rollout import reward_error
 from recipe.spin.rollout.reward_error import RewardError
 from recipe.spin.rollout.scoring import FAULT, Scoring, response_name
 
@@ -101,23 +103,40 @@ def test_skip_leaves_the_response_without_a_score(reward):
     assert response.extra_fields["reward_extra_info"] == {}
 
 
-def test_a_response_waits_as_long_as_others_get_their_scores():
+class Clock(asyncio.SelectorEventLoop):
+    """An event loop whose time passes by what is waited for alone, however busy the machine is."""
+
+    def __init__(self):
+        super().__init__()
+        self._now = 0.0
+        self._look, self._selector.select = self._selector.select, self._pass_time
+
+    def time(self) -> float:
+        return self._now
+
+    def _pass_time(self, seconds: float | None):
+        self._now += seconds or 0.0
+        return self._look(0)
+
+
+def test_a_response_waits_as_long_as_others_get_their_scores(monkeypatch):
     """Twenty that are scored one after the other, all of them together over the limit of one."""
 
     async def one_at_a_time():
         async with turn:
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(20.0)
         return 1.0
 
-    async def run():
-        nonlocal turn
-        turn = asyncio.Lock()
-        worker, responses = Worker(one_at_a_time, limit=0.2), [output() for _ in range(20)]
+    async def run(worker: Worker) -> list[AgentLoopOutput]:
+        responses = [output() for _ in range(20)]
         await asyncio.gather(*(worker._compute_score([response], ROW) for response in responses))
         return responses
 
-    turn = None
-    assert [response.reward_score for response in asyncio.run(run())] == [1.0] * 20
+    turn, clock = asyncio.Lock(), Clock()
+    monkeypatch.setattr(reward_error.time, "monotonic", clock.time)
+    with contextlib.closing(clock):
+        responses = clock.run_until_complete(run(Worker(one_at_a_time, limit=30.0)))
+    assert [response.reward_score for response in responses] == [1.0] * 20 and clock.time() == 400.0
 
 
 def test_a_dead_reward_worker_is_not_the_rewards_fault():

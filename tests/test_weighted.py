@@ -49,6 +49,12 @@ def test_a_function_that_gives_no_number_is_named(path):
         score(lazy={"path": path, "name": "compute_none"})
 
 
+@pytest.mark.parametrize("name", ["score", "acc"])
+def test_a_function_may_not_have_the_name_of_the_sum_or_the_accuracy(path, name):
+    with pytest.raises(ValueError, match=f"functions.{name}: the name is taken"):
+        score(right={"path": path}, **{name: {"path": path, "name": "compute_brevity"}})
+
+
 def test_the_overrides_of_the_documentation_are_what_it_takes():
     text = (Path(__file__).resolve().parents[1] / "docs" / "preferences.md").read_text()
     overrides = re.findall(r"'(\+reward\.\S+=\{.*\})'", text)
