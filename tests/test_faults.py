@@ -105,7 +105,8 @@ class Chain:
         self.reward.with_name("behaviour").write_text(reward)
         self._struck.unlink(missing_ok=True)
         settings = [f"reward.custom_reward_function.path={self.reward}", "trainer.save_freq=1"]
-        settings += ["trainer.val_before_train=False"]
+        # So slowly that after hundreds of steps the responses to a prompt still differ: without pairs it would stop
+        settings += ["trainer.val_before_train=False", "actor_rollout_ref.actor.optim.lr=1e-6"]
         return self._start(self.run, *settings, "trainer.total_training_steps=1000", *overrides, **options)
 
     def start_faulty(self, moment: str):
