@@ -20,6 +20,8 @@ import openai
 from omegaconf import DictConfig
 
 from recipe.spin.preferences.source import Group, RewardSource, Score
+from recipe.spin.run.faults import Settings, Unusable
+from recipe.spin.run.model_files import MODEL_LENGTH, load_tokenizer
 
 # As a server's address: the policy's own vLLM server, with the policy's weights or the reference's
 POLICY, REFERENCE = OWN = ("policy", "reference")
@@ -106,10 +108,13 @@ class JudgeSource(RewardSource):
             check_reference(config)
         read_template(settings.prompt)
         for address, name in zip(settings.servers, models(settings), strict=True):
-            if address in OWN:
-                check_length(config)
-            else:
+            if address not in OWN:
                 probe(address, name, settings.api_key_env)
+
+    @classmethod
+    def check_model(cls, settings: Settings) -> None:
+        if not set(OWN).isdisjoint(settings["algorithm.judge.servers"]):
+            check_length(settings)
 
     # ------------------------------------------------------------------ scores of one prompt's responses
 
@@ -281,7 +286,7 @@ def read_template(path: str) -> Template:
     key = f"algorithm.judge.prompt={path!r}"
     try:
         template = Template(Path(path).expanduser().read_text())
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # of its text, its name, and of a ~ without a home
         raise ValueError(f"{key}: cannot be read ({error}); name a text file") from error
     names = {match["named"] or match["braced"] for match in template.pattern.finditer(template.template)} - {None}
     if names != PLACEHOLDERS or not template.is_valid():
@@ -340,22 +345,27 @@ def check_reference(config: DictConfig) -> None:
         )
 
 
-def check_length(config: DictConfig) -> None:
-    """Raises ValueError when the policy's own vLLM server has no room for a question about two long responses."""
-    from transformers import AutoTokenizer
-
-    model_len = config.actor_rollout_ref.rollout.max_model_len
-    if model_len is None:
+def check_length(settings: Settings) -> None:
+    """Notes a fault when the policy's own vLLM server has no room for a question about two long responses."""
+    length = settings[MODEL_LENGTH]
+    if length is None:
         return
-    settings, data = config.algorithm.judge, config.data
-    question = read_template(settings.prompt).substitute(request="", first="", second="")
-    tokens = len(AutoTokenizer.from_pretrained(config.actor_rollout_ref.model.path).encode(question))
-    tokens += data.max_prompt_length + 2 * data.max_response_length + settings.max_tokens
-    if tokens > model_len:
-        raise ValueError(
-            f"actor_rollout_ref.rollout.max_model_len={model_len}: as its own judge the policy reads and writes up to "
-            f"{tokens} tokens; raise it, or lower algorithm.judge.max_tokens"
-        )
+    try:
+        template = read_template(settings["algorithm.judge.prompt"])
+    except ValueError as error:  # JudgeSource.check says which
+        raise Unusable("algorithm.judge.prompt") from error
+    tokens = settings["data.max_prompt_length"] + 2 * settings["data.max_response_length"]
+    tokens += settings["algorithm.judge.max_tokens"]
+    tokenizer = load_tokenizer(settings)
+    if tokenizer is None:
+        return
+    tokens += len(tokenizer.encode(template.substitute(request="", first="", second="")))
+    settings.require(
+        tokens <= length,
+        MODEL_LENGTH,
+        f"as its own judge the policy reads and writes up to {tokens} tokens; raise it, or lower "
+        "algorithm.judge.max_tokens",
+    )
 
 
 def probe(address: str, model: str | None, api_key_env: str) -> None:

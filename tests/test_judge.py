@@ -1,15 +1,21 @@
 """What judges make of responses, asked through a real server; the settings and servers that are refused."""
 
 import asyncio
+import shutil
 from pathlib import Path
 
+import huggingface_hub
 import pytest
+from checkable_run import composed, override
 from omegaconf import OmegaConf
+from transformers import AutoTokenizer
 from worker_harness import compose
 
 from benchmarks.rule_judge import RuleJudge, is_sum
 from recipe.spin.preferences.judge import JudgeFailed, JudgeSource, read_verdict
 from recipe.spin.preferences.source import Group, source_class
+from recipe.spin.run.check import check_config
+from recipe.spin.run.pinned_model import fetch_pinned_model
 
 ROOT = Path(__file__).resolve().parents[1]
 RESPONSES = ["3", "7", "11", "7"]
@@ -234,6 +240,56 @@ def test_a_policy_that_judges_needs_room_for_the_question(run):
     assert "actor_rollout_ref.rollout.max_model_len=128" in message and "algorithm.judge.max_tokens" in message
     room = "actor_rollout_ref.rollout.max_model_len=512"
     run.check("algorithm.preference_source=judge", room, "algorithm.judge.max_tokens=16")
+
+
+OWN = "algorithm.preference_source=judge"
+ROOM = ["actor_rollout_ref.rollout.max_model_len=512", "algorithm.judge.max_tokens=16"]
+MODEL, TOKENIZER = "actor_rollout_ref.model.path", "actor_rollout_ref.model.tokenizer_path"
+
+
+@pytest.mark.parametrize("own", ["policy", "reference"])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (f"{MODEL}=/no/such/folder", f"{MODEL}='/no/such/folder': there is no such folder"),
+        (f"{MODEL}=no/model", f"{MODEL}='no/model': there is no such folder, and the hub has no such model"),
+        (f"{MODEL}=a--b", f"{MODEL}='a--b': there is no such folder, and the hub has no such model"),
+        (f"{TOKENIZER}=no/model", f"{TOKENIZER}='no/model': there is no such folder, and the hub has no such model"),
+        (f"{TOKENIZER}=/no/such/folder", f"{TOKENIZER}='/no/such/folder': there is no such folder"),
+        ("actor_rollout_ref.model.lora_rank=few", "actor_rollout_ref.model.lora_rank='few'"),
+        ("actor_rollout_ref.rollout.max_model_len=2k", "actor_rollout_ref.rollout.max_model_len='2k'"),
+        ("data.max_prompt_length=x", "data.max_prompt_length='x'"),
+        ("trainer.v1=sync", "trainer.v1='sync'"),
+        ("algorithm.judge.servers=5", "algorithm.judge.servers=5"),
+        ("algorithm.judge.prompt='~nobody/question'", "algorithm.judge.prompt='~nobody/question': cannot be read"),
+    ],
+)
+def test_a_fault_beside_a_policy_that_judges_is_said_as_ever(run, own, change, words):
+    message = run.refusal(OWN, f"algorithm.judge.servers=[{own}]", *ROOM, change)
+    assert words in message and "faults" not in message
+
+
+def test_a_policy_that_judges_may_be_pinned(run, tiny_models, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **options: tiny_models["llama"])
+    config = override(composed("cpu"), run.overrides(OWN, *ROOM, f"{MODEL}=a/b@0123abc"))
+    fetch_pinned_model(config)
+    check_config(config)
+    assert config.actor_rollout_ref.model.path == tiny_models["llama"]
+
+
+def test_the_room_is_measured_with_the_tokenizer_that_writes_prompts(run, tiny_llama, monkeypatch):
+    loaded = []
+    load = AutoTokenizer.from_pretrained
+
+    def noted(path, **options):
+        loaded.append((path, options["trust_remote_code"]))
+        return load(path, **options)
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", noted)
+    tokenizer = shutil.copytree(tiny_llama, run.folder / "tokenizer")
+    trusted = [f"actor_rollout_ref.model.tokenizer_path={tokenizer}", "actor_rollout_ref.model.trust_remote_code=True"]
+    assert "actor_rollout_ref.rollout.max_model_len=128" in run.refusal(OWN, *trusted)
+    assert loaded == [(str(tokenizer), True)]
 
 
 @pytest.mark.parametrize(
