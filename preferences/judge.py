@@ -186,13 +186,13 @@ class JudgeSource(RewardSource):
             ) from error
 
     async def _ask_own(self, question: str, group: Group) -> tuple[str, int]:
-        """The answer of the policy's own vLLM server to a question, and no tokens."""
+        """The answer of the policy's own vLLM server to a question, and the tokens of both."""
         messages = [{"role": "user", "content": question}]
         prompt = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         tokens = self.tokenizer.encode(prompt, add_special_tokens=False)
         sampling = {"temperature": 0.0, "max_tokens": self._settings.max_tokens}
         answer = await group.generate(tokens, sampling)
-        return self.tokenizer.decode(answer, skip_special_tokens=True), 0
+        return self.tokenizer.decode(answer, skip_special_tokens=True), len(tokens) + len(answer)
 
     # ------------------------------------------------------------------ a step's metrics
 

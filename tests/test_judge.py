@@ -274,16 +274,18 @@ class Tokenizer:
 
 
 def test_the_policy_judges_through_its_own_server():
-    asked = []
+    asked, lengths = [], []
 
     async def generate(tokens: list[int], sampling: dict) -> list[int]:
         question = Tokenizer().decode(tokens)
+        lengths.append(len(question))
         asked.append(sampling)
         return Tokenizer().encode("[[A]]" if "[Answer A]\nyes, it is\n" in question else "[[B]]")
 
     config = compose("algorithm.preference_source=judge", "algorithm.judge.max_tokens=7", device="cpu")
     values, metrics = scores(JudgeSource(config, Tokenizer()), ["no", "yes, it is"], generate)
     assert values == [0, 1] and metrics["judge/asked"] == 2
+    assert metrics["judge/tokens"] == sum(lengths) + 2 * len("[[A]]")
     assert asked == [{"temperature": 0.0, "max_tokens": 7}] * 2
 
 
