@@ -4,6 +4,7 @@ import asyncio
 import json
 import shutil
 import threading
+import time
 import traceback
 from pathlib import Path
 
@@ -225,6 +226,25 @@ def test_a_server_that_does_not_say_what_it_serves_is_given_up(run, monkeypatch)
         server.end.set()
     assert f"judge {server.address}: did not say within 0.2 seconds what it serves; wait until" in message
     assert "timeout_s" not in message
+
+
+def test_only_so_many_questions_are_under_way_at_a_server_as_is_allowed():
+    class Counting(RuleJudge):
+        now = most = 0
+
+        def answer(self, question: str) -> str:
+            with self.lock:
+                self.now += 1
+                self.most = max(self.most, self.now)
+            time.sleep(0.05)
+            with self.lock:
+                self.now -= 1
+            return super().answer(question)
+
+    workers = compose(device="cpu").actor_rollout_ref.rollout.agent.num_workers
+    with Counting(number) as server:
+        scores(judge_of(server, concurrency=3 * workers))
+    assert len(server.questions) == 10 and server.most == 3
 
 
 def test_the_key_comes_from_the_environment_and_is_never_shown(run, monkeypatch, caplog):
