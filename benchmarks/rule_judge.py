@@ -96,13 +96,16 @@ class Handler(BaseHTTPRequestHandler):
         wanted = self.server.key
         if wanted is None or self.headers.get("Authorization") == f"Bearer {wanted}":
             return True
-        self._send(401, {"error": {"message": "no such key"}})
+        self._send(401, {"error": {"message": f"no such key: {self.headers.get('Authorization')}"}})
         return False
 
     def _send(self, status: int, content: dict) -> None:
-        body = json.dumps(content).encode()
+        self.write(status, "application/json", json.dumps(content).encode())
+
+    def write(self, status: int, kind: str, body: bytes) -> None:
+        """Sends an answer of that content type."""
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)

@@ -8,34 +8,27 @@ Every comparison is asked in both orders, so that a judge that prefers what stan
 import asyncio
 import itertools
 import logging
-import os
 import re
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from string import Template
 
-import openai
 from omegaconf import DictConfig
 
+from recipe.spin.preferences.judge_server import SHOWN, JudgeFailed, Server, is_address, probe
 from recipe.spin.preferences.source import Group, RewardSource, Score
+from recipe.spin.run.faults import Settings, Unusable
+from recipe.spin.run.model_files import MODEL_LENGTH, load_tokenizer
 
 # As a server's address: the policy's own vLLM server, with the policy's weights or the reference's
 POLICY, REFERENCE = OWN = ("policy", "reference")
 PLACEHOLDERS = {"request", "first", "second"}
 VERDICT = re.compile(r"\[\[([ABC])\]\]")
 VERDICTS = {"A": ("first", 1), "B": ("second", -1), "C": ("neither", 0)}
-NO_KEY = "none"  # servers without a key take any
-PROBE_SECONDS = 10.0
-SHOWN = 200
 
 logger = logging.getLogger(__name__)
-Ask = Callable[[str], Awaitable[str]]  # question -> answer
-
-
-class JudgeFailed(RuntimeError):
-    """A judge that gave no answer; the message names its address, what it said, and the remedy."""
 
 
 @dataclass
@@ -45,9 +38,9 @@ class Tally:
     Attributes:
         first, second, neither, unreadable: how many answers preferred what stood first, what stood second, neither, and
             how many could not be read.
-        example: one that could not.
+        example, judge: one that could not, and the address that gave it.
         comparisons, ties: pairs of responses, and those of them that neither won.
-        tokens: of questions and answers, as the servers counted them.
+        tokens: of questions and answers, a server's as it counted them.
         seconds: from the first question to the last answer.
     """
 
@@ -56,18 +49,19 @@ class Tally:
     neither: int = 0
     unreadable: int = 0
     example: str | None = None
+    judge: str | None = None
     comparisons: int = 0
     ties: int = 0
     tokens: int = 0
     seconds: float = 0.0
 
-    def count(self, answer: str) -> int:
-        """Counts an answer, and returns what it is worth to the response that stood first: 1, 0 or -1."""
+    def count(self, answer: str, judge: str) -> int:
+        """Counts a judge's answer, and returns what it is worth to the response that stood first: 1, 0 or -1."""
         verdict = read_verdict(answer)
         if verdict is None:
             self.unreadable += 1
-            self.example = answer[:SHOWN]
-            logger.warning("a judge's answer holds none of [[A]], [[B]] and [[C]]: %r", answer)
+            self.example, self.judge = answer[:SHOWN], judge
+            logger.warning("judge %s: an answer holds none of [[A]], [[B]] and [[C]]: %r", judge, answer)
             return 0
         name, worth = VERDICTS[verdict]
         setattr(self, name, getattr(self, name) + 1)
@@ -107,9 +101,16 @@ class JudgeSource(RewardSource):
         read_template(settings.prompt)
         for address, name in zip(settings.servers, models(settings), strict=True):
             if address in OWN:
-                check_length(config)
-            else:
+                continue
+            try:
                 probe(address, name, settings.api_key_env)
+            except JudgeFailed as error:
+                raise ValueError(str(error)) from error
+
+    @classmethod
+    def check_model(cls, settings: Settings) -> None:
+        if not set(OWN).isdisjoint(settings["algorithm.judge.servers"]):
+            check_length(settings)
 
     # ------------------------------------------------------------------ scores of one prompt's responses
 
@@ -158,19 +159,22 @@ class JudgeSource(RewardSource):
             self._template.substitute(request=request, first=one, second=other)
             for one, other in ((first, second), (second, first))
         ]
-        asks = [self._asks(server, group, tally) for server in self._servers]
-        found = await asyncio.gather(*(self._verdict(ask, one, group, tally) for ask in asks for one in questions))
+        asked = itertools.product(range(len(self._servers)), questions)
+        found = await asyncio.gather(*(self._verdict(judge, question, group, tally) for judge, question in asked))
         by_judge = [_sign(there - back) for there, back in zip(found[::2], found[1::2], strict=True)]
         outcome = _sign(sum(by_judge))
         tally.ties += outcome == 0
         return outcome
 
-    async def _verdict(self, ask: Ask, question: str, group: Group, tally: Tally) -> int:
+    async def _verdict(self, judge: int, question: str, group: Group, tally: Tally) -> int:
+        server = self._servers[judge]
         async with self._calls:
-            answer = await self._in_time(ask(question), group.step)
-        return tally.count(answer)
+            asked = self._ask_own(question, group) if server is None else server.ask(question)
+            answer, tokens = await self._in_time(asked, group.step)
+        tally.tokens += tokens
+        return tally.count(answer, self._settings.servers[judge])
 
-    async def _in_time(self, answer: Awaitable[str], step: int) -> str:
+    async def _in_time(self, answer: Awaitable[tuple[str, int]], step: int) -> tuple[str, int]:
         limit = self._settings.step_timeout_s
         left = None if limit is None else self._began[step] + limit - time.monotonic()
         try:
@@ -181,20 +185,14 @@ class JudgeSource(RewardSource):
                 "algorithm.judge.concurrency, or ask less (algorithm.judge.comparisons=tournament)"
             ) from error
 
-    def _asks(self, server: "Server | None", group: Group, tally: Tally) -> Ask:
-        async def ask_policy(question: str) -> str:
-            messages = [{"role": "user", "content": question}]
-            prompt = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-            tokens = self.tokenizer.encode(prompt, add_special_tokens=False)
-            sampling = {"temperature": 0.0, "max_tokens": self._settings.max_tokens}
-            return self.tokenizer.decode(await group.generate(tokens, sampling), skip_special_tokens=True)
-
-        async def ask_server(question: str) -> str:
-            answer, tokens = await server.ask(question)
-            tally.tokens += tokens
-            return answer
-
-        return ask_policy if server is None else ask_server
+    async def _ask_own(self, question: str, group: Group) -> tuple[str, int]:
+        """The answer of the policy's own vLLM server to a question, and the tokens of both."""
+        messages = [{"role": "user", "content": question}]
+        prompt = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        tokens = self.tokenizer.encode(prompt, add_special_tokens=False)
+        sampling = {"temperature": 0.0, "max_tokens": self._settings.max_tokens}
+        answer = await group.generate(tokens, sampling)
+        return self.tokenizer.decode(answer, skip_special_tokens=True), len(tokens) + len(answer)
 
     # ------------------------------------------------------------------ a step's metrics
 
@@ -210,11 +208,11 @@ class JudgeSource(RewardSource):
         asked = sum(read.values()) + unreadable
         limit = self._settings.max_unreadable
         if unreadable > limit * asked:
-            example = next(tally.example for tally in tallies if tally.unreadable)
+            judge, example = next((tally.judge, tally.example) for tally in tallies if tally.unreadable)
             raise JudgeFailed(
                 f"{unreadable} of a step's {asked} answers hold none of [[A]], [[B]] and [[C]], a larger share than "
-                f"algorithm.judge.max_unreadable={limit}; one is {example!r}. Ask for these in algorithm.judge.prompt, "
-                "raise algorithm.judge.max_tokens, or take a judge that follows"
+                f"algorithm.judge.max_unreadable={limit}; one, of judge {judge}, is {example!r}. Ask for these in "
+                "algorithm.judge.prompt, raise algorithm.judge.max_tokens, or take a judge that follows"
             )
         decided = read["first"] + read["second"]
         metrics = {
@@ -230,40 +228,7 @@ class JudgeSource(RewardSource):
         return metrics
 
 
-# ---------------------------------------------------------------------- judges
-
-
-class Server:
-    """An OpenAI-compatible server, asked through openai's client, which tries again with growing pauses."""
-
-    def __init__(self, address: str, model: str | None, settings: DictConfig):
-        self._address, self._model, self._settings = address, model, settings
-        self._client = openai.AsyncOpenAI(
-            base_url=address,
-            api_key=os.environ.get(settings.api_key_env) or NO_KEY,
-            max_retries=settings.retries,
-            timeout=settings.timeout_s,
-        )
-
-    async def ask(self, question: str) -> tuple[str, int]:
-        """The answer to a question, and the tokens of both.
-
-        Raises:
-            JudgeFailed: with the server's address and what it said.
-        """
-        settings = self._settings
-        try:
-            if self._model is None:
-                self._model = first_model([model.id async for model in self._client.models.list()], self._address)
-            answer = await self._client.chat.completions.create(
-                model=self._model,
-                messages=[{"role": "user", "content": question}],
-                temperature=settings.temperature,
-                max_tokens=settings.max_tokens,
-            )
-        except openai.APIError as error:
-            raise JudgeFailed(explain(error, self._address, settings.api_key_env)) from error
-        return answer.choices[0].message.content or "", answer.usage.total_tokens if answer.usage else 0
+# ---------------------------------------------------------------------- answers, questions and settings
 
 
 def read_verdict(answer: str) -> str | None:
@@ -281,7 +246,7 @@ def read_template(path: str) -> Template:
     key = f"algorithm.judge.prompt={path!r}"
     try:
         template = Template(Path(path).expanduser().read_text())
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # of its text, its name, and of a ~ without a home
         raise ValueError(f"{key}: cannot be read ({error}); name a text file") from error
     names = {match["named"] or match["braced"] for match in template.pattern.finditer(template.template)} - {None}
     if names != PLACEHOLDERS or not template.is_valid():
@@ -301,7 +266,7 @@ def models(settings: DictConfig) -> list[str | None]:
 def check_settings(settings: DictConfig) -> None:
     """Raises ValueError where judges and models do not fit together."""
     servers = list(settings.servers)
-    if not all(address in OWN or address.startswith(("http://", "https://")) for address in servers):
+    if not all(address in OWN or is_address(address) for address in servers):
         raise ValueError(
             f"algorithm.judge.servers={servers!r}: give addresses such as http://127.0.0.1:8000/v1, or policy or "
             "reference for the policy's own vLLM server with the weights of either"
@@ -340,70 +305,27 @@ def check_reference(config: DictConfig) -> None:
         )
 
 
-def check_length(config: DictConfig) -> None:
-    """Raises ValueError when the policy's own vLLM server has no room for a question about two long responses."""
-    from transformers import AutoTokenizer
-
-    model_len = config.actor_rollout_ref.rollout.max_model_len
-    if model_len is None:
+def check_length(settings: Settings) -> None:
+    """Notes a fault when the policy's own vLLM server has no room for a question about two long responses."""
+    length = settings[MODEL_LENGTH]
+    if length is None:
         return
-    settings, data = config.algorithm.judge, config.data
-    question = read_template(settings.prompt).substitute(request="", first="", second="")
-    tokens = len(AutoTokenizer.from_pretrained(config.actor_rollout_ref.model.path).encode(question))
-    tokens += data.max_prompt_length + 2 * data.max_response_length + settings.max_tokens
-    if tokens > model_len:
-        raise ValueError(
-            f"actor_rollout_ref.rollout.max_model_len={model_len}: as its own judge the policy reads and writes up to "
-            f"{tokens} tokens; raise it, or lower algorithm.judge.max_tokens"
-        )
-
-
-def probe(address: str, model: str | None, api_key_env: str) -> None:
-    """Asks a server what it serves, before anything is started.
-
-    Raises:
-        ValueError: when it does not answer, wants another key, or does not serve the model.
-    """
-    key = os.environ.get(api_key_env) or NO_KEY
-    client = openai.OpenAI(base_url=address, api_key=key, max_retries=0, timeout=PROBE_SECONDS)
     try:
-        served = [one.id for one in client.models.list()]
-    except openai.NotFoundError as error:
-        if model is None:
-            raise ValueError(f"judge {address}: has no list of models; name one in algorithm.judge.models") from error
+        template = read_template(settings["algorithm.judge.prompt"])
+    except ValueError as error:  # JudgeSource.check says which
+        raise Unusable("algorithm.judge.prompt") from error
+    tokens = settings["data.max_prompt_length"] + 2 * settings["data.max_response_length"]
+    tokens += settings["algorithm.judge.max_tokens"]
+    tokenizer = load_tokenizer(settings)
+    if tokenizer is None:
         return
-    except openai.APIError as error:
-        raise ValueError(explain(error, address, api_key_env)) from error
-    if model is not None and model not in served:
-        raise ValueError(
-            f"judge {address}: serves {', '.join(served) or 'no model'}, and not algorithm.judge.models={model!r}"
-        )
-    first_model(served, address)
-
-
-def first_model(served: list[str], address: str) -> str:
-    if not served:
-        raise ValueError(f"judge {address}: serves no model; start it with one")
-    return served[0]
-
-
-def explain(error: openai.APIError, address: str, api_key_env: str) -> str:
-    """A failed call in a sentence: the address, the status, what the server said, and the remedy."""
-    if isinstance(error, openai.APITimeoutError):
-        return (
-            f"judge {address}: no answer in time; raise algorithm.judge.timeout_s or lower algorithm.judge.concurrency"
-        )
-    if isinstance(error, openai.APIConnectionError):
-        return f"judge {address}: cannot be reached ({error.__cause__ or error}); start it, or correct the address"
-    if not isinstance(error, openai.APIStatusError):
-        return f"judge {address}: {str(error)[:SHOWN]}"
-    said = f"judge {address}: status {error.status_code}, {error.response.text[:SHOWN]!r}"
-    if error.status_code in (401, 403):
-        given = "has no value" if not os.environ.get(api_key_env) else "holds a key that it refuses"
-        return f"{said}; the environment variable {api_key_env} (algorithm.judge.api_key_env) {given}"
-    if error.status_code == 429:
-        return f"{said}; lower algorithm.judge.concurrency or raise algorithm.judge.retries"
-    return f"{said}; after {error.response.request.method} {error.response.request.url.path}"
+    tokens += len(tokenizer.encode(template.substitute(request="", first="", second="")))
+    settings.require(
+        tokens <= length,
+        MODEL_LENGTH,
+        f"as its own judge the policy reads and writes up to {tokens} tokens; raise it, or lower "
+        "algorithm.judge.max_tokens",
+    )
 
 
 def _sign(value: int) -> int:

@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from tensordict import TensorDict
 
 from recipe.spin.core_algos import PreferencePairs, compute_onlineDPO_pref, has_score
+from recipe.spin.run.faults import Settings
 
 SOURCES = {
     "reward": "recipe.spin.preferences.source:RewardSource",
@@ -78,7 +79,14 @@ class RewardSource:
 
     @classmethod
     def check(cls, config: DictConfig) -> None:
-        """Looks, before Ray starts, at the settings that are this source's own. Raises ValueError with the remedy."""
+        """Looks, before Ray starts, at the settings that are this source's own. Raises ValueError with the remedy.
+
+        Asked where all settings are of the right kind, and before a model that the settings name is fetched.
+        """
+
+    @classmethod
+    def check_model(cls, settings: Settings) -> None:
+        """Looks, once the model is there and has been looked at, at what this source asks of it; notes the faults."""
 
     @classmethod
     def takes_reference(cls, config: DictConfig) -> bool:

@@ -11,7 +11,7 @@ from recipe.spin.run.faults import ConfigError, Settings
 from recipe.spin.run.machine import first_fault
 from recipe.spin.run.model_files import check_model
 from recipe.spin.run.reward_file import check_reward
-from recipe.spin.run.rules import RULES
+from recipe.spin.run.rules import RULES, the_source_can_use_the_model
 from recipe.spin.run.schema import check_kinds
 
 __all__ = ["ConfigError", "check_config", "check_settings"]
@@ -32,7 +32,7 @@ def check_config(config: DictConfig) -> None:
     verl nor Ray.
     """
     settings = Settings(config)
-    settings.run(check_kinds, *RULES, check_model, check_reward, check_data)
+    settings.run(check_kinds, *RULES, check_model, the_source_can_use_the_model, check_reward, check_data)
     if settings.faults:
         raise ConfigError(*settings.faults)
     if fault := first_fault(config):

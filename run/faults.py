@@ -46,7 +46,7 @@ class Settings:
             except Unusable:
                 continue
             except ConfigError as error:
-                self.faults += error.faults
+                self.faults += [fault for fault in error.faults if fault not in self.faults]  # two may find the same
 
     def __getitem__(self, key: str) -> Any:
         """The value of a key; None where the config has no such key."""

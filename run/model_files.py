@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from recipe.spin.run.faults import ConfigError, Settings
 
 PATH = "actor_rollout_ref.model.path"
+TOKENIZER_PATH = "actor_rollout_ref.model.tokenizer_path"
 MODEL_LENGTH = "actor_rollout_ref.rollout.max_model_len"
 BUCKET = "actor_rollout_ref.rollout.checkpoint_engine.update_weights_bucket_megabytes"
 CONFIGURATION = ("config.json",)
@@ -126,9 +127,12 @@ def weights_fault(file: Path) -> str | None:
 
 # ---- The hub ---------------------------------------------------------------------------------------------------------
 def _cached_file(name: str, file: str) -> Path | None:
-    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub import errors, try_to_load_from_cache
 
-    found = try_to_load_from_cache(name, file)
+    try:
+        found = try_to_load_from_cache(name, file)
+    except errors.HFValidationError:  # no name that a model of the hub can have
+        return None
     return Path(found) if isinstance(found, str) else None
 
 
@@ -162,15 +166,21 @@ def _is_on_hub(name: str) -> bool | None:
 
 # ---- What others ask of the model ------------------------------------------------------------------------------------
 def load_tokenizer(settings: Settings):
-    """The tokenizer that writes prompts, with its chat template; None where the hub has it and does not answer.
+    """The tokenizer that writes prompts, with its chat template; None where the hub may have it and does not answer.
 
     Raises:
         ConfigError: when it cannot be read, or has no chat template.
     """
-    path = settings["actor_rollout_ref.model.tokenizer_path"] or settings[PATH]
+    path = settings[TOKENIZER_PATH] or settings[PATH]
     folder = Path(path).expanduser()
     here = folder.is_dir() or _cached_file(path, "tokenizer_config.json") is not None
-    if not here and not _is_on_hub(path):
+    on_hub = here or _is_on_hub(path)
+    if on_hub is False:  # of the model check_model says it
+        raise ConfigError(
+            f"{TOKENIZER_PATH}={path!r}: there is no such folder, and the hub has no such model; correct it, or set "
+            "null for the model's own"
+        )
+    if on_hub is None:
         return None
     trust = settings["actor_rollout_ref.model.trust_remote_code"]
     tokenizer = _tokenizer(str(folder) if folder.is_dir() else path, trust, here)

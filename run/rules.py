@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from recipe.spin.core_algos import LOSSES, LossOptions, beta_at, check_loss_settings
-from recipe.spin.preferences.source import source_class
+from recipe.spin.preferences.source import RewardSource, source_class
 from recipe.spin.run.faults import ConfigError, Settings, Unusable
 from recipe.spin.run_folder import nearest_existing
 
@@ -39,11 +39,23 @@ def a_source_prefers(settings: Settings) -> None:
         source = source_class(name)
     except ValueError as error:
         raise ConfigError(f"algorithm.preference_source={name!r}: {error}") from error
-    if settings.is_sound("algorithm"):
+    if not settings.faults:  # all kinds are right, and a source may look at any setting
         try:
             source.check(settings.config)
         except ValueError as error:
             raise ConfigError(str(error)) from error
+
+
+def the_source_can_use_the_model(settings: Settings) -> None:
+    """Not among the RULES: the model has been looked at before."""
+    _source(settings).check_model(settings)
+
+
+def _source(settings: Settings) -> type[RewardSource]:
+    try:
+        return source_class(settings["algorithm.preference_source"])
+    except ValueError as error:  # a_source_prefers says which
+        raise Unusable("algorithm.preference_source") from error
 
 
 def a_pair_has_two_responses(settings: Settings) -> None:
@@ -316,10 +328,10 @@ def weights_stay_where_they_are_not_sent(settings: Settings) -> None:
 
 
 def _takes_reference(settings: Settings) -> bool:
-    try:
-        return source_class(settings["algorithm.preference_source"]).takes_reference(settings.config)
-    except ValueError as error:  # a_source_prefers says which
-        raise Unusable("algorithm.preference_source") from error
+    source = _source(settings)
+    if not settings.is_sound("algorithm"):
+        raise Unusable("algorithm")
+    return source.takes_reference(settings.config)
 
 
 def an_asynchronous_run_shares_its_engine_with_nobody(settings: Settings) -> None:

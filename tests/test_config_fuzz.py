@@ -10,6 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 
+from benchmarks.rule_judge import RuleJudge
 from recipe.spin.run.check import check_config
 from recipe.spin.run.schema import Config, Section
 
@@ -66,6 +67,36 @@ def changed(values: dict, changes: dict) -> DictConfig:
 def test_settings_of_any_kind(values, changes):
     try:
         check_config(changed(values, changes))
+    except REFUSED as error:
+        assert str(error)
+
+
+# What a judge looks at
+JUDGED = ("algorithm", "trainer.v1", "data.max_", "actor_rollout_ref.model", "actor_rollout_ref.rollout.max_model_len")
+JUDGES = st.sampled_from(["policy", "reference", "http://127.0.0.1:1/v1", "served"])
+
+
+@pytest.fixture(scope="module")
+def served():
+    with RuleJudge(lambda request, response: 0.0) as server:
+        yield server.address
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(
+    JUDGES,
+    st.dictionaries(st.sampled_from([key for key in declared() if key.startswith(JUDGED)]), VALUES, max_size=3),
+    st.none() | VALUES | st.lists(st.text(max_size=8).map("http://".__add__), max_size=2),
+)
+@example("reference", {"algorithm.judge.servers": None}, None)
+@example("served", {"algorithm.judge.models": {"a": 1}}, None)
+@example("served", {}, ["http://127.0.0.1:99999/v1"])
+def test_settings_of_a_judge(values, served, judge, changes, servers):
+    room = {"actor_rollout_ref.rollout.max_model_len": 512, "algorithm.judge.max_tokens": 16}
+    servers = [served if judge == "served" else judge] if servers is None else servers
+    asked = {"algorithm.preference_source": "judge", "algorithm.judge.servers": servers}
+    try:
+        check_config(changed(values, asked | room | changes))
     except REFUSED as error:
         assert str(error)
 

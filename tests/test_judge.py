@@ -1,15 +1,26 @@
 """What judges make of responses, asked through a real server; the settings and servers that are refused."""
 
 import asyncio
+import json
+import shutil
+import threading
+import time
+import traceback
 from pathlib import Path
 
+import huggingface_hub
 import pytest
+from checkable_run import composed, override
 from omegaconf import OmegaConf
+from transformers import AutoTokenizer
 from worker_harness import compose
 
-from benchmarks.rule_judge import RuleJudge, is_sum
+from benchmarks.rule_judge import Handler, RuleJudge, is_sum
+from recipe.spin.preferences import judge_server
 from recipe.spin.preferences.judge import JudgeFailed, JudgeSource, read_verdict
 from recipe.spin.preferences.source import Group, source_class
+from recipe.spin.run.check import check_config
+from recipe.spin.run.pinned_model import fetch_pinned_model
 
 ROOT = Path(__file__).resolve().parents[1]
 RESPONSES = ["3", "7", "11", "7"]
@@ -92,8 +103,10 @@ def test_unreadable_answers_count_as_ties_up_to_a_share(caplog):
         values, metrics = scores(judge_of(server, max_unreadable=1.0))
         assert values == [0.5] * 4 and metrics["judge/unreadable_rate"] == 1
         assert "I would rather not say." in caplog.text
-        with pytest.raises(JudgeFailed, match=r"10 of a step's 10 answers .*max_unreadable=0.2.*rather not say"):
+        words = rf"10 of a step's 10 answers .*max_unreadable=0.2.* of judge {server.address}, .*rather not say"
+        with pytest.raises(JudgeFailed, match=words):
             scores(judge_of(server))
+        assert f"judge {server.address}: an answer holds none" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -125,14 +138,146 @@ def test_a_slow_server_ends_in_an_error():
             scores(judge_of(server, step_timeout_s=0.1), ["1", "2"])
 
 
-def test_the_key_comes_from_the_environment_and_is_never_shown(monkeypatch, caplog):
+class RubbishHandler(Handler):
+    def write(self, status: int, kind: str, body: bytes) -> None:
+        if status == 200 and self.command in self.server.commands:
+            status, kind, body = self.server.rubbish
+        super().write(status, kind, body)
+
+
+class Rubbish(RuleJudge):
+    """Answers requests of these methods with what OpenAI's API would not."""
+
+    def __init__(self, kind: str, body: str, commands: tuple[str, ...] = ("POST",), **options):
+        super().__init__(number, **options)
+        self.rubbish, self.commands, self.RequestHandlerClass = (200, kind, body.encode()), commands, RubbishHandler
+
+
+JSON, HTML = "application/json", "text/html; charset=utf-8"
+RUBBISH = [
+    (HTML, "<html>please log in</html>", "<html>please log in</html>"),
+    (JSON, '{"error": {"message": "no such model"}}', "no such model"),
+    (JSON, '{"choices": [{"message"', '{"choices": [{"message"'),
+    (JSON, "", "''"),
+    (JSON, "null", "'null'"),
+    (JSON, "[]", "'[]'"),
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "said"),
+    [
+        *RUBBISH,
+        (JSON, '{"choices": []}', '{"choices": []}'),
+        (JSON, '{"choices": null}', '{"choices": null}'),
+        (JSON, '{"choices": [{"text": "[[A]]"}]}', "[[A]]"),
+        (JSON, '{"choices": [{"message": {"content": ["[[A]]"]}}]}', "[[A]]"),
+    ],
+)
+def test_an_answer_that_is_none_is_shown_with_its_address(kind, body, said):
+    with Rubbish(kind, body) as server, pytest.raises(JudgeFailed) as caught:
+        scores(judge_of(server), ["1", "2"])
+    message = str(caught.value)
+    assert message.startswith(f"judge {server.address}: status 200, ") and said in message
+    assert "after POST /v1/chat/completions, which is no answer of OpenAI's API" in message
+
+
+def test_a_long_answer_that_is_none_is_shown_by_its_beginning():
+    with Rubbish(HTML, "<html>" + 10_000 * "please log in ") as server, pytest.raises(JudgeFailed) as caught:
+        scores(judge_of(server), ["1", "2"])
+    assert "<html>please log in" in str(caught.value) and len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize(
+    "message", [{"content": None}, {}, {"content": "[[A]]", "reasoning": "long"}], ids=["null", "none", "more"]
+)
+def test_answers_without_a_text_or_with_more_are_answers(message):
+    with Rubbish(JSON, json.dumps({"choices": [{"message": message}], "usage": None, "more": 1})) as server:
+        values, metrics = scores(judge_of(server, max_unreadable=1.0), ["1", "2"])
+    assert values == [0.5, 0.5] and metrics["judge/tokens"] == 0
+    assert metrics["judge/unreadable_rate"] == (0 if message.get("content") else 1)
+
+
+@pytest.mark.parametrize("model", ["null", "rule"])
+@pytest.mark.parametrize(("kind", "body", "said"), [*RUBBISH, (JSON, '{"data": [{"name": "a"}]}', '{"name": "a"}')])
+def test_a_list_of_models_that_is_none_is_said_before_anything_starts(run, model, kind, body, said):
+    with Rubbish(kind, body, commands=("GET",)) as server:
+        message = run.refusal(*settings(server, models=model))
+        assert message.startswith(f"judge {server.address}: status 200, ") and said in message
+        assert "after GET /v1/models, which is no answer of OpenAI's API" in message
+
+
+@pytest.mark.parametrize("data", ["null", "[]"])
+def test_a_server_without_models_is_said(run, data):
+    with Rubbish(JSON, f'{{"data": {data}}}', commands=("GET",)) as server:
+        assert run.refusal(*settings(server)) == f"judge {server.address}: serves no model; start it with one"
+
+
+class Silent(Handler):
+    def do_GET(self) -> None:
+        self.server.end.wait()
+
+
+def test_a_server_that_does_not_say_what_it_serves_is_given_up(run, monkeypatch):
+    monkeypatch.setattr(judge_server, "PROBE_SECONDS", 0.2)
+    with RuleJudge(number) as server:
+        server.RequestHandlerClass, server.end = Silent, threading.Event()
+        message = run.refusal(*settings(server))
+        server.end.set()
+    assert f"judge {server.address}: did not say within 0.2 seconds what it serves; wait until" in message
+    assert "timeout_s" not in message
+
+
+def test_only_so_many_questions_are_under_way_at_a_server_as_is_allowed():
+    class Counting(RuleJudge):
+        now = most = 0
+
+        def answer(self, question: str) -> str:
+            with self.lock:
+                self.now += 1
+                self.most = max(self.most, self.now)
+            time.sleep(0.05)
+            with self.lock:
+                self.now -= 1
+            return super().answer(question)
+
+    workers = compose(device="cpu").actor_rollout_ref.rollout.agent.num_workers
+    with Counting(number) as server:
+        scores(judge_of(server, concurrency=3 * workers))
+    assert len(server.questions) == 10 and server.most == 3
+
+
+def test_the_key_comes_from_the_environment_and_is_never_shown(run, monkeypatch, caplog):
+    monkeypatch.setenv("MY_KEY", "secret-key\n")  # as a file gives it
     with RuleJudge(number, key="secret-key") as server:
-        monkeypatch.setenv("MY_KEY", "secret-key")
-        assert scores(judge_of(server, api_key_env="MY_KEY"), ["1", "2"])[0] == [0, 1]
+        asked = judge_of(server, api_key_env="MY_KEY")
+        assert scores(asked, ["1", "2"])[0] == [0, 1]
+        run.check(*settings(server, api_key_env="MY_KEY"))
         monkeypatch.setenv("MY_KEY", "another-key")
-        with pytest.raises(JudgeFailed, match="status 401.*MY_KEY .*holds a key that it refuses") as caught:
+        with pytest.raises(
+            JudgeFailed, match="status 401.*no such key.*MY_KEY .*holds a key that it refuses"
+        ) as caught:
             scores(judge_of(server, api_key_env="MY_KEY"), ["1", "2"])
-    assert "another-key" not in str(caught.value) + caplog.text
+        message = run.refusal(*settings(server, api_key_env="MY_KEY"))
+    assert "status 401" in message and "MY_KEY" in message
+    shown = "".join(traceback.format_exception(caught.value)) + message + caplog.text
+    assert "another-key" not in shown and "Bearer ***" in shown
+
+
+def test_a_key_in_rubbish_is_not_shown_either(monkeypatch):
+    monkeypatch.setenv("MY_KEY", "another-key")
+    for body in ('{"error": "what is another-key?"}', f"<html>{190 * ' '}another-key"):
+        with Rubbish(JSON, body) as server, pytest.raises(JudgeFailed) as caught:
+            scores(judge_of(server, api_key_env="MY_KEY"), ["1", "2"])
+        assert "anot" not in "".join(traceback.format_exception(caught.value))
+
+
+@pytest.mark.parametrize("key", ["sécret", "sec\nret"])
+def test_a_key_that_none_can_be_is_refused_without_being_shown(run, monkeypatch, key):
+    monkeypatch.setenv("MY_KEY", key)
+    with RuleJudge(number) as server:
+        message = run.refusal(*settings(server, api_key_env="MY_KEY"))
+    assert "MY_KEY (algorithm.judge.api_key_env) holds signs that no key has" in message and "ret" not in message
 
 
 class Tokenizer:
@@ -149,16 +294,18 @@ class Tokenizer:
 
 
 def test_the_policy_judges_through_its_own_server():
-    asked = []
+    asked, lengths = [], []
 
     async def generate(tokens: list[int], sampling: dict) -> list[int]:
         question = Tokenizer().decode(tokens)
+        lengths.append(len(question))
         asked.append(sampling)
         return Tokenizer().encode("[[A]]" if "[Answer A]\nyes, it is\n" in question else "[[B]]")
 
     config = compose("algorithm.preference_source=judge", "algorithm.judge.max_tokens=7", device="cpu")
     values, metrics = scores(JudgeSource(config, Tokenizer()), ["no", "yes, it is"], generate)
     assert values == [0, 1] and metrics["judge/asked"] == 2
+    assert metrics["judge/tokens"] == sum(lengths) + 2 * len("[[A]]")
     assert asked == [{"temperature": 0.0, "max_tokens": 7}] * 2
 
 
@@ -185,6 +332,9 @@ def test_a_server_is_asked_once_before_anything_starts(run):
         ({"servers": "[]"}, "algorithm.judge.servers=[]: must be a list"),
         ({"servers": "[127.0.0.1:8000]"}, "algorithm.judge.servers"),
         ({"servers": "http://127.0.0.1:1/v1"}, "algorithm.judge.servers"),
+        ({"servers": "['http://127.0.0.1:port/v1']"}, "algorithm.judge.servers=['http://127.0.0.1:port/v1']: give"),
+        ({"servers": "['http://127.0.0.1:99999/v1']"}, "algorithm.judge.servers=['http://127.0.0.1:99999/v1']: give"),
+        ({"servers": "['http://']"}, "algorithm.judge.servers=['http://']: give addresses"),
         ({"servers": "[http://127.0.0.1:1/v1]"}, "judge http://127.0.0.1:1/v1: cannot be reached"),
         ({"models": "[a,b]"}, "algorithm.judge.models"),
         ({"models": "other"}, "serves rule, and not algorithm.judge.models='other'"),
@@ -234,6 +384,56 @@ def test_a_policy_that_judges_needs_room_for_the_question(run):
     assert "actor_rollout_ref.rollout.max_model_len=128" in message and "algorithm.judge.max_tokens" in message
     room = "actor_rollout_ref.rollout.max_model_len=512"
     run.check("algorithm.preference_source=judge", room, "algorithm.judge.max_tokens=16")
+
+
+OWN = "algorithm.preference_source=judge"
+ROOM = ["actor_rollout_ref.rollout.max_model_len=512", "algorithm.judge.max_tokens=16"]
+MODEL, TOKENIZER = "actor_rollout_ref.model.path", "actor_rollout_ref.model.tokenizer_path"
+
+
+@pytest.mark.parametrize("own", ["policy", "reference"])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (f"{MODEL}=/no/such/folder", f"{MODEL}='/no/such/folder': there is no such folder"),
+        (f"{MODEL}=no/model", f"{MODEL}='no/model': there is no such folder, and the hub has no such model"),
+        (f"{MODEL}=a--b", f"{MODEL}='a--b': there is no such folder, and the hub has no such model"),
+        (f"{TOKENIZER}=no/model", f"{TOKENIZER}='no/model': there is no such folder, and the hub has no such model"),
+        (f"{TOKENIZER}=/no/such/folder", f"{TOKENIZER}='/no/such/folder': there is no such folder"),
+        ("actor_rollout_ref.model.lora_rank=few", "actor_rollout_ref.model.lora_rank='few'"),
+        ("actor_rollout_ref.rollout.max_model_len=2k", "actor_rollout_ref.rollout.max_model_len='2k'"),
+        ("data.max_prompt_length=x", "data.max_prompt_length='x'"),
+        ("trainer.v1=sync", "trainer.v1='sync'"),
+        ("algorithm.judge.servers=5", "algorithm.judge.servers=5"),
+        ("algorithm.judge.prompt='~nobody/question'", "algorithm.judge.prompt='~nobody/question': cannot be read"),
+    ],
+)
+def test_a_fault_beside_a_policy_that_judges_is_said_as_ever(run, own, change, words):
+    message = run.refusal(OWN, f"algorithm.judge.servers=[{own}]", *ROOM, change)
+    assert words in message and "faults" not in message
+
+
+def test_a_policy_that_judges_may_be_pinned(run, tiny_models, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **options: tiny_models["llama"])
+    config = override(composed("cpu"), run.overrides(OWN, *ROOM, f"{MODEL}=a/b@0123abc"))
+    fetch_pinned_model(config)
+    check_config(config)
+    assert config.actor_rollout_ref.model.path == tiny_models["llama"]
+
+
+def test_the_room_is_measured_with_the_tokenizer_that_writes_prompts(run, tiny_llama, monkeypatch):
+    loaded = []
+    load = AutoTokenizer.from_pretrained
+
+    def noted(path, **options):
+        loaded.append((path, options["trust_remote_code"]))
+        return load(path, **options)
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", noted)
+    tokenizer = shutil.copytree(tiny_llama, run.folder / "tokenizer")
+    trusted = [f"actor_rollout_ref.model.tokenizer_path={tokenizer}", "actor_rollout_ref.model.trust_remote_code=True"]
+    assert "actor_rollout_ref.rollout.max_model_len=128" in run.refusal(OWN, *trusted)
+    assert loaded == [(str(tokenizer), True)]
 
 
 @pytest.mark.parametrize(
