@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 
-from recipe.spin.run.process_memory import needed_memory
+from recipe.spin.run.process_memory import NeededMemory
 
 ROOT = Path(__file__).resolve().parents[1]
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16")
@@ -224,6 +224,7 @@ class PeakMemory:
     def __init__(self, pid: int):
         self.peak_gb = 0.0
         self._seconds: dict[int, float] = {}  # by process; one that ended keeps what it had
+        self._memory = NeededMemory()
         self._resident = 0
         self._pid = pid
         self._stop = threading.Event()
@@ -250,7 +251,7 @@ class PeakMemory:
             resident = sum(_figure(process, "memory_info", "rss") for process in processes)
             if resident > 1.02 * self._resident or poll % MEMORY_POLLS == 0:
                 self._resident = max(resident, self._resident)
-                self.peak_gb = max(self.peak_gb, needed_memory(processes) / 1e9)
+                self.peak_gb = max(self.peak_gb, self._memory.total(processes) / 1e9)
             if self._stop.wait(POLL_SECONDS):
                 return
 

@@ -16,7 +16,7 @@ import ray
 from recipe.spin.run import private_folder
 from recipe.spin.run.console import Console
 from recipe.spin.run.drift import Drift
-from recipe.spin.run.process_memory import needed_memory
+from recipe.spin.run.process_memory import NeededMemory
 
 TASK_RUNNER = "spin_task_runner"
 POLL_SECONDS = 2.0
@@ -55,6 +55,7 @@ class RunMonitor:
         self._folder: Path | None = None
         self._shared_memory: set[str] = set()
         self._looks: Counter[str] = Counter()
+        self._memory = NeededMemory()
         self._looked = -math.inf  # at the processes' memory
 
     def __enter__(self) -> "RunMonitor":
@@ -115,7 +116,7 @@ class RunMonitor:
 
     def _measure_memory(self, processes: list[psutil.Process]) -> None:
         self._looked = time.monotonic()
-        self.peak_memory_gb = max(self.peak_memory_gb, needed_memory(processes) / 1e9)
+        self.peak_memory_gb = max(self.peak_memory_gb, self._memory.total(processes) / 1e9)
 
     def _find_shared_memory(self, processes: list[psutil.Process]) -> None:
         """Notes the files in shared memory that are this run's; asks the processes only while there are new ones."""

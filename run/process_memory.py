@@ -5,27 +5,34 @@ from pathlib import Path
 
 import psutil
 
+USED_AGAIN = 0.05  # of what a process had offered; less is what any process does while it waits
 # All mappings of a process summed up; kernels before 4.14 and some sandboxes have only the list of them
 SMAPS = "smaps_rollup" if Path("/proc/self/smaps_rollup").exists() else "smaps"
 
 
-def needed_memory(processes: Iterable[psutil.Process]) -> int:
-    """Bytes: proportional set sizes, less what the processes have offered to the system (MADV_FREE).
+class NeededMemory:
+    """Adds up what processes need: proportional set sizes, less what they have offered to the system (MADV_FREE).
 
-    Pages that n processes share count as a n-th for each; processes that have ended count nothing. The kernel walks
-    through all pages for it, a tenth of a second of a core's time for the ten processes of a run.
+    A process that uses again what it had offered counts with all of it: between two looks it may have needed as much.
+    The kernel walks through all pages for a look, a tenth of a second of a core's time for the ten processes of a run.
     """
-    return sum(_needed(process.pid) for process in processes)
+
+    def __init__(self):
+        self._offered: dict[int, int] = {}  # by process, when last looked at
+
+    def total(self, processes: Iterable[psutil.Process]) -> int:
+        """Bytes, pages that n processes share counted as a n-th for each. Processes that have ended count nothing."""
+        return sum(self._of(process.pid) for process in processes)
+
+    def _of(self, pid: int) -> int:
+        try:
+            lines = Path(f"/proc/{pid}/{SMAPS}").read_text().splitlines()
+        except OSError:  # it has ended meanwhile
+            return 0
+        held, offered = _sum_of(lines, "Pss"), _sum_of(lines, "LazyFree")
+        before, self._offered[pid] = self._offered.get(pid, 0), offered
+        return held if offered < (1 - USED_AGAIN) * before else held - offered
 
 
-def _needed(pid: int) -> int:
-    try:
-        lines = Path(f"/proc/{pid}/{SMAPS}").read_text().splitlines()
-    except OSError:  # it has ended meanwhile
-        return 0
-    sizes = {"Pss": 0, "LazyFree": 0}
-    for line in lines:
-        name, _, value = line.partition(":")
-        if name in sizes:
-            sizes[name] += 1024 * int(value.split()[0])
-    return sizes["Pss"] - sizes["LazyFree"]
+def _sum_of(lines: list[str], name: str) -> int:
+    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))

@@ -17,7 +17,7 @@ def monitor(tmp_path) -> RunMonitor:
 
 def test_the_peak_is_the_most_that_was_seen(monitor, monkeypatch):
     needed = iter((1e9, 3e9, 2e9))
-    monkeypatch.setattr(run_monitor, "needed_memory", lambda processes: next(needed))
+    monkeypatch.setattr(monitor._memory, "total", lambda processes: next(needed))
     for _ in range(3):
         monitor._measure_memory(["a", "b"])
     assert monitor.peak_memory_gb == 3.0
@@ -35,7 +35,7 @@ def test_memory_is_looked_at_as_often_as_asked_for(monitor, monkeypatch, seconds
     monkeypatch.setattr(run_monitor, "POLL_SECONDS", 0.0)
     monkeypatch.setattr(run_monitor, "process_tree", lambda: ["a"])
     monkeypatch.setattr(run_monitor, "_ask_task_runner", lambda: None)
-    monkeypatch.setattr(run_monitor, "needed_memory", lambda processes: looked.append(processes) or 0)
+    monkeypatch.setattr(monitor._memory, "total", lambda processes: looked.append(processes) or 0)
     monitor._memory_seconds, monitor._find_shared_memory = seconds, lambda processes: None
     monitor._console = types.SimpleNamespace(waits_for=wait)
     monitor._watch()
