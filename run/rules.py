@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from recipe.spin.core_algos import LOSSES, LossOptions, beta_at, check_loss_settings
-from recipe.spin.preferences.source import source_class
+from recipe.spin.preferences.source import RewardSource, source_class
 from recipe.spin.run.faults import ConfigError, Settings, Unusable
 from recipe.spin.run_folder import nearest_existing
 
@@ -26,6 +26,11 @@ LOGGER_PACKAGES = {name: name for name in ("wandb", "tensorboard", "mlflow", "sw
 
 def is_self_play(settings: Settings) -> bool:
     return settings["algorithm.preference_source"] == "self_play"
+
+
+def scores_groups(settings: Settings) -> bool:
+    """Whether the source scores a prompt's responses itself, so that training takes no reward."""
+    return _source(settings).scores_groups()
 
 
 def ranks(settings: Settings) -> int:
@@ -316,8 +321,12 @@ def weights_stay_where_they_are_not_sent(settings: Settings) -> None:
 
 
 def _takes_reference(settings: Settings) -> bool:
+    return _source(settings).takes_reference(settings.config)
+
+
+def _source(settings: Settings) -> type[RewardSource]:
     try:
-        return source_class(settings["algorithm.preference_source"]).takes_reference(settings.config)
+        return source_class(settings["algorithm.preference_source"])
     except ValueError as error:  # a_source_prefers says which
         raise Unusable("algorithm.preference_source") from error
 
@@ -343,6 +352,27 @@ def an_asynchronous_run_shares_its_engine_with_nobody(settings: Settings) -> Non
         MODE,
         f"the reward model takes turns with vLLM on its GPUs; give it its own, {model}.enable_resource_pool=True",
     )
+
+
+def a_reward_model_has_devices(settings: Settings) -> None:
+    model, devices = "reward.reward_model", ranks(settings)
+    if not settings[f"{model}.enable"]:
+        return
+    name, pool = f"{model}.rollout.name", settings[f"{model}.enable_resource_pool"]
+    settings.require(settings[name] == "vllm", name, "vllm serves it; set vllm")
+    if pool:
+        for key in (f"{model}.nnodes", f"{model}.n_gpus_per_node"):
+            settings.require(settings[key] > 0, key, "the reward model's own pool needs devices; at least 1")
+        devices = settings[f"{model}.nnodes"] * settings[f"{model}.n_gpus_per_node"]
+    size = 1
+    for kind in ("tensor_model_parallel_size", "data_parallel_size", "pipeline_model_parallel_size"):
+        key = f"{model}.rollout.{kind}"
+        size *= settings[key]
+        settings.require(
+            settings[key] == 1 or devices % size == 0,
+            key,
+            f"the reward model's {devices} devices must fall into groups of {size}; lower it, for example to 1",
+        )
 
 
 # ---- Around the run --------------------------------------------------------------------------------------------------
@@ -398,6 +428,7 @@ RULES: tuple[Callable[[Settings], None], ...] = (
     the_queue_holds_a_batch,
     weights_stay_where_they_are_not_sent,
     an_asynchronous_run_shares_its_engine_with_nobody,
+    a_reward_model_has_devices,
     loggers_are_installed,
     the_run_folder_can_be_written,
     a_path_to_resume_from_is_there,

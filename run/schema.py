@@ -370,10 +370,24 @@ class Distillation(Section):
 class RewardFunction(Section):
     path: Text | None
     name: Text
+    reward_kwargs: dict = {}
+
+
+class RewardRollout(Section):
+    name: Text
+    dtype: RolloutPrecision
+    tensor_model_parallel_size: Count
+    data_parallel_size: Count
+    pipeline_model_parallel_size: Count
 
 
 class RewardModel(Section):
     enable: bool
+    enable_resource_pool: bool
+    nnodes: Whole
+    n_gpus_per_node: Whole
+    model_path: Text | None
+    rollout: RewardRollout
 
 
 class Reward(Section):
