@@ -2,6 +2,7 @@
 
 import codecs
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -37,6 +38,7 @@ REWARDED |= {f"searchR1_{name}" for name in ("nq", "triviaqa", "popqa", "hotpotq
 REWARDED |= {"searchR1_bamboogle"}
 UNSCORED = ", or leave held-out prompts unanswered (trainer.val_before_train=False trainer.test_freq=-1)"
 CHUNK = 256  # prompts that are measured at once
+MANY = 10_000  # prompts whose measuring takes seconds, which is said
 
 
 def check_data(settings: Settings) -> None:
@@ -239,6 +241,9 @@ def _check_lengths(settings: Settings, prompts: dict[str, list[Prompts]]) -> Non
     if tokenizer is None:
         return
     if not settings["data.filter_overlong_prompts"]:
+        count = sum(len(file.messages) for file in (*prompts[TRAIN], *prompts[VAL]))
+        if count >= MANY:
+            sys.stderr.write(f"[spin] measuring {count} prompts for data.max_prompt_length, some thousands a second\n")
         for file in (*prompts[TRAIN], *prompts[VAL]):
             settings.run(partial(_require_short, tokenizer=tokenizer, prompts=file))
         return
