@@ -6,13 +6,14 @@ from collections.abc import Callable
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from recipe.spin.core_algos import LOSSES, LossOptions, beta_at, check_loss_settings
 from recipe.spin.preferences.source import RewardSource, source_class
 from recipe.spin.run.faults import ConfigError, Settings, Unusable
+from recipe.spin.run.schema import Precision
 from recipe.spin.run_folder import nearest_existing
 
 ACTOR, REF, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.ref", "actor_rollout_ref.rollout"
@@ -125,6 +126,13 @@ def reference_is_sharded_as_the_actor(settings: Settings) -> None:
         ("fsdp_config.fsdp_size", same),
     ):
         settings.require(settings[f"{REF}.{key}"] == settings[f"{ACTOR}.{key}"], f"{REF}.{key}", remedy)
+
+
+def precisions_are_known(settings: Settings) -> None:
+    key = f"{ACTOR}.fsdp_config.mixed_precision"
+    known = get_args(Precision)
+    unknown = [name for name, value in (settings[key] or {}).items() if value not in known]
+    settings.require(not unknown, key, f"{', '.join(unknown)} must be one of {', '.join(known)}")
 
 
 def reference_holds_what_the_actor_computes_with(settings: Settings) -> None:
@@ -416,6 +424,7 @@ RULES: tuple[Callable[[Settings], None], ...] = (
     lora_has_no_second_model,
     small_steps_need_fp32,
     reference_is_sharded_as_the_actor,
+    precisions_are_known,
     reference_holds_what_the_actor_computes_with,
     batches_divide,
     a_prompt_with_its_responses_fits_one_micro_batch,
