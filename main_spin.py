@@ -3,11 +3,13 @@
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import hydra
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from recipe.spin.run import heap, resume, signals
 from recipe.spin.run.check import ConfigError, check_config
@@ -149,12 +151,39 @@ class TaskRunnerClass:
         return self._actor
 
 
+def _resolve(config: DictConfig) -> None:
+    """Puts values in place of all `${...}`."""
+    try:
+        OmegaConf.resolve(config)
+    except OmegaConfBaseException as error:
+        key = next(_unresolvable(config))  # which the error does not name
+        cause = str(error).partition("\n")[0]
+        raise ConfigError(
+            f"{key}: its value comes from elsewhere by ${{...}}, which fails: {cause}; correct what that names, or "
+            f"give {key} a value of its own"
+        ) from error
+
+
+def _unresolvable(section: DictConfig | ListConfig, prefix: str = "") -> Iterator[str]:
+    """Keys with a `${...}` that has no value."""
+    for name in section if isinstance(section, DictConfig) else range(len(section)):
+        try:
+            value = section[name]
+        except MissingMandatoryValue:  # has ???, and is left
+            continue
+        except OmegaConfBaseException:
+            yield f"{prefix}{name}"
+            continue
+        if isinstance(value, DictConfig | ListConfig) and not OmegaConf.is_interpolation(section, name):
+            yield from _unresolvable(value, f"{prefix}{name}.")
+
+
 @hydra.main(config_path="config", config_name="spin_trainer", version_base=None)
 def main(config: DictConfig) -> None:
     """Entry point: settings that cannot work end in one clear message, before Ray starts."""
     signals.honor()
     try:
-        OmegaConf.resolve(config)
+        _resolve(config)
         fetch_pinned_model(config)
         check_config(config)
         fit_weight_bucket(config)

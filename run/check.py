@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 
 from recipe.spin.run.data_files import check_data
 from recipe.spin.run.faults import ConfigError, Settings
-from recipe.spin.run.machine import first_fault
+from recipe.spin.run.machine import machine_faults
 from recipe.spin.run.model_files import check_model
 from recipe.spin.run.reward_file import check_reward
 from recipe.spin.run.rules import RULES, the_source_can_use_the_model
@@ -35,5 +35,5 @@ def check_config(config: DictConfig) -> None:
     settings.run(check_kinds, *RULES, check_model, the_source_can_use_the_model, check_reward, check_data)
     if settings.faults:
         raise ConfigError(*settings.faults)
-    if fault := first_fault(config):
-        raise ConfigError(fault)
+    if faults := machine_faults(config):
+        raise ConfigError(*faults)

@@ -2,6 +2,7 @@
 
 import codecs
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -10,7 +11,8 @@ from pathlib import Path
 
 from recipe.spin.run.faults import ConfigError, Settings
 from recipe.spin.run.model_files import load_tokenizer
-from recipe.spin.run.rules import ROLLOUT, is_self_play, require_queue
+from recipe.spin.run.reward_file import KEY
+from recipe.spin.run.rules import ROLLOUT, is_self_play, require_queue, scores_groups
 
 TRAIN, VAL = "data.train_files", "data.val_files"
 # Columns of a response, which a column of the data by the same name would overwrite, or meet in a call
@@ -27,7 +29,16 @@ TAKEN = {
 }
 TAKEN |= {"loss_mask", "input_ids", "position_ids", "rm_scores", "rollout_log_probs", "num_turns", "metrics"}
 TAKEN |= {"extra_fields", "multi_modal_inputs"}
+# Whose rows verl has a reward for (verl/utils/reward_score); besides, those that begin with aime
+REWARDED = {"openai/gsm8k", "hiyouga/geometry3k", "math", "math_dapo", "math_dapo_reasoning"}
+REWARDED |= {"lighteval/MATH", "DigitalLearningGmbH/MATH-lighteval", "HuggingFaceH4/MATH-500"}
+REWARDED |= {f"numina_{name}" for name in ("aops_forum", "synthetic_math", "amc_aime", "synthetic_amc", "cn_k12")}
+REWARDED |= {"numina_olympiads", "codecontests", "apps", "codeforces", "taco"}
+REWARDED |= {f"searchR1_{name}" for name in ("nq", "triviaqa", "popqa", "hotpotqa", "2wikimultihopqa", "musique")}
+REWARDED |= {"searchR1_bamboogle"}
+UNSCORED = ", or leave held-out prompts unanswered (trainer.val_before_train=False trainer.test_freq=-1)"
 CHUNK = 256  # prompts that are measured at once
+MANY = 10_000  # prompts whose measuring takes seconds, which is said
 
 
 def check_data(settings: Settings) -> None:
@@ -85,10 +96,12 @@ def read_prompts(settings: Settings, key: str, file: str) -> Prompts:
     rows = _read_rows(key, path)
     if not rows:
         raise ConfigError(f"{key}={file!r}: the file has no rows; make it again")
+    scored = not is_self_play(settings) and _is_scored(settings, key)
     for number, row in enumerate(rows):
-        fault = _row_fault(row, settings)
-        if fault:
+        if fault := _row_fault(row, settings):
             raise ConfigError(f"{key}={file!r}, row {number}: {fault}")
+        if scored and (fault := _reward_fault(row, settings)):
+            raise ConfigError(f"{key}={file!r}, row {number}: {fault}{UNSCORED if key == VAL else ''}")
     end = -1 if is_self_play(settings) else None  # there the last message is the response
     return Prompts(key, file, [row[settings["data.prompt_key"]][:end] for row in rows])
 
@@ -150,7 +163,7 @@ def _row_fault(row: dict, settings: Settings) -> str | None:
     taken = sorted(TAKEN & row.keys())
     if taken:
         return f"the column {taken[0]!r} has the name of one that the rollout adds; rename it"
-    return None if settings["reward.reward_model.enable"] else _reward_fault(row, settings["data.reward_fn_key"])
+    return None
 
 
 def _is_message(message) -> bool:
@@ -162,13 +175,36 @@ def _is_message(message) -> bool:
     return isinstance(content, str) or all(isinstance(part, dict) and "type" in part for part in parts)
 
 
-def _reward_fault(row: dict, source_key: str) -> str | None:
-    reward_model = row.get("reward_model")
+def _is_scored(settings: Settings, key: str) -> bool:
+    """Whether a reward function gets the rows of a file; a reward model, or a judge in training, takes prompts."""
+    if key == VAL and not settings["trainer.val_before_train"] and settings["trainer.test_freq"] <= 0:
+        return False
+    if settings.value(f"{KEY}.path") is not None:
+        return True
+    return not settings["reward.reward_model.enable"] and (key == VAL or not scores_groups(settings))
+
+
+def _reward_fault(row: dict, settings: Settings) -> str | None:
+    reward_model, source_key = row.get("reward_model"), settings["data.reward_fn_key"]
     if not isinstance(reward_model, dict) or reward_model.get("ground_truth") is None:
         return "no reward_model.ground_truth, which the reward function is called with; add the column"
-    if row.get(source_key) is None:
+    source = row.get(source_key)
+    if source is None:
         return f"no {source_key!r}, which the reward function is called with; add the column"
-    return None
+    if not _verl_scores(settings) or str(source) in REWARDED or str(source).startswith("aime"):
+        return None
+    return (
+        f"verl has no reward of its own for {source_key}={source!r}; name a file with yours in {KEY}.path (REWARD_PATH)"
+    )
+
+
+def _verl_scores(settings: Settings) -> bool:
+    """Whether verl's own reward for the data source is asked, and no class of the user's may score in its place."""
+    return (
+        settings.value(f"{KEY}.path") is None
+        and settings["reward.reward_manager.source"] == "register"
+        and settings[f"{ROLLOUT}.agent.default_agent_loop"] == "spin"
+    )
 
 
 # ---- Numbers ---------------------------------------------------------------------------------------------------------
@@ -205,6 +241,9 @@ def _check_lengths(settings: Settings, prompts: dict[str, list[Prompts]]) -> Non
     if tokenizer is None:
         return
     if not settings["data.filter_overlong_prompts"]:
+        count = sum(len(file.messages) for file in (*prompts[TRAIN], *prompts[VAL]))
+        if count >= MANY:
+            sys.stderr.write(f"[spin] measuring {count} prompts for data.max_prompt_length, some thousands a second\n")
         for file in (*prompts[TRAIN], *prompts[VAL]):
             settings.run(partial(_require_short, tokenizer=tokenizer, prompts=file))
         return

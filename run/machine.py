@@ -1,7 +1,7 @@
 """Whether the machine can carry a run, looked at before Ray starts: the order of the checks, and its cores.
 
-Each check gives a Finding. check_config refuses a run at the first FAIL; the doctor prints them all. gpu.py looks at
-driver and compiler, fit.py at the memory of GPUs, host.py at that of the host and at the disk.
+Each check gives a Finding. check_config refuses a run with all that FAIL; the doctor prints all. gpu.py looks at driver
+and compiler, fit.py at the memory of GPUs, host.py at that of the host and at the disk.
 """
 
 import os
@@ -21,14 +21,15 @@ UNITS = "transfer_queue.backend.SimpleStorage.num_data_storage_units"
 CPUS_A_RANK = 3  # verl's placement groups hold so many for each GPU (ResourcePoolManager.max_colocate_count)
 
 
-def first_fault(config: DictConfig) -> str | None:
-    """Why this machine cannot carry the run that the resolved config describes; None when nothing speaks against it."""
+def machine_faults(config: DictConfig) -> list[str]:
+    """All reasons why this machine cannot carry the run that the resolved config describes; prints what is doubtful."""
+    faults = []
     for finding in findings(config):
         if finding.verdict == FAIL:
-            return finding.text
-        if finding.verdict == WARN:
+            faults.append(finding.text)
+        elif finding.verdict == WARN:
             sys.stderr.write(f"[spin] warning: {finding.text}\n")
-    return None
+    return faults
 
 
 def findings(config: DictConfig) -> Iterator[Finding]:

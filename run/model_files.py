@@ -1,4 +1,4 @@
-"""The model before it is loaded: its folder, or its name on the hub, and its tokenizer."""
+"""The models before they are loaded: their folders, or names on the hub, and their tokenizers."""
 
 import json
 import re
@@ -13,58 +13,113 @@ from recipe.spin.run.faults import ConfigError, Settings
 
 PATH = "actor_rollout_ref.model.path"
 TOKENIZER_PATH = "actor_rollout_ref.model.tokenizer_path"
+ADAPTER = "actor_rollout_ref.model.lora_adapter_path"
+REWARD_MODEL = "reward.reward_model.model_path"
 MODEL_LENGTH = "actor_rollout_ref.rollout.max_model_len"
 BUCKET = "actor_rollout_ref.rollout.checkpoint_engine.update_weights_bucket_megabytes"
 CONFIGURATION = ("config.json",)
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json")
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+OF_AN_ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
 SAVE = "save model and tokenizer there with save_pretrained"
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 HUB_SECONDS = 5
 
 
 def check_model(settings: Settings) -> None:
-    """A folder must hold a whole causal model, a name must be one of the hub's."""
-    path = settings[PATH]
+    """A folder must hold a whole causal model, a name must be one of the hub's; so an adapter to begin with."""
+    settings.run(_check_adapter)
+    if folder := _folder(settings, PATH):
+        config = _check_folder(settings, PATH, folder)
+        if not settings["actor_rollout_ref.model.trust_remote_code"]:
+            _check_architecture(settings, config)
+        positions, length = _of_text(config).get("max_position_embeddings"), settings[MODEL_LENGTH]
+        settings.require(
+            not isinstance(positions, int) or length is None or length <= positions,
+            MODEL_LENGTH,
+            f"the model was made for {positions} tokens at most; lower it, or set null",
+        )
+        _check_weights(settings, PATH, folder)
+
+
+def _check_adapter(settings: Settings) -> None:
+    if settings[ADAPTER] is None or not (folder := _folder(settings, ADAPTER, "adapter_config.json")):
+        return
+    for what, names in (("configuration", ("adapter_config.json",)), ("weights", OF_AN_ADAPTER)):
+        found = any((folder / name).is_file() for name in names)
+        settings.require(found, ADAPTER, f"the folder has no {what} ({' or '.join(names)}); save a peft adapter there")
+
+
+def check_reward_model(settings: Settings) -> None:
+    """A reward model, where one is enabled, must be there, and be a classifier unless a function makes the score."""
+    if not settings["reward.reward_model.enable"]:
+        return
+    settings.require(settings[REWARD_MODEL] is not None, REWARD_MODEL, "name the reward model: a folder or a hub name")
+    if folder := _folder(settings, REWARD_MODEL):
+        config = _check_folder(settings, REWARD_MODEL, folder)
+        _check_weights(settings, REWARD_MODEL, folder)
+    elif file := _cached_file(settings[REWARD_MODEL], "config.json"):
+        config = _read_json(settings, REWARD_MODEL, file)
+    else:
+        return  # the hub has it
+    if settings["reward.custom_reward_function.path"] is not None:
+        return  # the function asks the model, whatever it is
+    architectures = config.get("architectures")
+    settings.require(
+        "SequenceClassification" in str(architectures),
+        REWARD_MODEL,
+        f"config.json has the architectures {architectures}, and the score is the output of a sequence classifier "
+        "(AutoModelForSequenceClassification); name one, or a function that asks the model in "
+        "reward.custom_reward_function.path",
+    )
+    tokenizer = _tokenizer(str(folder or settings[REWARD_MODEL]), False, True, REWARD_MODEL)
+    settings.require(
+        bool(tokenizer.chat_template),
+        REWARD_MODEL,
+        "its tokenizer has no chat template, by which messages become its input; take a model that has one",
+    )
+
+
+def _folder(settings: Settings, key: str, file: str = "config.json") -> Path | None:
+    """The folder that a key names; None where it is a name that the hub has or may have. Else notes a fault."""
+    path = settings[key]
     folder = Path(path).expanduser()
     if folder.is_dir():
-        _check_folder(settings, folder)
-    elif folder.exists() or not HUB_NAME.fullmatch(path):
-        settings.require(False, PATH, "there is no such folder; give a model folder or a hub name such as a/b")
-    elif _cached_file(path, "config.json") is None:
+        return folder
+    if folder.exists() or not HUB_NAME.fullmatch(path):
+        settings.require(False, key, "there is no such folder; give a model folder or a hub name such as a/b")
+        settings[key]  # leaves
+    elif _cached_file(path, file) is None:
         remedy = (
             "there is no such folder, and the hub has no such model, or shows it to others alone; correct the name, or "
             "set HF_TOKEN"
         )
-        settings.require(_is_on_hub(path) is not False, PATH, remedy)
+        settings.require(_is_on_hub(path, key) is not False, key, remedy)
+    return None
 
 
 # ---- A folder --------------------------------------------------------------------------------------------------------
-def _check_folder(settings: Settings, folder: Path) -> None:
+def _check_folder(settings: Settings, key: str, folder: Path) -> dict:
+    """Looks for a model's files; returns its config.json."""
     for what, patterns in (("configuration", CONFIGURATION), ("tokenizer", TOKENIZER), ("weights", WEIGHTS)):
         found = any(any(folder.glob(pattern)) for pattern in patterns)
-        settings.require(found, PATH, f"the folder has no {what} ({' or '.join(patterns)}); {SAVE}")
-    config = _read_json(settings, folder / "config.json")
-    if not settings["actor_rollout_ref.model.trust_remote_code"]:
-        _check_architecture(settings, config)
-    positions, length = _of_text(config).get("max_position_embeddings"), settings[MODEL_LENGTH]
-    settings.require(
-        not isinstance(positions, int) or length is None or length <= positions,
-        MODEL_LENGTH,
-        f"the model was made for {positions} tokens at most; lower it, or set null",
-    )
-    for file in _shards(settings, folder):
+        settings.require(found, key, f"the folder has no {what} ({' or '.join(patterns)}); {SAVE}")
+    return _read_json(settings, key, folder / "config.json")
+
+
+def _check_weights(settings: Settings, key: str, folder: Path) -> None:
+    for file in _shards(settings, key, folder):
         fault = weights_fault(file)
-        settings.require(not fault, PATH, f"{file.name} {fault}; copy or save the model again")
+        settings.require(not fault, key, f"{file.name} {fault}; copy or save the model again")
 
 
-def _read_json(settings: Settings, file: Path) -> dict:
+def _read_json(settings: Settings, key: str, file: Path) -> dict:
     try:
         content, fault = json.loads(file.read_bytes()), "it holds no object"
     except (ValueError, OSError) as error:
         content, fault = None, str(error)
-    settings.require(isinstance(content, dict), PATH, f"{file.name} cannot be read as JSON ({fault}); {SAVE}")
-    settings[PATH]  # leaves, where it has a fault
+    settings.require(isinstance(content, dict), key, f"{file.name} cannot be read as JSON ({fault}); {SAVE}")
+    settings[key]  # leaves, where it has a fault
     return content
 
 
@@ -90,15 +145,15 @@ def _check_architecture(settings: Settings, config: dict) -> None:
     )
 
 
-def _shards(settings: Settings, folder: Path) -> list[Path]:
+def _shards(settings: Settings, key: str, folder: Path) -> list[Path]:
     """The files that hold the weights, whether they exist or not."""
     index = next(folder.glob("*.index.json"), None)
     if index is None:
         return sorted(file for pattern in WEIGHTS for file in folder.glob(pattern))
-    named = _read_json(settings, index).get("weight_map")
+    named = _read_json(settings, key, index).get("weight_map")
     named = set(named.values()) if isinstance(named, dict) else {None}
     if not named or not all(isinstance(name, str) for name in named):
-        settings.require(False, PATH, f"{index.name} has no weight_map with files; {SAVE}")
+        settings.require(False, key, f"{index.name} has no weight_map with files; {SAVE}")
         return []
     return [folder / name for name in sorted(named)]
 
@@ -137,7 +192,7 @@ def _cached_file(name: str, file: str) -> Path | None:
 
 
 @cache
-def _is_on_hub(name: str) -> bool | None:
+def _is_on_hub(name: str, key: str) -> bool | None:
     """Asks the hub; None where it does not answer, which is said.
 
     Raises:
@@ -152,12 +207,12 @@ def _is_on_hub(name: str) -> bool | None:
         return False
     except errors.OfflineModeIsEnabled as error:
         raise ConfigError(
-            f"{PATH}={name!r}: there is no such folder, the model is not in the hub's cache, and HF_HUB_OFFLINE "
+            f"{key}={name!r}: there is no such folder, the model is not in the hub's cache, and HF_HUB_OFFLINE "
             "forbids to ask the hub; name a folder, or fetch the model first (hf download)"
         ) from error
     except (errors.HfHubHTTPError, httpx.HTTPError, OSError) as error:
         sys.stderr.write(
-            f"[spin] {PATH}={name!r} is no folder here, and the hub does not answer ({type(error).__name__}: {error}); "
+            f"[spin] {key}={name!r} is no folder here, and the hub does not answer ({type(error).__name__}: {error}); "
             "going on as if it had the model\n"
         )
         return None
@@ -171,10 +226,11 @@ def load_tokenizer(settings: Settings):
     Raises:
         ConfigError: when it cannot be read, or has no chat template.
     """
-    path = settings[TOKENIZER_PATH] or settings[PATH]
+    key = TOKENIZER_PATH if settings[TOKENIZER_PATH] else PATH
+    path = settings[key]
     folder = Path(path).expanduser()
     here = folder.is_dir() or _cached_file(path, "tokenizer_config.json") is not None
-    on_hub = here or _is_on_hub(path)
+    on_hub = here or _is_on_hub(path, key)
     if on_hub is False:  # of the model check_model says it
         raise ConfigError(
             f"{TOKENIZER_PATH}={path!r}: there is no such folder, and the hub has no such model; correct it, or set "
@@ -194,7 +250,7 @@ def load_tokenizer(settings: Settings):
 
 
 @cache
-def _tokenizer(path: str, trust_remote_code: bool, local_files_only: bool):
+def _tokenizer(path: str, trust_remote_code: bool, local_files_only: bool, key: str = PATH):
     from transformers import AutoTokenizer
 
     try:
@@ -202,7 +258,7 @@ def _tokenizer(path: str, trust_remote_code: bool, local_files_only: bool):
             path, trust_remote_code=trust_remote_code, local_files_only=local_files_only
         )
     except Exception as error:  # it raises whatever the readers of its files do
-        raise ConfigError(f"{PATH}={path!r}: the tokenizer cannot be read ({error}); {SAVE}") from error
+        raise ConfigError(f"{key}={path!r}: the tokenizer cannot be read ({error}); {SAVE}") from error
 
 
 def fit_weight_bucket(config: DictConfig) -> None:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from recipe.spin.run.check import ConfigError, check_settings
 
@@ -20,7 +20,7 @@ def fetch_pinned_model(config: DictConfig) -> None:
     Raises:
         ConfigError: when settings are faulty, or the hub does not give that revision.
     """
-    path = config.actor_rollout_ref.model.path
+    path = OmegaConf.select(config, KEY)  # None too where a section is null, which check_config tells
     name, at, revision = str(path).partition("@")
     if not at or Path(path).expanduser().exists():
         return

@@ -1,48 +1,84 @@
-"""The file with the reward, read but not run."""
+"""The reward: the file with its function, read but not run, and the reward model."""
 
 import ast
 from collections.abc import Iterator
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from recipe.spin.run.faults import ConfigError, Settings
+from recipe.spin.run.model_files import check_reward_model
 
 KEY = "reward.custom_reward_function"
 # What verl calls the reward with, by keyword
 ARGUMENTS = ("data_source", "solution_str", "ground_truth", "extra_info")
+OF_A_MODEL = ("reward_router_address", "reward_model_tokenizer")  # besides, where it serves a reward model
+WEIGHTED = Path(__file__).resolve().parent.parent / "preferences" / "weighted.py"
+PARTS = f"{KEY}.reward_kwargs.functions"
+PART_KEYS = ("path", "name", "weight")
+PART = "{path: FILE, name: FUNCTION (compute_score), weight: NUMBER (1)}"
 
 
 def check_reward(settings: Settings) -> None:
     """The file must define a function that can be called as verl does, and import what is there."""
-    path, name = settings[f"{KEY}.path"], settings[f"{KEY}.name"]
-    if path is None or settings["reward.reward_model.enable"]:
+    settings.run(check_reward_model)
+    path, arguments = settings[f"{KEY}.path"], dict(settings[f"{KEY}.reward_kwargs"] or {})
+    if path is None:
         return
+    if settings["reward.reward_model.enable"]:
+        arguments |= dict.fromkeys(OF_A_MODEL)
+    parts = _parts(arguments) if Path(path).expanduser().resolve() == WEIGHTED else {}
+    _check_function(settings, KEY, path, settings[f"{KEY}.name"], arguments)
+    more = {name: value for name, value in arguments.items() if name != "functions"}
+    settings.run(*(partial(_check_part, key=f"{PARTS}.{name}", part=part, more=more) for name, part in parts.items()))
+
+
+def _parts(arguments: dict) -> dict[str, Any]:
+    """The functions that preferences/weighted.py adds up, by name."""
+    parts = arguments.get("functions")
+    if not isinstance(parts, dict) or not parts:
+        raise ConfigError(f"{PARTS}={parts!r}: preferences/weighted.py adds up functions by name; give each as {PART}")
+    return parts
+
+
+def _check_part(settings: Settings, key: str, part: Any, more: dict) -> None:
+    texts = [part.get("path"), part.get("name", "compute_score")] if isinstance(part, dict) else [None]
+    if not all(isinstance(text, str) for text in texts) or not part.keys() <= {*PART_KEYS}:
+        raise ConfigError(f"{key}={part!r}: must be {PART}")
+    if not isinstance(part.get("weight", 1.0), int | float):
+        raise ConfigError(f"{key}.weight={part['weight']!r}: must be a number")
+    _check_function(settings, key, *texts, more)
+
+
+def _check_function(settings: Settings, key: str, path: str, name: str, more: dict) -> None:
+    """The file and name of a reward function, which is called with `more` besides what verl gives every one."""
     file = Path(path).expanduser()
     if not file.is_file():
-        raise ConfigError(f"{KEY}.path={path!r}: there is no such file; name a Python file with the reward")
+        raise ConfigError(f"{key}.path={path!r}: there is no such file; name a Python file with the reward")
     try:
         module = ast.parse(file.read_bytes())
     except (SyntaxError, ValueError, OSError) as error:
-        raise ConfigError(f"{KEY}.path={path!r}: {error}; correct the file") from error
-    settings.run(lambda settings: _check_imports(settings, module))
+        raise ConfigError(f"{key}.path={path!r}: {error}; correct the file") from error
+    settings.run(partial(_check_imports, key=f"{key}.path", module=module))
     definitions = dict(_definitions(module.body))
     if name not in definitions:
         if "*" in definitions:
             return  # a star import may bring it
         names = ", ".join(definitions) or "no function"
-        raise ConfigError(f"{KEY}.name={name!r}: {file} defines {names}; name one")
-    fault = _call_fault(definitions[name], settings[f"{KEY}.reward_kwargs"] or {})
-    if fault:
-        raise ConfigError(f"{KEY}.name={name!r}: in {file} {name} {fault}")
+        raise ConfigError(f"{key}.name={name!r}: {file} defines {names}; name one")
+    if fault := _call_fault(definitions[name], more):
+        own = f", or set {KEY}.path=null for the reward model's own score" if {*OF_A_MODEL} <= more.keys() else ""
+        raise ConfigError(f"{key}.name={name!r}: in {file} {name} {fault}{own}")
 
 
-def _check_imports(settings: Settings, module: ast.Module) -> None:
+def _check_imports(settings: Settings, key: str, module: ast.Module) -> None:
     """Imports at the top of the file, which fail as soon as it is loaded; one in a `try` may."""
     for node in module.body:
         if isinstance(node, ast.ImportFrom) and node.level:
             settings.require(
                 False,
-                f"{KEY}.path",
+                key,
                 f"line {node.lineno}: the file is loaded by its path, outside of a package; import by a full name",
             )
         elif isinstance(node, ast.Import | ast.ImportFrom):
@@ -50,7 +86,7 @@ def _check_imports(settings: Settings, module: ast.Module) -> None:
             for package in sorted({name.split(".")[0] for name in names}):
                 settings.require(
                     find_spec(package) is not None,
-                    f"{KEY}.path",
+                    key,
                     f"line {node.lineno} imports {package}, which is not installed; install it, or add its folder to "
                     "PYTHONPATH",
                 )

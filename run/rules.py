@@ -6,13 +6,14 @@ from collections.abc import Callable
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from recipe.spin.core_algos import LOSSES, LossOptions, beta_at, check_loss_settings
 from recipe.spin.preferences.source import RewardSource, source_class
 from recipe.spin.run.faults import ConfigError, Settings, Unusable
+from recipe.spin.run.schema import Precision
 from recipe.spin.run_folder import nearest_existing
 
 ACTOR, REF, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.ref", "actor_rollout_ref.rollout"
@@ -26,6 +27,11 @@ LOGGER_PACKAGES = {name: name for name in ("wandb", "tensorboard", "mlflow", "sw
 
 def is_self_play(settings: Settings) -> bool:
     return settings["algorithm.preference_source"] == "self_play"
+
+
+def scores_groups(settings: Settings) -> bool:
+    """Whether the source scores a prompt's responses itself, so that training takes no reward."""
+    return _source(settings).scores_groups()
 
 
 def ranks(settings: Settings) -> int:
@@ -132,6 +138,13 @@ def reference_is_sharded_as_the_actor(settings: Settings) -> None:
         ("fsdp_config.fsdp_size", same),
     ):
         settings.require(settings[f"{REF}.{key}"] == settings[f"{ACTOR}.{key}"], f"{REF}.{key}", remedy)
+
+
+def precisions_are_known(settings: Settings) -> None:
+    key = f"{ACTOR}.fsdp_config.mixed_precision"
+    known = get_args(Precision)
+    unknown = [name for name, value in (settings[key] or {}).items() if value not in known]
+    settings.require(not unknown, key, f"{', '.join(unknown)} must be one of {', '.join(known)}")
 
 
 def reference_holds_what_the_actor_computes_with(settings: Settings) -> None:
@@ -357,6 +370,27 @@ def an_asynchronous_run_shares_its_engine_with_nobody(settings: Settings) -> Non
     )
 
 
+def a_reward_model_has_devices(settings: Settings) -> None:
+    model, devices = "reward.reward_model", ranks(settings)
+    if not settings[f"{model}.enable"]:
+        return
+    name, pool = f"{model}.rollout.name", settings[f"{model}.enable_resource_pool"]
+    settings.require(settings[name] == "vllm", name, "vllm serves it; set vllm")
+    if pool:
+        for key in (f"{model}.nnodes", f"{model}.n_gpus_per_node"):
+            settings.require(settings[key] > 0, key, "the reward model's own pool needs devices; at least 1")
+        devices = settings[f"{model}.nnodes"] * settings[f"{model}.n_gpus_per_node"]
+    size = 1
+    for kind in ("tensor_model_parallel_size", "data_parallel_size", "pipeline_model_parallel_size"):
+        key = f"{model}.rollout.{kind}"
+        size *= settings[key]
+        settings.require(
+            settings[key] == 1 or devices % size == 0,
+            key,
+            f"the reward model's {devices} devices must fall into groups of {size}; lower it, for example to 1",
+        )
+
+
 # ---- Around the run --------------------------------------------------------------------------------------------------
 def loggers_are_installed(settings: Settings) -> None:
     names = settings["trainer.logger"]
@@ -398,6 +432,7 @@ RULES: tuple[Callable[[Settings], None], ...] = (
     lora_has_no_second_model,
     small_steps_need_fp32,
     reference_is_sharded_as_the_actor,
+    precisions_are_known,
     reference_holds_what_the_actor_computes_with,
     batches_divide,
     a_prompt_with_its_responses_fits_one_micro_batch,
@@ -410,6 +445,7 @@ RULES: tuple[Callable[[Settings], None], ...] = (
     the_queue_holds_a_batch,
     weights_stay_where_they_are_not_sent,
     an_asynchronous_run_shares_its_engine_with_nobody,
+    a_reward_model_has_devices,
     loggers_are_installed,
     the_run_folder_can_be_written,
     a_path_to_resume_from_is_there,

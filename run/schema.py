@@ -68,6 +68,9 @@ TopP = Annotated[float, Field(gt=0, le=1)]
 LoraRank = Annotated[int, Field(ge=0, le=512)]  # vLLM's limit
 TopK = Annotated[int, Field(ge=-1)]
 Text = Annotated[str, Field(min_length=1)]
+# What verl's engine holds a model in, and what vLLM takes
+Precision = Literal["fp32", "float32", "bf16", "bfloat16", "fp16", "float16"]
+RolloutPrecision = Literal["auto", "bfloat16", "float16", "half", "float32", "float"]
 OneOrMore = BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
 Files = Annotated[list[Text], Field(min_length=1), OneOrMore]
 Loggers = Annotated[list[Literal[LOGGERS]], OneOrMore]
@@ -99,6 +102,12 @@ class Judge(Section):
     timeout_s: Positive = own(60, "seconds for an answer")
     step_timeout_s: Positive | None = own(None, "seconds for all of a step's answers")
     max_unreadable: Share = own(0.2, "share of a step's answers that may hold no verdict before the run stops")
+
+
+class RolloutCorrection(Section):
+    rollout_is: unused(None)
+    rollout_rs: unused(None)
+    bypass_mode: unused(False)
 
 
 class Algorithm(Section):
@@ -143,6 +152,7 @@ class Algorithm(Section):
     lam: unused(1.0)
     use_kl_in_reward: unused(False)
     use_pf_ppo: unused(False)
+    rollout_correction: RolloutCorrection
 
 
 class ColocateAsync(Section):
@@ -239,7 +249,7 @@ class Optim(Section):
 class Engine(Section):
     ulysses_sequence_parallel_size: Count
     fsdp_size: int
-    model_dtype: Text
+    model_dtype: Precision
     mixed_precision: dict | None
     param_offload: bool
 
@@ -316,7 +326,7 @@ class Rollout(Section):
     top_p: TopP
     top_k: TopK
     seed: Whole
-    dtype: Text
+    dtype: RolloutPrecision
     tensor_model_parallel_size: Count
     data_parallel_size: Count
     gpu_memory_utilization: TopP
@@ -353,13 +363,31 @@ class Critic(Section):
     enable: unused(False)
 
 
+class Distillation(Section):
+    enabled: unused(False)
+
+
 class RewardFunction(Section):
     path: Text | None
     name: Text
+    reward_kwargs: dict = {}
+
+
+class RewardRollout(Section):
+    name: Text
+    dtype: RolloutPrecision
+    tensor_model_parallel_size: Count
+    data_parallel_size: Count
+    pipeline_model_parallel_size: Count
 
 
 class RewardModel(Section):
     enable: bool
+    enable_resource_pool: bool
+    nnodes: Whole
+    n_gpus_per_node: Whole
+    model_path: Text | None
+    rollout: RewardRollout
 
 
 class Reward(Section):
@@ -400,6 +428,7 @@ class Config(Section):
     data: Data
     reward: Reward
     critic: Critic
+    distillation: Distillation
     transfer_queue: TransferQueue
     ray_kwargs: RayKwargs
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from functools import cache
 from pathlib import Path
 
@@ -36,6 +37,14 @@ def write_rows(path: Path, rows: list[dict]) -> str:
     else:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
+
+
+def write_classifier(model: str, folder: Path) -> Path:
+    """A copy of a model that says it is a sequence classifier."""
+    shutil.copytree(model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaForSequenceClassification"]}))
+    return folder
 
 
 @cache

@@ -7,9 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from checkable_run import Run, composed, override, write_rows
 from hydra.errors import HydraException
+from omegaconf import OmegaConf
 from worker_harness import ROOT, compose, cpu_environment
+
+from recipe.spin import main_spin
 
 
 # ---- Settings that work ----------------------------------------------------------------------------------------------
@@ -73,7 +77,7 @@ MODE = "trainer.v1.trainer_mode"
 
 def test_gpu_profile(run, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
-    monkeypatch.setattr("recipe.spin.run.check.first_fault", lambda config: None)  # test_machine.py has its checks
+    monkeypatch.setattr("recipe.spin.run.check.machine_faults", lambda config: [])  # test_machine.py has its checks
     config = run.check(device="gpu")
     assert config.trainer.device == "cuda"
     actor, ref, rollout = (config.actor_rollout_ref[name] for name in ("actor", "ref", "rollout"))
@@ -90,7 +94,7 @@ def test_responses_are_seeded_only_where_it_costs_nothing(device):
 @pytest.mark.parametrize("device", ["cpu", "gpu"])
 def test_the_reference_computes_in_the_actors_precision(run, monkeypatch, device):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
-    monkeypatch.setattr("recipe.spin.run.check.first_fault", lambda config: None)
+    monkeypatch.setattr("recipe.spin.run.check.machine_faults", lambda config: [])
     key = "actor_rollout_ref.actor.fsdp_config.mixed_precision.reduce_dtype"
     config = run.check(f"{key}=bf16", device=device)
     assert config.actor_rollout_ref.ref.fsdp_config.mixed_precision.reduce_dtype == "bf16"
@@ -322,3 +326,30 @@ def test_command_refuses_before_ray_starts(run, tmp_path):
     assert "Traceback" not in result.stdout + result.stderr
     assert list(ray.iterdir()) == []
     assert not (tmp_path / "outputs").exists()
+
+
+MODEL, ROLLOUT = "actor_rollout_ref.model", "actor_rollout_ref.rollout"
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("data.seed=${data.nothing}", ["error: data.seed: ", "'data.nothing' not found", "give data.seed a value"]),
+        ("data.seed=${nothing:1}", ["error: data.seed: ", "interpolation type nothing"]),
+        ("reward.num_workers=${data.nothing}", ["error: reward.num_workers: "]),
+        ("data.train_files=[a,'${data.nothing}']", ["error: data.train_files.1: "]),
+        ("trainer=null", ["trainer.n_gpus_per_node: node `trainer` is not a container"]),
+        (f"{MODEL}=null", [f"{MODEL}=None: must be a section of keys"]),
+        (f"{ROLLOUT}=null", [f"{ROLLOUT}=None: must be a section of keys"]),
+        ("reward=null", ["reward=None: must be a section of keys"]),
+    ],
+)
+def test_the_command_names_the_key_that_has_no_value(run, monkeypatch, override, words):
+    key, _, value = override.partition("=")
+    config = OmegaConf.merge(composed("cpu"), OmegaConf.from_dotlist(run.overrides()))
+    OmegaConf.update(config, "data.train_max_samples", "???")  # no fault of an `${...}`
+    OmegaConf.update(config, key, yaml.safe_load(value))
+    monkeypatch.setattr(main_spin.signals, "honor", lambda: None)  # this process's signals are pytest's
+    with pytest.raises(SystemExit) as stopped:
+        main_spin.main.__wrapped__(config)
+    assert [word for word in words if word not in stopped.value.code] == [], stopped.value.code

@@ -164,6 +164,24 @@ def test_a_name_in_the_cache_is_not_looked_up(run, monkeypatch):
     run.check(f"{PATH}=gpt2")
 
 
+# ---- An adapter to begin with ----------------------------------------------------------------------------------------
+ADAPTER = "actor_rollout_ref.model.lora_adapter_path"
+LORA = "trainer.ref_update_freq=0"
+
+
+def test_an_adapter_must_be_there(run, tmp_path):
+    message = run.refusal(f"{ADAPTER}=/absent", LORA)
+    assert message.startswith(f"{ADAPTER}='/absent': there is no such folder")
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    message = run.refusal(f"{ADAPTER}={folder}", LORA)
+    assert "no configuration (adapter_config.json)" in message and "peft" in message
+    (folder / "adapter_config.json").write_text("{}")
+    assert "no weights (adapter_model.safetensors or adapter_model.bin)" in run.refusal(f"{ADAPTER}={folder}", LORA)
+    (folder / "adapter_model.safetensors").write_text("weights")
+    run.check(f"{ADAPTER}={folder}", LORA)
+
+
 # ---- The buffer for weights ------------------------------------------------------------------------------------------
 def bucket(tmp_path: Path, model: dict, *overrides: str) -> int:
     (tmp_path / "config.json").write_text(json.dumps(model))

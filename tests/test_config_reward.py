@@ -1,6 +1,11 @@
 """Reward files that cannot work are refused before Ray starts, by one message with the remedy; none is run."""
 
+import json
+
 import pytest
+from checkable_run import write_classifier
+
+from recipe.spin.run.reward_file import WEIGHTED
 
 PATH = "reward.custom_reward_function.path"
 GOOD = "def compute_score(data_source, solution_str, ground_truth, extra_info=None):\n    return 1.0\n"
@@ -87,3 +92,117 @@ def test_the_file_is_not_run(run, tmp_path):
     path.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n" + GOOD)
     run.check(f"{PATH}={path}")
     assert not (tmp_path / "ran").exists()
+
+
+# ---- Several functions as one ----------------------------------------------------------------------------------------
+FUNCTIONS = "reward.custom_reward_function.reward_kwargs.functions"
+
+
+def weighted(*parts: str) -> list[str]:
+    return [f"{PATH}={WEIGHTED}", *(f"+{FUNCTIONS}.{part}" for part in parts)]
+
+
+def test_functions_that_are_added_up(run):
+    reward = run.settings[PATH]
+    run.check(*weighted(f"right={{path: {reward}}}", f"brief={{path: {reward}, name: compute_score, weight: 0.1}}"))
+
+
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [
+        ("{path: /absent.py}", ["brief.path='/absent.py'", "no such file"]),
+        ("{path: REWARD, name: brevity}", ["brief.name='brevity'", "defines compute_score"]),
+        ("{path: OTHER}", ["brief.name='compute_score'", "takes (text)", "extra_info by name"]),
+        ("{path: IMPORTS}", ["brief.path=", "line 1 imports no_such_judge"]),
+        ("{path: REWARD, weight: much}", ["brief.weight='much'", "a number"]),
+        ("{path: REWARD, wieght: 2}", ["brief={'path'", "must be {path: FILE, name: FUNCTION"]),
+        ("{name: compute_score}", ["brief={'name'", "must be {path: FILE"]),
+        ("{path: REWARD, name: [5]}", ["brief={'path'", "must be {path: FILE, name: FUNCTION"]),
+        ("5", ["brief=5", "must be {path: FILE"]),
+    ],
+)
+def test_a_function_to_be_added_that_will_not_do(run, tmp_path, part, words):
+    (tmp_path / "other.py").write_text("def compute_score(text):\n    return 1\n")
+    (tmp_path / "imports.py").write_text("import no_such_judge\n" + GOOD)
+    for name, file in (("REWARD", "reward"), ("OTHER", "other"), ("IMPORTS", "imports")):
+        part = part.replace(name, str(tmp_path / f"{file}.py"))
+    message = run.refusal(*weighted(f"right={{path: {run.settings[PATH]}}}", f"brief={part}"))
+    assert message.startswith(f"{FUNCTIONS}.brief") and "\n" not in message, message
+    assert [word for word in words if word not in message] == [], message
+
+
+def test_functions_to_be_added_are_named(run):
+    assert "functions by name" in run.refusal(*weighted())
+    message = run.refusal(f"{PATH}={WEIGHTED}", f"+{FUNCTIONS}=[]")
+    assert message.startswith(f"{FUNCTIONS}=[]: preferences/weighted.py adds up functions by name; give each as")
+    assert "a section of keys" in run.refusal("+reward.custom_reward_function.reward_kwargs=5")
+
+
+# ---- A reward model --------------------------------------------------------------------------------------------------
+MODEL = "reward.reward_model"
+
+
+@pytest.fixture
+def classifier(run, tmp_path, tiny_llama):
+    """The settings of a run with a reward model; its folder is `classifier`."""
+    write_classifier(tiny_llama, tmp_path / "classifier")
+    return [f"{MODEL}.enable=True", f"{MODEL}.model_path={tmp_path}/classifier", f"{PATH}=null"]
+
+
+def test_a_reward_model(run, classifier):
+    run.check(*classifier)
+    run.check(*classifier, f"{MODEL}.enable_resource_pool=True", f"{MODEL}.nnodes=1", "ray_kwargs.ray_init.num_cpus=64")
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ([f"{MODEL}.model_path=null"], [f"{MODEL}.model_path=None", "name the reward model"]),
+        ([f"{MODEL}.model_path=/absent"], [f"{MODEL}.model_path='/absent'", "no such folder"]),
+        ([f"{MODEL}.model_path=nobody/no-such-model"], [f"{MODEL}.model_path=", "the hub has no such model"]),
+        ([f"{MODEL}.rollout.name=???"], [f"{MODEL}.rollout.name='???'", "set vllm"]),
+        (
+            [f"{MODEL}.rollout.tensor_model_parallel_size=2"],
+            ["tensor_model_parallel_size=2", "1 devices", "groups of 2"],
+        ),
+        ([f"{MODEL}.rollout.dtype=fp32"], [f"{MODEL}.rollout.dtype='fp32'", "float32"]),
+        ([f"{MODEL}.enable_resource_pool=True"], [f"{MODEL}.nnodes=0", "at least 1"]),
+    ],
+    ids=lambda value: value[0],
+)
+def test_a_reward_model_that_cannot_be_served(run, classifier, settings, words):
+    kept = [setting for setting in classifier if setting.split("=")[0] != settings[0].split("=")[0]]
+    message = run.refusal(*kept, *settings)
+    assert "\n" not in message, message
+    assert [word for word in words if word not in message] == [], message
+
+
+def test_a_reward_model_must_be_a_classifier(run, classifier, tmp_path, tiny_llama):
+    causal = [*classifier[:1], f"{MODEL}.model_path={tiny_llama}"]
+    message = run.refusal(*causal, f"{PATH}=null")
+    assert message.startswith(f"{MODEL}.model_path=") and "['LlamaForCausalLM']" in message
+    assert "sequence classifier" in message
+    (tmp_path / "asks.py").write_text(GOOD.replace("extra_info=None", "extra_info, **model"))
+    run.check(*causal, f"{PATH}={tmp_path}/asks.py")
+
+
+def test_a_function_beside_a_reward_model_gets_the_model(run, classifier):
+    message = run.refusal(*classifier[:2])
+    assert message.startswith("reward.custom_reward_function.name") and "reward_model_tokenizer by name" in message
+    assert "reward.custom_reward_function.path=null" in message
+
+
+def test_a_damaged_reward_model(run, classifier, tmp_path):
+    weights = tmp_path / "classifier" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    message = run.refusal(*classifier)
+    assert message.startswith(f"{MODEL}.model_path=") and "model.safetensors is cut off" in message
+
+
+def test_a_reward_model_without_a_chat_template(run, classifier, tmp_path):
+    (tmp_path / "classifier" / "chat_template.jinja").unlink(missing_ok=True)
+    file = tmp_path / "classifier" / "tokenizer_config.json"
+    kept = {name: value for name, value in json.loads(file.read_text()).items() if name != "chat_template"}
+    file.write_text(json.dumps(kept))
+    message = run.refusal(*classifier)
+    assert message.startswith(f"{MODEL}.model_path=") and "no chat template" in message

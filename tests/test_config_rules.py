@@ -19,6 +19,10 @@ BAD = [
         f"{ACTOR}.use_dynamic_bsz=False data.train_batch_size=3 {ROLLOUT}.n=3 trainer.n_gpus_per_node=2",
         ["data.train_batch_size=3", "its 9 responses", "2 ranks"],
     ),
+    (
+        f"{ACTOR}.fsdp_config.mixed_precision.param_dtype=fp8",
+        [f"{ACTOR}.fsdp_config.mixed_precision=", "param_dtype must be one of fp32, float32, bf16"],
+    ),
     (f"{ROLLOUT}.max_model_len=1000", [f"{ROLLOUT}.max_model_len=1000", "512 tokens at most"]),
     (f"{ROLLOUT}.tensor_model_parallel_size=2", [f"{ROLLOUT}.tensor_model_parallel_size=2", "the 1 ranks"]),
     (f"{ROLLOUT}.data_parallel_size=2", [f"{ROLLOUT}.data_parallel_size=2", "groups of 2"]),

@@ -2,15 +2,17 @@
 
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import verl.trainer.config
 import yaml
 from checkable_run import composed
+from verl.utils.torch_dtypes import PrecisionType
 from verl.utils.tracking import Tracking
 from worker_harness import ROOT
 
-from recipe.spin.run import rules, schema
+from recipe.spin.run import fit, rules, schema
 from recipe.spin.run.schema import described, readme_table
 
 CONFIG = ROOT / "config" / "spin_trainer.yaml"
@@ -60,6 +62,17 @@ def test_the_loggers_are_verls():
     assert sorted(schema.LOGGERS) == sorted(Tracking.supported_backend)
 
 
+@pytest.mark.parametrize("name", get_args(schema.Precision))
+def test_precisions_are_those_that_verl_and_the_estimate_of_memory_know(name):
+    assert PrecisionType.to_dtype(name).itemsize == fit.BYTES[name]
+
+
+def test_vllms_precisions_are_those_that_it_takes():
+    from vllm.config.model import ModelDType
+
+    assert set(get_args(schema.RolloutPrecision)) == set(get_args(ModelDType))
+
+
 # ---- Settings that are refused by themselves -------------------------------------------------------------------------
 BAD = [
     (
@@ -101,6 +114,8 @@ BAD = [
     (f"{ROLLOUT}.top_k=-2", [f"{ROLLOUT}.top_k=-2", "at least -1"]),
     (f"{ROLLOUT}.val_kwargs.top_p=0", [f"{ROLLOUT}.val_kwargs.top_p=0", "above 0"]),
     (f"{ROLLOUT}.gpu_memory_utilization=1.2", ["gpu_memory_utilization=1.2", "at most 1"]),
+    (f"{ROLLOUT}.dtype=fp32", [f"{ROLLOUT}.dtype='fp32'", "one of auto, bfloat16, float16, half, float32, float"]),
+    (f"{ACTOR}.fsdp_config.model_dtype=fp8", [f"{ACTOR}.fsdp_config.model_dtype='fp8'", "one of fp32, float32, bf16"]),
     (f"{ROLLOUT}.do_sample=False", [f"{ROLLOUT}.do_sample=False", "must be sampled"]),
     # taken by verl, and without effect here
     (f"{ACTOR}.grad_clip=0.5", [f"{ACTOR}.grad_clip=0.5", "set optim.clip_grad"]),
@@ -111,6 +126,10 @@ BAD = [
     (f"{ACTOR}.ppo_micro_batch_size=8", [f"{ACTOR}.ppo_micro_batch_size=8", "set it to None"]),
     ("algorithm.adv_estimator=grpo", ["algorithm.adv_estimator='grpo'", "set it to gae"]),
     ("algorithm.use_kl_in_reward=True", ["algorithm.use_kl_in_reward=True", "set it to False"]),
+    ("algorithm.rollout_correction.rollout_is=token", ["rollout_correction.rollout_is='token'", "set it to None"]),
+    ("algorithm.rollout_correction.rollout_rs=token_k1", ["rollout_rs='token_k1'", "SPIN does not use it"]),
+    ("algorithm.rollout_correction.bypass_mode=True", ["bypass_mode=True", "set it to False"]),
+    ("distillation.enabled=True", ["distillation.enabled=True", "SPIN does not use it; set it to False"]),
     ("trainer.critic_warmup=10", ["trainer.critic_warmup=10", "set it to 0"]),
 ]
 

@@ -318,10 +318,17 @@ def test_a_full_disk_is_refused_before_ray_starts_unless_the_estimate_is_not_wan
     run.check("trainer.check_memory=False")
 
 
+def test_all_that_a_machine_lacks_is_told_at_once(run, monkeypatch):
+    disk(monkeypatch, free=1000, shared=1000)
+    message = run.refusal("ray_kwargs.ray_init.num_cpus=6")
+    assert message.startswith("3 faults\n  1. this machine's Ray will have 6 CPUs")
+    assert "\n  2. 0.0 GB of shared memory" in message and "\n  3. 0.0 GB are free for trainer.default_" in message
+
+
 def test_a_model_that_is_not_here_yet_is_told_and_not_refused(capsys):
     cores = "ray_kwargs.ray_init.num_cpus=64"
     config = settings(ONE, cores, "actor_rollout_ref.model.path=nobody/nothing-of-the-kind", device="cpu")
-    assert machine.first_fault(config) is None
+    assert machine.machine_faults(config) == []
     error = capsys.readouterr().err
     assert "memory and disk were not checked" in error and "nobody/nothing-of-the-kind" in error
 
