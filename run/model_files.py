@@ -10,6 +10,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from recipe.spin.run.faults import ConfigError, Settings
+from recipe.spin.run.gpu import has_flash_attention_2
 
 PATH = "actor_rollout_ref.model.path"
 MODEL_LENGTH = "actor_rollout_ref.rollout.max_model_len"
@@ -30,7 +31,9 @@ def check_model(settings: Settings) -> None:
         _check_folder(settings, folder)
     elif folder.exists() or not HUB_NAME.fullmatch(path):
         settings.require(False, PATH, "there is no such folder; give a model folder or a hub name such as a/b")
-    elif _cached_file(path, "config.json") is None:
+    elif (cached := _cached_file(path, "config.json")) is not None:
+        _check_attention(settings, _read_json(settings, cached))
+    else:
         remedy = (
             "there is no such folder, and the hub has no such model, or shows it to others alone; correct the name, or "
             "set HF_TOKEN"
@@ -52,6 +55,7 @@ def _check_folder(settings: Settings, folder: Path) -> None:
         MODEL_LENGTH,
         f"the model was made for {positions} tokens at most; lower it, or set null",
     )
+    _check_attention(settings, config)
     for file in _shards(settings, folder):
         fault = weights_fault(file)
         settings.require(not fault, PATH, f"{file.name} {fault}; copy or save the model again")
@@ -122,6 +126,19 @@ def weights_fault(file: Path) -> str | None:
     if not ends:
         return "holds no weights"
     return None if size == whole else f"is cut off or damaged: it has {size} bytes, and its header tells of {whole}"
+
+
+def _check_attention(settings: Settings, config: dict) -> None:
+    """Scores that are capped take a kernel that knows caps, where the recipe's attention runs on a GPU."""
+    cap = _of_text(config).get("attn_logit_softcapping")
+    shares = settings["actor_rollout_ref.share_prompt"] and settings["trainer.device"] == "cuda"
+    settings.require(
+        not cap or not shares or has_flash_attention_2(),
+        PATH,
+        f"this model caps its attention scores ({cap}), for which a GPU needs flash-attn 2; install it, or set "
+        "actor_rollout_ref.share_prompt=False: each response then gets a copy of the prompt, and the model's own "
+        "attention",
+    )
 
 
 # ---- The hub ---------------------------------------------------------------------------------------------------------
