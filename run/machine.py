@@ -7,6 +7,7 @@ driver and compiler, fit.py at the memory of GPUs, host.py at that of the host a
 import os
 import sys
 from collections.abc import Iterator
+from math import ceil
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -67,12 +68,25 @@ def cpus_needed(config: DictConfig) -> int:
     TransferQueue's controller and storage units hold 1 each, the TaskRunner 1, every rank 3; all other actors hold
     none, but Ray wants 1 free where it places one.
     """
-    queue, reward = config.transfer_queue.backend, config.reward.reward_model
-    units = queue.SimpleStorage.num_data_storage_units if queue.storage_backend == "SimpleStorage" else 0
+    reward = config.reward.reward_model
     ranks = config.trainer.nnodes * config.trainer.n_gpus_per_node
     if reward.enable and reward.enable_resource_pool:
         ranks += reward.nnodes * reward.n_gpus_per_node
-    return 1 + units + 1 + CPUS_A_RANK * ranks + 1
+    return 1 + _storage_units(config) + 1 + CPUS_A_RANK * ranks + 1
+
+
+def _storage_units(config: DictConfig) -> int:
+    queue = config.transfer_queue.backend
+    return queue.SimpleStorage.num_data_storage_units if queue.storage_backend == "SimpleStorage" else 0
+
+
+def cpus_of_a_node(config: DictConfig, nodes: int) -> int:
+    """The CPUs that a node with ranks is asked for, of so many nodes.
+
+    Its ranks', its share of TransferQueue's storage units, which are dealt out over all nodes, and 1 that is free: verl
+    places a vLLM server on its ranks' node and no other.
+    """
+    return CPUS_A_RANK * config.trainer.n_gpus_per_node + ceil(_storage_units(config) / nodes) + 1
 
 
 def check_cores(config: DictConfig) -> Finding:
@@ -86,15 +100,17 @@ def check_cluster(config: DictConfig) -> Finding:
 
     ranks = config.trainer.n_gpus_per_node
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    fit = sum(node.get("CPU", 0) >= CPUS_A_RANK * ranks and node.get("GPU", 0) >= ranks for node in nodes)
+    cpus = cpus_of_a_node(config, len(nodes))
+    fit = sum(node.get("CPU", 0) >= cpus and node.get("GPU", 0) >= ranks for node in nodes)
     if fit < config.trainer.nnodes:
         have = ", ".join(f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in nodes)
         return Finding(
             "nodes",
             FAIL,
             f"trainer.nnodes={config.trainer.nnodes}, trainer.n_gpus_per_node={ranks}: so many nodes with {ranks} GPUs "
-            f"and {CPUS_A_RANK * ranks} CPUs are needed, and the Ray cluster has nodes with {have}; start Ray on more "
-            "machines, lower the two keys, or give `ray start` a larger --num-cpus",
+            f"and {cpus} CPUs are needed ({CPUS_A_RANK} a rank, 1 for each of TransferQueue's storage units there, 1 to "
+            f"place vLLM's servers), and the Ray cluster has nodes with {have}: the run would wait for ever; start Ray "
+            "on more machines, lower the two keys, or give `ray start` a larger --num-cpus",
         )
     return _cores(config, int(ray.cluster_resources().get("CPU", 0)), "the Ray cluster has")
 

@@ -94,6 +94,12 @@ def cluster(monkeypatch, *nodes: tuple[int, int]) -> None:
         ([(32, 8), (32, 8)], [EIGHT, "trainer.nnodes=2"], None),
         ([(96, 8), (8, 8)], [EIGHT, "trainer.nnodes=2"], "nodes with 96 CPUs and 8 GPUs, 8 CPUs and 8 GPUs"),
         ([(96, 4), (96, 4)], [EIGHT], "96 CPUs and 4 GPUs"),
+        # Beside its ranks' 24 a node has a storage unit or more, and vLLM's servers want 1 that is free there
+        ([(80, 8), (25, 8)], [EIGHT, "trainer.nnodes=2"], "8 GPUs and 26 CPUs are needed"),
+        ([(80, 8), (26, 8)], [EIGHT, "trainer.nnodes=2"], None),
+        ([(80, 8), (28, 8)], [EIGHT, "trainer.nnodes=2", f"{UNITS}=7"], "29 CPUs are needed"),
+        ([(80, 0), (27, 8), (27, 8)], [EIGHT, "trainer.nnodes=2", f"{UNITS}=6"], None),  # a head without GPUs has two
+        ([(80, 8), (25, 8)], [EIGHT, "trainer.nnodes=2", "transfer_queue.backend.storage_backend=MooncakeStore"], None),
     ],
 )
 def test_what_a_cluster_has(monkeypatch, nodes, overrides, words):
