@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from recipe.spin.run import cluster
 from recipe.spin.run.finding import FAIL, OK, WARN, Finding
 from recipe.spin.run.fit import check_device_memory, load_shape
-from recipe.spin.run.gpu import check_compiler, check_driver, devices
+from recipe.spin.run.gpu import Device, check_compiler, check_devices, check_driver, check_system, devices
 from recipe.spin.run.host import check_disk, check_host_memory, check_shared_memory
 
 UNITS = "transfer_queue.backend.SimpleStorage.num_data_storage_units"
@@ -38,14 +38,18 @@ def findings(config: DictConfig) -> Iterator[Finding]:
         yield check_cores(config)
     if not _is_only_a_head(config):
         yield check_shared_memory(config)
+    gpus = None
     if config.trainer.device == "cuda" and not _is_only_a_head(config):
-        yield check_driver()
+        gpus = devices()
+        yield check_system()
+        yield check_driver(gpus)
+        yield check_devices(config, gpus)
         yield check_compiler()
     if config.trainer.check_memory:
-        yield from _estimates(config)
+        yield from _estimates(config, gpus)
 
 
-def _estimates(config: DictConfig) -> Iterator[Finding]:
+def _estimates(config: DictConfig, gpus: list[Device] | None) -> Iterator[Finding]:
     model, doubt = load_shape(config)
     if model is None:
         yield Finding("model's size", WARN, f"memory and disk were not checked: {doubt}")
@@ -53,7 +57,7 @@ def _estimates(config: DictConfig) -> Iterator[Finding]:
     yield check_disk(config, model)
     if config.trainer.device == "cuda" and not _is_only_a_head(config):
         yield check_host_memory(config, model)
-        yield check_device_memory(config, model, devices())
+        yield check_device_memory(config, model, gpus or [])
 
 
 def _is_only_a_head(config: DictConfig) -> bool:
@@ -108,9 +112,9 @@ def check_cluster(config: DictConfig) -> Finding:
             "nodes",
             FAIL,
             f"trainer.nnodes={config.trainer.nnodes}, trainer.n_gpus_per_node={ranks}: so many nodes with {ranks} GPUs "
-            f"and {cpus} CPUs are needed ({CPUS_A_RANK} a rank, 1 for each of TransferQueue's storage units there, 1 to "
-            f"place vLLM's servers), and the Ray cluster has nodes with {have}: the run would wait for ever; start Ray "
-            "on more machines, lower the two keys, or give `ray start` a larger --num-cpus",
+            f"and {cpus} CPUs are needed ({CPUS_A_RANK} a rank, 1 for each of TransferQueue's storage units there, 1 "
+            f"to place vLLM's servers), and the Ray cluster has nodes with {have}: the run would wait for ever; start "
+            "Ray on more machines, lower the two keys, or give `ray start` a larger --num-cpus",
         )
     return _cores(config, int(ray.cluster_resources().get("CPU", 0)), "the Ray cluster has")
 
