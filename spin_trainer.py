@@ -368,10 +368,6 @@ class SpinTrainer(OpponentInVLLM, StaleWeights, HeldOutValidation, PPOTrainerSyn
 
     # ------------------------------------------------------------------ around the step
 
-    def _validate(self) -> dict[str, float]:
-        metrics = super()._validate()
-        return metrics | self.source.held_out_metrics(self.val_dataloader, self._actor_logps)
-
     def _actor_logps(self, prompts: list[torch.Tensor], responses: list[torch.Tensor]) -> torch.Tensor:
         """Log-probs (N,) of N responses at temperature 1 under the actor."""
         padding = -len(prompts) % self._dp_size

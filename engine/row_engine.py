@@ -11,7 +11,6 @@ import torch
 from tensordict import TensorDict
 from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id
-from verl.utils.fsdp_utils import fsdp_version
 from verl.utils.torch_dtypes import PrecisionType
 from verl.utils.ulysses import gather_outputs_and_unpad, ulysses_pad_and_slice_inputs
 from verl.workers.engine import EngineRegistry
@@ -95,11 +94,15 @@ class RowEngine(FSDPEngineWithLMHead):
             return super()._build_fsdp_module(module)
 
     def _build_optimizer(self, module):
-        """Without FSDP AdamW runs fused, in one pass over the weights where torch's default on a CPU takes ten."""
+        """AdamW runs fused, in one pass over the weights, which leaves them as they are laid out.
+
+        torch's default takes ten passes on a CPU, and on a GPU makes a list of temporaries as large as the shard,
+        of which memory.py's estimate knows nothing.
+        """
         config = self.optimizer_config
-        plain_adam = (config.optimizer_impl, config.optimizer) == ("torch.optim", "AdamW")
-        if plain_adam and fsdp_version(module) == 0:
-            options = {"fused": True} | (config.override_optimizer_config or {})
+        if (config.optimizer_impl, config.optimizer) == ("torch.optim", "AdamW"):
+            asked = config.override_optimizer_config or {}
+            options = {"fused": not asked.get("foreach")} | asked
             self.optimizer_config = replace(config, override_optimizer_config=options)
         return super()._build_optimizer(module)
 

@@ -27,7 +27,12 @@ verl_patches.own_transfer_queue()
 
 # Columns that SpinTrainer adds to a batch of prompts
 GREEDY = "spin_greedy"  # answer greedily, whatever the sampling parameters say
-SAMPLING_SEED = "spin_sampling_seed"  # names the prompt within the run
+SAMPLING_SEED = "spin_sampling_seed"  # names the prompt within the run; ends with its number (`prompt_number`)
+
+
+def prompt_number(name: str) -> int:
+    """A prompt's number within its step, or among the held-out ones, from its SAMPLING_SEED."""
+    return int(name.rpartition("-")[2])
 
 
 class SpinAgentLoop(SingleTurnAgentLoop):
@@ -106,7 +111,7 @@ class RolloutClient(LLMServerClient):
                     answer.set_exception(fault)
 
     def _replica(self, session: Session) -> int:
-        return _round.get().prompts[session[0]] % len(self._servers)
+        return _round.get().numbers[session[0]] % len(self._servers)
 
     async def _acquire_server(self, request_id: str, **extra) -> tuple[str, ActorHandle]:
         replica = self._replica(_session.get())
@@ -176,7 +181,8 @@ class RolloutWorker(Scoring, VerlWorker):
         n = rollout.val_kwargs.n if "validate" in batch and batch["validate"] else rollout.n
         counts = list(batch["__rollout_n__"]) if "__rollout_n__" in batch else [n] * len(uids)
         send = getattr(self.llm_client, "send", None)  # only RolloutClient's
-        _round.set(Round(dict(zip(uids, counts, strict=True)), send))
+        numbers = map(prompt_number, batch[SAMPLING_SEED])
+        _round.set(Round(dict(zip(uids, counts, strict=True)), send, dict(zip(uids, numbers, strict=True))))
         await super().generate_sequences(batch)
 
     async def _run_prompt(self, prompt: dict, sampling_params: dict, trajectory: dict, **kwargs) -> None:
@@ -231,7 +237,8 @@ class RolloutWorker(Scoring, VerlWorker):
         """Scores of the responses that were given since the last call, by their prompt's uid, in their order."""
         unscored = {uid: [answers[n] for n in sorted(answers)] for uid, answers in self._unscored.items()}
         self._unscored.clear()
-        _round.set(Round(dict.fromkeys(unscored, 0), send=None))
+        # The replica that answered a prompt has it in the cache; a training prompt's uid is its SAMPLING_SEED
+        _round.set(Round(dict.fromkeys(unscored, 0), send=None, numbers={uid: prompt_number(uid) for uid in unscored}))
 
         async def score(uid: str) -> list[Score]:
             _session.set((uid, 0))

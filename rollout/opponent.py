@@ -19,12 +19,20 @@ class OpponentInVLLM:
             super().on_step_end()
 
     def _validate(self) -> dict[str, float]:
-        """The actor answers the held-out prompts, whoever answers the others."""
-        if self.source.rollout_model == "actor":
-            return super()._validate()
-        self._push_weights("actor")
+        """The actor answers the held-out prompts, whoever answers the others; then come the source's own metrics.
+
+        For these the actor computes, as in training while vLLM sleeps where it gets other weights afterwards anyway:
+        memory.py reckons with no device that holds both at work.
+        """
+        others = self.source.rollout_model != "actor"
+        if others:
+            self._push_weights("actor")
         metrics = super()._validate()
-        self._push_weights(self.source.rollout_model)
+        if others:
+            self.checkpoint_manager.sleep_replicas()
+        metrics |= self.source.held_out_metrics(self.val_dataloader, self._actor_logps)
+        if others:
+            self._send_weights(self.source.rollout_model)
         return metrics
 
     def _ask_reference(self, uids: list[str]) -> list[Score]:
@@ -33,14 +41,18 @@ class OpponentInVLLM:
         It gave its memory back when the last response was there. The actor's weights return with the push that ends
         every step.
         """
-        self.actor_rollout_wg.choose_rollout_model("reference")
-        self.checkpoint_manager.update_weights(self.global_steps)
+        self._send_weights("reference")
         scores = self.agent_loop_manager.score_groups()
         self.checkpoint_manager.sleep_replicas()
         self.actor_rollout_wg.choose_rollout_model("actor")
         return [score for uid in uids for score in scores[uid]]
 
     def _push_weights(self, model: str) -> None:
-        self.actor_rollout_wg.choose_rollout_model(model)
+        """Sends a model's weights to vLLM, which has others."""
         self.checkpoint_manager.sleep_replicas()
+        self._send_weights(model)
+
+    def _send_weights(self, model: str) -> None:
+        """The same to vLLM that sleeps."""
+        self.actor_rollout_wg.choose_rollout_model(model)
         self.checkpoint_manager.update_weights(self.global_steps)

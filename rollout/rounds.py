@@ -20,10 +20,17 @@ class Round:
     """The sessions of a round: their first requests are sent together, in the order of the sessions.
 
     A session that ends without a request, by a fault, leaves; nobody waits for it.
+
+    Attributes:
+        numbers: of each prompt, counted over the rounds of all workers: what spreads prompts over replicas. Places in
+            a round would not: each worker's begin at 0, and replicas beyond the longest round would get no prompt.
     """
 
-    def __init__(self, responses: dict[str, int], send: Callable[[list[Request]], None]):
+    def __init__(
+        self, responses: dict[str, int], send: Callable[[list[Request]], None] | None, numbers: dict[str, int]
+    ):
         self.responses = responses
+        self.numbers = numbers
         self._send = send
         self.prompts = {uid: place for place, uid in enumerate(responses)}
         self._awaited = {(uid, number) for uid, count in responses.items() for number in range(count)}

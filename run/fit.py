@@ -70,6 +70,7 @@ def layout_of(config: DictConfig) -> Layout:
         plays_reference=source_class(config.algorithm.preference_source).takes_reference(config),
         rollout_share=rollout.gpu_memory_utilization,
         rollout_devices=rollout.tensor_model_parallel_size,
+        rollout_graphs=not rollout.enforce_eager,
         rollout_sleeps=rollout.free_cache_engine,
         bucket=rollout.checkpoint_engine.update_weights_bucket_megabytes * 2**20,
         sequence=config.data.max_prompt_length + config.data.max_response_length,

@@ -1,6 +1,8 @@
-"""What a run needs of GPUs besides their memory: a driver that torch can use, and a compiler for Triton."""
+"""What a run needs of GPUs besides their memory: kernels, a driver that torch can use, and a compiler for Triton."""
 
 import os
+import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -11,11 +13,15 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from omegaconf import DictConfig
 
-from recipe.spin.run.finding import FAIL, OK, Finding
+from recipe.spin.run.finding import FAIL, OK, WARN, Finding
 
 # The oldest driver for the CUDA that torch was built with, by its major version (NVIDIA's CUDA compatibility guide)
 DRIVERS = {11: 450, 12: 525, 13: 580}
+OLDEST_CAPABILITY = 8.0  # Ampere: vLLM's bf16 and flash attention
+NUMBER = re.compile(r"\d+\.\d+")
+SECONDS = 60  # for nvidia-smi; without its persistence daemon it initializes every GPU first
 
 
 @dataclass(frozen=True)
@@ -28,25 +34,69 @@ class Device:
     free: float
 
 
-def devices() -> list[Device]:
-    """The visible GPUs, by nvidia-smi: CUDA itself would take memory of theirs. None where it has no answer."""
-    command = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total,memory.free"]
-    command += ["--format=csv,noheader,nounits"]
+def ask(*fields: str) -> list[list[str]] | None:
+    """What nvidia-smi tells of the visible GPUs, a row each: CUDA itself would take memory of theirs.
+
+    [] where there is no nvidia-smi, or it knows no such fields; None where it takes too long.
+    """
+    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
     if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
         command += ["-i", visible]
     if shutil.which(command[0]) is None:
         return []
-    answer = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        return None
     rows = [line.split(", ") for line in answer.stdout.splitlines()]
-    if answer.returncode != 0 or any(len(row) != 4 or not row[2].isdigit() for row in rows):
+    return rows if answer.returncode == 0 and all(len(row) == len(fields) for row in rows) else []
+
+
+def devices() -> list[Device] | None:
+    """The visible GPUs; [] where nvidia-smi does not tell of their memory, None where it takes too long."""
+    rows = ask("name", "driver_version", "memory.total", "memory.free")
+    if rows is None:
+        return None
+    if not all(row[2].isdigit() for row in rows):
         return []  # a slice of a GPU (MIG), for one
     return [Device(name, driver, int(total) * 2**20, int(free) * 2**20) for name, driver, total, free in rows]
 
 
-def check_driver() -> Finding:
-    """Whether torch can use the GPUs, and if not, whether the driver is why."""
+def check_devices(config: DictConfig, found: list[Device] | None) -> Finding:
+    """Whether the GPUs have the kernels that a run takes; `found` is the answer of `devices`."""
+    rows = None if found is None else ask("name", "compute_cap")
+    if rows is None:
+        text = (
+            f"nvidia-smi gave no answer within {SECONDS} s, and the GPUs were not checked; if it hangs, CUDA may hang "
+        )
+        return Finding("GPUs", WARN, f"{text}too: look for the driver's words in dmesg, or start the machine anew")
+    mine = rows[: config.trainer.n_gpus_per_node]  # Ray hands them out in order
+    for name, capability in mine:
+        if NUMBER.fullmatch(capability) and float(capability) < OLDEST_CAPABILITY:
+            text = f"the {name} has compute capability {capability}, and a run needs {OLDEST_CAPABILITY} (Ampere) or "
+            text += "newer, for vLLM's bf16 and flash attention; use such GPUs (CUDA_VISIBLE_DEVICES chooses among "
+            return Finding("GPUs", FAIL, f"{text}several), or SPIN_PROFILE=cpu for a small model", {"GPUs": mine})
+    told = ", ".join(f"{name} (compute capability {capability})" for name, capability in mine)
+    return Finding("GPUs", OK, told or "nvidia-smi does not tell their compute capability", {"GPUs": mine})
+
+
+def check_system() -> Finding:
+    """Whether processes can hand each other a GPU's memory, by which weights go to vLLM."""
+    system = platform.release()
+    if "microsoft" in system.lower():
+        # https://github.com/sgl-project/sglang/issues/35385; NVIDIA's guides to WSL have said both
+        text = f"this is Linux within Windows (WSL2, kernel {system}), where CUDA IPC is reported not to work: weights "
+        text += (
+            "go to vLLM by it, and the first that are sent would end the run, or keep it waiting; then use Linux itself"
+        )
+        return Finding("system", WARN, text)
+    return Finding("system", OK, f"Linux {system}")
+
+
+def check_driver(found: list[Device] | None) -> Finding:
+    """Whether torch can use the GPUs, and if not, whether the driver is why; `found` is the answer of `devices`."""
     built = torch.version.cuda
-    driver = next((device.driver for device in devices()), None)
+    driver = next((device.driver for device in found or ()), None)
     figures = {"cuda": built, "driver": driver}
     if torch.cuda.is_available():
         return Finding("driver", OK, f"driver {driver or 'unknown'}, torch built for CUDA {built}", figures)

@@ -7,6 +7,7 @@ and compiler, fit.py at the memory of GPUs, host.py at that of the host and at t
 import os
 import sys
 from collections.abc import Iterator
+from math import ceil
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -14,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from recipe.spin.run import cluster
 from recipe.spin.run.finding import FAIL, OK, WARN, Finding
 from recipe.spin.run.fit import check_device_memory, load_shape
-from recipe.spin.run.gpu import check_compiler, check_driver, devices
+from recipe.spin.run.gpu import Device, check_compiler, check_devices, check_driver, check_system, devices
 from recipe.spin.run.host import check_disk, check_host_memory, check_shared_memory
 
 UNITS = "transfer_queue.backend.SimpleStorage.num_data_storage_units"
@@ -38,14 +39,18 @@ def findings(config: DictConfig) -> Iterator[Finding]:
         yield check_cores(config)
     if not _is_only_a_head(config):
         yield check_shared_memory(config)
+    gpus = None
     if config.trainer.device == "cuda" and not _is_only_a_head(config):
-        yield check_driver()
+        gpus = devices()
+        yield check_system()
+        yield check_driver(gpus)
+        yield check_devices(config, gpus)
         yield check_compiler()
     if config.trainer.check_memory:
-        yield from _estimates(config)
+        yield from _estimates(config, gpus)
 
 
-def _estimates(config: DictConfig) -> Iterator[Finding]:
+def _estimates(config: DictConfig, gpus: list[Device] | None) -> Iterator[Finding]:
     model, doubt = load_shape(config)
     if model is None:
         yield Finding("model's size", WARN, f"memory and disk were not checked: {doubt}")
@@ -53,7 +58,7 @@ def _estimates(config: DictConfig) -> Iterator[Finding]:
     yield check_disk(config, model)
     if config.trainer.device == "cuda" and not _is_only_a_head(config):
         yield check_host_memory(config, model)
-        yield check_device_memory(config, model, devices())
+        yield check_device_memory(config, model, gpus or [])
 
 
 def _is_only_a_head(config: DictConfig) -> bool:
@@ -68,12 +73,25 @@ def cpus_needed(config: DictConfig) -> int:
     TransferQueue's controller and storage units hold 1 each, the TaskRunner 1, every rank 3; all other actors hold
     none, but Ray wants 1 free where it places one.
     """
-    queue, reward = config.transfer_queue.backend, config.reward.reward_model
-    units = queue.SimpleStorage.num_data_storage_units if queue.storage_backend == "SimpleStorage" else 0
+    reward = config.reward.reward_model
     ranks = config.trainer.nnodes * config.trainer.n_gpus_per_node
     if reward.enable and reward.enable_resource_pool:
         ranks += reward.nnodes * reward.n_gpus_per_node
-    return 1 + units + 1 + CPUS_A_RANK * ranks + 1
+    return 1 + _storage_units(config) + 1 + CPUS_A_RANK * ranks + 1
+
+
+def _storage_units(config: DictConfig) -> int:
+    queue = config.transfer_queue.backend
+    return queue.SimpleStorage.num_data_storage_units if queue.storage_backend == "SimpleStorage" else 0
+
+
+def cpus_of_a_node(config: DictConfig, nodes: int) -> int:
+    """The CPUs that a node with ranks is asked for, of so many nodes.
+
+    Its ranks', its share of TransferQueue's storage units, which are dealt out over all nodes, and 1 that is free: verl
+    places a vLLM server on its ranks' node and no other.
+    """
+    return CPUS_A_RANK * config.trainer.n_gpus_per_node + ceil(_storage_units(config) / nodes) + 1
 
 
 def check_cores(config: DictConfig) -> Finding:
@@ -87,15 +105,17 @@ def check_cluster(config: DictConfig) -> Finding:
 
     ranks = config.trainer.n_gpus_per_node
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    fit = sum(node.get("CPU", 0) >= CPUS_A_RANK * ranks and node.get("GPU", 0) >= ranks for node in nodes)
+    cpus = cpus_of_a_node(config, len(nodes))
+    fit = sum(node.get("CPU", 0) >= cpus and node.get("GPU", 0) >= ranks for node in nodes)
     if fit < config.trainer.nnodes:
         have = ", ".join(f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in nodes)
         return Finding(
             "nodes",
             FAIL,
             f"trainer.nnodes={config.trainer.nnodes}, trainer.n_gpus_per_node={ranks}: so many nodes with {ranks} GPUs "
-            f"and {CPUS_A_RANK * ranks} CPUs are needed, and the Ray cluster has nodes with {have}; start Ray on more "
-            "machines, lower the two keys, or give `ray start` a larger --num-cpus",
+            f"and {cpus} CPUs are needed ({CPUS_A_RANK} a rank, 1 for each of TransferQueue's storage units there, 1 "
+            f"to place vLLM's servers), and the Ray cluster has nodes with {have}: the run would wait for ever; start "
+            "Ray on more machines, lower the two keys, or give `ray start` a larger --num-cpus",
         )
     return _cores(config, int(ray.cluster_resources().get("CPU", 0)), "the Ray cluster has")
 

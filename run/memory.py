@@ -11,6 +11,8 @@ FP32, BF16 = 4, 2  # bytes of a number
 PROCESSES = 2.5e9
 # Of vLLM's share beside weights and cache: activations and logits of its largest batch (assumed)
 ROLLOUT_WORKSPACE = 1.5e9
+# Of vLLM's share as well: its CUDA graphs, which it sets aside before it counts the room for keys and values (assumed)
+CUDA_GRAPHS = 1e9
 # Host memory of a rank with its vLLM, and of everything else that runs on a node (assumed)
 RANK_PROCESSES, NODE_PROCESSES = 6e9, 6e9
 
@@ -89,6 +91,7 @@ class Layout:
     plays_reference: bool = False  # vLLM takes its weights, for which adapters will not do
     rollout_share: float = 0.5  # of a device's memory that vLLM takes while it generates
     rollout_devices: int = 1  # that one vLLM is spread over
+    rollout_graphs: bool = True  # vLLM captures CUDA graphs
     rollout_sleeps: bool = True  # vLLM gives its memory back in training
     bucket: float = 2e9  # of weights on their way to vLLM
     sequence: int = 1536  # tokens of the longest prompt with the longest response
@@ -137,11 +140,12 @@ def longest_sequence(model: Model, layout: Layout) -> int:
 
 
 def rollout_need(model: Model, layout: Layout) -> float:
-    """Bytes that vLLM's share must hold at the least, or it does not start: weights, its workspace, and the longest
-    sequence's keys and values, those of windows left out."""
+    """Bytes that vLLM's share must hold at the least, or it does not start: weights, its workspace, CUDA graphs, and
+    the longest sequence's keys and values, those of windows left out."""
     layers = model.layers if model.whole_layers is None else model.whole_layers
     cache = longest_sequence(model, layout) * 2 * layers * model.kv_heads * model.head_size * BF16
-    return (model.parameters * BF16 + cache) / layout.rollout_devices + ROLLOUT_WORKSPACE
+    own = ROLLOUT_WORKSPACE + (CUDA_GRAPHS if layout.rollout_graphs else 0)
+    return (model.parameters * BF16 + cache) / layout.rollout_devices + own
 
 
 def reference_bytes(model: Model, layout: Layout) -> float:

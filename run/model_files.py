@@ -10,6 +10,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from recipe.spin.run.faults import ConfigError, Settings
+from recipe.spin.run.gpu import has_flash_attention_2
 
 PATH = "actor_rollout_ref.model.path"
 TOKENIZER_PATH = "actor_rollout_ref.model.tokenizer_path"
@@ -39,7 +40,10 @@ def check_model(settings: Settings) -> None:
             MODEL_LENGTH,
             f"the model was made for {positions} tokens at most; lower it, or set null",
         )
+        _check_attention(settings, config)
         _check_weights(settings, PATH, folder)
+    elif file := _cached_file(settings[PATH], "config.json"):
+        _check_attention(settings, _read_json(settings, PATH, file))
 
 
 def _check_adapter(settings: Settings) -> None:
@@ -178,6 +182,19 @@ def weights_fault(file: Path) -> str | None:
     if not ends:
         return "holds no weights"
     return None if size == whole else f"is cut off or damaged: it has {size} bytes, and its header tells of {whole}"
+
+
+def _check_attention(settings: Settings, config: dict) -> None:
+    """Scores that are capped take a kernel that knows caps, where the recipe's attention runs on a GPU."""
+    cap = _of_text(config).get("attn_logit_softcapping")
+    shares = settings["actor_rollout_ref.share_prompt"] and settings["trainer.device"] == "cuda"
+    settings.require(
+        not cap or not shares or has_flash_attention_2(),
+        PATH,
+        f"this model caps its attention scores ({cap}), for which a GPU needs flash-attn 2; install it, or set "
+        "actor_rollout_ref.share_prompt=False: each response then gets a copy of the prompt, and the model's own "
+        "attention",
+    )
 
 
 # ---- The hub ---------------------------------------------------------------------------------------------------------

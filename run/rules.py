@@ -20,6 +20,7 @@ ACTOR, REF, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.ref", "actor
 MODEL, SHARE_PROMPT = "actor_rollout_ref.model", "actor_rollout_ref.share_prompt"
 MODE = "trainer.v1.trainer_mode"
 ULYSSES = "fsdp_config.ulysses_sequence_parallel_size"
+FP32 = ("fp32", "float32", "32", 32)  # verl's names for it
 LOSS_OPTIONS = [field.name for field in fields(LossOptions)]
 # Packages that verl's loggers import
 LOGGER_PACKAGES = {name: name for name in ("wandb", "tensorboard", "mlflow", "swanlab", "clearml", "trackio")}
@@ -424,6 +425,18 @@ def a_path_to_resume_from_is_there(settings: Settings) -> None:
     )
 
 
+# ---- Attention -------------------------------------------------------------------------------------------------------
+def shared_prompts_meet_half_precision(settings: Settings) -> None:
+    key = f"{ACTOR}.fsdp_config.mixed_precision"
+    computed = (settings[key] or {}).get("param_dtype", "bf16")  # verl's default
+    settings.require(
+        computed not in FP32 or settings["trainer.device"] != "cuda" or not settings[SHARE_PROMPT],
+        f"{key}.param_dtype",
+        f"attention kernels on a GPU compute in bf16 or fp16; set one of them, or {SHARE_PROMPT}=False: each response "
+        "then gets a copy of the prompt, and the model's own attention",
+    )
+
+
 RULES: tuple[Callable[[Settings], None], ...] = (
     a_source_prefers,
     a_pair_has_two_responses,
@@ -449,4 +462,5 @@ RULES: tuple[Callable[[Settings], None], ...] = (
     loggers_are_installed,
     the_run_folder_can_be_written,
     a_path_to_resume_from_is_there,
+    shared_prompts_meet_half_precision,
 )

@@ -1,7 +1,7 @@
 # Finds or makes the Python environment of the recipe. Sourced by run_spin.sh and tests/run.sh:
 #   spin_setup [test]   sets PYTHON, SPIN_PROFILE (cpu or gpu) and PYTHONPATH; `test` asks for the test tools too, and
 #                       where no GPU is it rehearses the profile gpu: its versions, with vLLM's build for CPUs
-# Read from the environment: SPIN_PROFILE, PYTHON, SPIN_TORCH_INDEX, SPIN_MODEL_CACHE.
+# Read from the environment: SPIN_PROFILE, PYTHON, SPIN_TORCH_INDEX, SPIN_MODEL_CACHE, SPIN_DRIVER_FILES.
 
 SPIN_ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 SPIN_VENV="$SPIN_ROOT/.venv"
@@ -11,6 +11,8 @@ SPIN_CACHE="$SPIN_ROOT/.cache"
 SPIN_LOG="$SPIN_CACHE/install.log"
 # Where the embedded model is kept; tests take it from there too
 export SPIN_MODEL_CACHE="${SPIN_MODEL_CACHE:-$SPIN_CACHE/models}"
+# What tells of an NVIDIA GPU, or its driver, where nvidia-smi does not
+SPIN_DRIVER_FILES="${SPIN_DRIVER_FILES:-/dev/nvidia0 /proc/driver/nvidia/version}"
 # What pip says when the network fails it, a download that was cut short (wrong hash) included
 SPIN_NETWORK_ERRORS='connection|timed? ?out|network is|name resolution|incomplete|HTTP error 5|do not match the hashes'
 
@@ -36,14 +38,34 @@ spin_gpu_count() {
     fi
 }
 
-# Prints cpu or gpu.
+# Prints the first of SPIN_DRIVER_FILES that is there.
+spin_driver_file() {
+    local file
+    for file in $SPIN_DRIVER_FILES; do
+        if [[ -e "$file" ]]; then echo "$file" && return; fi
+    done
+}
+
+# Prints cpu or gpu. Nobody's GPUs are left idle unasked: where there may be some that nvidia-smi does not list, the user
+# says which it is; a CUDA_VISIBLE_DEVICES that names none says so already.
 spin_detect_profile() {
     case "${SPIN_PROFILE:-}" in
         cpu | gpu) echo "$SPIN_PROFILE" ;;
         "")
-            local listed
+            local listed file
             listed="$(nvidia-smi -L 2>/dev/null || true)"
-            if [[ "$listed" == *"GPU "* ]] && (($(spin_gpu_count) > 0)); then echo gpu; else echo cpu; fi
+            file="$(spin_driver_file)"
+            if [[ -n "${CUDA_VISIBLE_DEVICES+set}" && "$(spin_gpu_count)" == 0 ]]; then
+                echo cpu
+            elif [[ "$listed" == *"GPU "* ]] && (($(spin_gpu_count) > 0)); then
+                echo gpu
+            elif [[ -n "$file" ]]; then
+                spin_die "this machine has an NVIDIA driver ($file), and nvidia-smi lists no GPU." \
+                    "Set SPIN_PROFILE=gpu and N_GPUS_PER_NODE (how many GPUs) to train on its GPUs, or SPIN_PROFILE=cpu" \
+                    "to do without. A container gets GPUs and nvidia-smi with docker run --gpus all."
+            else
+                echo cpu
+            fi
             ;;
         *) spin_die "SPIN_PROFILE is '$SPIN_PROFILE'." "Set it to cpu or gpu, or leave it unset to choose by what the machine has." ;;
     esac

@@ -59,9 +59,13 @@ def client_of(*servers) -> RolloutClient:
     return client
 
 
-async def play(client: RolloutClient, responses: dict[str, int], sessions) -> list:
-    """Runs sessions (prompt, number, seconds before the request or None for a fault) as one round."""
-    agent_loop._round.set(Round(responses, client.send))
+async def play(client: RolloutClient, responses: dict[str, int], sessions, first: int = 0) -> list:
+    """Runs sessions (prompt, number, seconds before the request or None for a fault) as one round.
+
+    `first` is the number of the round's first prompt among those of all rounds.
+    """
+    numbers = {uid: number for number, uid in enumerate(responses, start=first)}
+    agent_loop._round.set(Round(responses, client.send, numbers))
 
     async def session(uid, number, delay):
         agent_loop._session.set((uid, number))
@@ -92,6 +96,17 @@ def test_replicas_share_a_round_by_prompt():
     assert servers[0].rounds == [["a0", "a1", "c0", "c1"]] and servers[1].rounds == [["b0", "b1"]]
 
 
+def test_the_prompts_of_several_workers_are_spread_over_all_replicas():
+    """Each worker's round has fewer prompts than there are replicas, as with 64 prompts, 8 workers and 16 GPUs."""
+    servers = [Server() for _ in range(6)]
+    for first in (0, 4, 8):
+        prompts = [f"p{first + place}/" for place in range(4)]
+        sessions = [(uid, number, 0.0) for uid in prompts for number in (0, 1)]
+        asyncio.run(play(client_of(*servers), dict.fromkeys(prompts, 2), sessions, first))
+    found = [[name for requests in server.rounds for name in requests] for server in servers]
+    assert found == [[f"p{number}/{place}" for number in (i, i + 6) for place in (0, 1)] for i in range(6)]
+
+
 def test_nobody_waits_for_a_session_that_failed():
     server = Server()
     answers = asyncio.run(play(client_of(server), {"a": 2}, [("a", 0, 0.0), ("a", 1, None)]))
@@ -103,7 +118,7 @@ def test_nobody_waits_for_a_prompt_that_failed_before_its_sessions_began():
     sent = []
 
     async def leave():
-        sessions = Round({"a": 1, "lost": 2}, sent.append)
+        sessions = Round({"a": 1, "lost": 2}, sent.append, numbers={})
         answer = sessions.ask(("a", 0), {})
         assert not sent and not answer.done()
         sessions.leave_prompt("lost")
@@ -125,7 +140,7 @@ def test_a_sessions_second_request_goes_to_the_same_replica_at_once():
 
     async def run():
         client = client_of(*servers)
-        agent_loop._round.set(Round({"a": 1, "b": 1}, client.send))
+        agent_loop._round.set(Round({"a": 1, "b": 1}, client.send, {"a": 0, "b": 1}))
 
         async def session(uid):
             agent_loop._session.set((uid, 0))
@@ -174,8 +189,13 @@ def test_a_greedy_answer_needs_no_seed(sampling, seed_responses):
 # ---------------------------------------------------------------------- the worker
 
 
-def answer_batch(monkeypatch, faults: set = frozenset(), **columns) -> tuple[Server, dict]:
-    """Sends a batch of two prompts through the worker; returns the server and the prompts' last statuses."""
+def answer_batch(
+    monkeypatch, faults: set = frozenset(), others: tuple[Server, ...] = (), **columns
+) -> tuple[Server, dict]:
+    """Sends a batch of two prompts through the worker; returns the server and the prompts' last statuses.
+
+    `others` are further replicas behind that server.
+    """
     statuses, server = {}, Server()
 
     async def kv_put(key, partition_id, tag):
@@ -197,8 +217,8 @@ def answer_batch(monkeypatch, faults: set = frozenset(), **columns) -> tuple[Ser
     rollout |= {"val_kwargs": {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "n": 3}}
     rollout |= {"agent": {"default_agent_loop": "spin"}}
     worker.config = OmegaConf.create({"actor_rollout_ref": {"rollout": rollout}})
-    worker.llm_client = client_of(server)
-    columns = {"uid": ["p0", "p1"], "index": [0, 1]} | columns
+    worker.llm_client = client_of(server, *others)
+    columns = {"uid": ["p0", "p1"], "index": [0, 1], SAMPLING_SEED: ["held-out-0", "held-out-1"]} | columns
     batch = tu.get_tensordict({name: np.array(values, dtype=object) for name, values in columns.items()})
     tu.assign_non_tensor_data(batch, "global_steps", 1)
     if "__rollout_n__" in columns:
@@ -216,6 +236,16 @@ def test_a_worker_sends_what_it_is_asked_for_in_one_call_as_one_round(monkeypatc
     server, statuses = answer_batch(monkeypatch)
     assert server.rounds == [["p0/0", "p0/1", "p1/0", "p1/1"]]
     assert statuses == {"p0": "finished", "p1": "finished"}
+
+
+@pytest.mark.parametrize("name", ["00000003-{:08d}", "held-out-{}"])
+def test_a_workers_prompts_go_to_the_replicas_of_their_numbers(monkeypatch, name):
+    """Not to those of their places in what the worker was given, which begins at number 9 of all."""
+    second, third, fourth = Server(), Server(), Server()
+    names = [name.format(number) for number in (9, 10)]
+    first, _ = answer_batch(monkeypatch, others=(second, third, fourth), **{SAMPLING_SEED: names})
+    assert (first.rounds, fourth.rounds) == ([], [])
+    assert (second.rounds, third.rounds) == ([["p0/0", "p0/1"]], [["p1/0", "p1/1"]])
 
 
 def test_held_out_prompts_have_their_own_numbers_of_responses(monkeypatch):
@@ -241,30 +271,39 @@ class Longest(RewardSource):
         return [Score(float(len(text)), {"step": group.step}) for text in group.responses[: self.config]]
 
 
-def worker_with_unscored(server: Server, count: int) -> RolloutWorker:
+FIRST, SECOND = "00000003-00000004", "00000003-00000005"  # uids of training prompts
+
+
+def worker_with_unscored(*servers: Server, count: int) -> RolloutWorker:
     worker = RolloutWorker.__new__(RolloutWorker)
     worker.config = OmegaConf.create(
         {"reward": {"custom_reward_function": {"path": None}, "reward_model": {"enable": False}}}
     )
     worker.tokenizer = types.SimpleNamespace(decode=lambda tokens, skip_special_tokens: "x" * len(tokens))
-    worker.llm_client, worker._source = client_of(server), Longest(count, None)
+    worker.llm_client, worker._source = client_of(*servers), Longest(count, None)
     row = {"global_steps": 3, "raw_prompt": [{"role": "user", "content": "who?"}]}
     worker._unscored = {
         uid: {n: (types.SimpleNamespace(response_ids=[0] * tokens), row) for n, tokens in answers.items()}
-        for uid, answers in {"p0": {1: 7, 0: 5}, "p1": {0: 2, 1: 1}}.items()
+        for uid, answers in {FIRST: {1: 7, 0: 5}, SECOND: {0: 2, 1: 1}}.items()
     }
     return worker
 
 
 def test_groups_are_scored_once_in_the_order_of_their_responses():
     server = Server()
-    worker = worker_with_unscored(server, 2)
+    worker = worker_with_unscored(server, count=2)
     found = asyncio.run(worker.score_groups())
-    assert {uid: [score.value for score in scores] for uid, scores in found.items()} == {"p0": [5, 7], "p1": [2, 1]}
-    assert found["p0"][0].info == {"step": 3} and server.rounds == [["who?"], ["who?"]]
+    assert {uid: [score.value for score in scores] for uid, scores in found.items()} == {FIRST: [5, 7], SECOND: [2, 1]}
+    assert found[FIRST][0].info == {"step": 3} and server.rounds == [["who?"], ["who?"]]
     assert asyncio.run(worker.score_groups()) == {} and len(server.rounds) == 2
+
+
+def test_groups_are_scored_by_the_replicas_that_answered_them():
+    servers = [Server() for _ in range(8)]
+    asyncio.run(worker_with_unscored(*servers, count=2).score_groups())
+    assert [len(server.rounds) for server in servers] == [0, 0, 0, 0, 1, 1, 0, 0]
 
 
 def test_a_group_with_too_few_scores_is_refused():
     with pytest.raises(ValueError, match=r"Longest.score_group gave 1 scores for 2 responses to the prompt 'who\?'"):
-        asyncio.run(worker_with_unscored(Server(), 1).score_groups())
+        asyncio.run(worker_with_unscored(Server(), count=1).score_groups())

@@ -121,7 +121,8 @@ def test_gpu_profile_on_a_machine_with_fewer_gpus(run, monkeypatch):
 ULYSSES = "actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size"
 FLASH = "actor_rollout_ref.model.override_config.attn_implementation=flash_attention_2"
 
-TWO_GPUS = "trainer.device=cuda trainer.nnodes=2 trainer.n_gpus_per_node=1"
+TWO_GPUS = "trainer.device=cuda trainer.nnodes=2 trainer.n_gpus_per_node=1 "
+TWO_GPUS += "actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype=bf16"
 
 
 @pytest.mark.parametrize("key", ["ulysses_sequence_parallel_size", "fsdp_config.ulysses_sequence_parallel_size"])

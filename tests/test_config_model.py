@@ -6,12 +6,13 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+import torch
 from checkable_run import composed, override
 from huggingface_hub.errors import OfflineModeIsEnabled
 from omegaconf import OmegaConf
 
 from recipe.spin import main_spin
-from recipe.spin.run import model_files
+from recipe.spin.run import check, model_files
 from recipe.spin.run.model_files import BUCKET, fit_weight_bucket
 
 PATH = "actor_rollout_ref.model.path"
@@ -128,6 +129,47 @@ def test_model_without_a_chat_template(run, folder):
 def test_a_chat_template_of_ones_own(run, folder):
     template = "actor_rollout_ref.model.custom_chat_template='{{ messages[0].content }}'"
     run.check(f"{PATH}={without_template(folder)}", template)
+
+
+# ---- What the attention on GPUs computes -----------------------------------------------------------------------------
+@pytest.fixture
+def with_gpu(monkeypatch):
+    """A machine that the GPU profile could run on, without flash-attn."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(check, "first_fault", lambda config: None)
+    monkeypatch.setattr(model_files, "has_flash_attention_2", lambda: False)
+
+
+ONE_GPU = "trainer.n_gpus_per_node=1"
+
+
+def test_capped_attention_without_its_kernel_is_refused_before_ray(run, folder, with_gpu, monkeypatch):
+    """Gemma 2; it would be refused in the first step, when everything is loaded."""
+    change(folder / "config.json", attn_logit_softcapping=50.0)
+    path = f"{PATH}={folder}"
+    message = run.refusal(path, ONE_GPU, device="gpu")
+    for words in (f"{PATH}='{folder}'", "caps its attention scores (50.0)", "flash-attn 2", "share_prompt=False"):
+        assert words in message
+    run.check(path)  # a CPU knows caps
+    run.check(path, ONE_GPU, "actor_rollout_ref.share_prompt=False", device="gpu")
+    monkeypatch.setattr(model_files, "has_flash_attention_2", lambda: True)
+    run.check(path, ONE_GPU, device="gpu")
+
+
+def test_capped_attention_of_a_model_in_the_hubs_cache(run, folder, with_gpu, monkeypatch):
+    change(folder / "config.json", attn_logit_softcapping=50.0)
+    monkeypatch.setattr(model_files, "_cached_file", lambda name, file: folder / file)
+    monkeypatch.setattr(model_files, "load_tokenizer", lambda settings: None)
+    message = run.refusal(f"{PATH}=google/gemma-2-2b-it", ONE_GPU, device="gpu")
+    assert "caps its attention scores" in message
+
+
+def test_full_precision_where_kernels_are_half_is_refused_before_ray(run, with_gpu):
+    precision = "actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype"
+    full = [f"{precision}=fp32", "actor_rollout_ref.ref.fsdp_config.model_dtype=fp32", ONE_GPU]
+    message = run.refusal(*full, device="gpu")
+    assert message.startswith(f"{precision}='fp32'") and "bf16" in message and "share_prompt=False" in message
+    run.check(*full, "actor_rollout_ref.share_prompt=False", device="gpu")
 
 
 # ---- Names on the hub ------------------------------------------------------------------------------------------------

@@ -203,6 +203,20 @@ def test_the_probes_model_has_a_token_for_every_byte():
     assert tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False).endswith("<|im_end|>\n")
 
 
+def test_the_probes_model_is_of_the_kind_of_the_gpu_profiles_own(tmp_path):
+    """vLLM takes another model runner for a Llama; and its weights are the same every time."""
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoConfig
+
+    from recipe.spin.tools.probe_model import TINY, save_probe_model
+
+    folders = [save_probe_model(tmp_path / name, **TINY) for name in "ab"]
+    assert AutoConfig.from_pretrained(folders[0]).architectures == ["Qwen2ForCausalLM"]
+    first, second = (load_file(Path(folder) / "model.safetensors") for folder in folders)
+    assert all(torch.equal(first[name], second[name]) for name in first | second)
+
+
 def test_the_cpu_profiles_environment_stands_before_python_starts():
     script = "import os; print(os.environ['VERL_PLATFORM'], os.environ['TORCH_COMPILE_DISABLE'])"
     result = subprocess.run(doctor.command_of("cpu", "-c", script), capture_output=True, text=True, timeout=60)

@@ -94,6 +94,12 @@ def cluster(monkeypatch, *nodes: tuple[int, int]) -> None:
         ([(32, 8), (32, 8)], [EIGHT, "trainer.nnodes=2"], None),
         ([(96, 8), (8, 8)], [EIGHT, "trainer.nnodes=2"], "nodes with 96 CPUs and 8 GPUs, 8 CPUs and 8 GPUs"),
         ([(96, 4), (96, 4)], [EIGHT], "96 CPUs and 4 GPUs"),
+        # Beside its ranks' 24 a node has a storage unit or more, and vLLM's servers want 1 that is free there
+        ([(80, 8), (25, 8)], [EIGHT, "trainer.nnodes=2"], "8 GPUs and 26 CPUs are needed"),
+        ([(80, 8), (26, 8)], [EIGHT, "trainer.nnodes=2"], None),
+        ([(80, 8), (28, 8)], [EIGHT, "trainer.nnodes=2", f"{UNITS}=7"], "29 CPUs are needed"),
+        ([(80, 0), (27, 8), (27, 8)], [EIGHT, "trainer.nnodes=2", f"{UNITS}=6"], None),  # a head without GPUs has two
+        ([(80, 8), (25, 8)], [EIGHT, "trainer.nnodes=2", "transfer_queue.backend.storage_backend=MooncakeStore"], None),
     ],
 )
 def test_what_a_cluster_has(monkeypatch, nodes, overrides, words):
@@ -114,6 +120,11 @@ def test_a_run_on_a_cluster_with_too_little_ends_before_its_task_runner_starts(m
 
 # ---- Driver and compiler ---------------------------------------------------------------------------------------------
 NVIDIA_SMI = """#!/bin/bash
+if [[ "$*" == *compute_cap* ]]; then
+    [[ "$*" == *"-i 1"* ]] || echo "NVIDIA L4, 8.9"
+    echo "NVIDIA L4, 8.9"
+    exit
+fi
 [[ "$*" == *"-i 1"* ]] || echo "NVIDIA L4, 550.54.15, 23034, 22564"
 echo "NVIDIA L4, 550.54.15, 23034, 1024"
 """
@@ -144,6 +155,52 @@ def test_without_an_answer_of_nvidia_smi_there_are_no_devices(gpus, answer):
     assert gpu.devices() == []
 
 
+def test_a_slow_nvidia_smi_is_a_warning_and_asked_once(gpus, monkeypatch, tmp_path):
+    gpus.write_text(f"#!/bin/bash\necho >>'{tmp_path}/asked'\nexec sleep 20\n")
+    monkeypatch.setattr(gpu, "SECONDS", 0.5)
+    found = {finding.name: finding for finding in machine.findings(settings(ONE, "trainer.check_memory=False"))}
+    assert found["GPUs"].verdict == WARN and "no answer within 0.5 s" in found["GPUs"].text
+    assert (tmp_path / "asked").read_text() == "\n"
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "overrides", "refused"),
+    [
+        ("NVIDIA L4, 8.9", "NVIDIA L4, 8.9", [ONE], False),
+        ("NVIDIA A100-SXM4-40GB, 8.0", "NVIDIA RTX PRO 6000, 12.0", ["trainer.n_gpus_per_node=2"], False),
+        ("Tesla T4, 7.5", "NVIDIA L4, 8.9", [ONE], True),
+        ("NVIDIA L4, 8.9", "Tesla T4, 7.5", ["trainer.n_gpus_per_node=2"], True),
+        ("NVIDIA L4, 8.9", "Tesla T4, 7.5", [ONE], False),  # not the run's
+        ("NVIDIA L4, [N/A]", "NVIDIA L4, [N/A]", [ONE], False),
+    ],
+)
+def test_gpus_without_the_kernels_are_refused(gpus, first, second, overrides, refused):
+    gpus.write_text(f"#!/bin/bash\necho '{first}'\necho '{second}'\n")
+    finding = gpu.check_devices(settings(*overrides), found=[])
+    assert finding.verdict == (FAIL if refused else OK)
+    words = ("the Tesla T4 has compute capability 7.5", "needs 8.0", "CUDA_VISIBLE_DEVICES", "SPIN_PROFILE=cpu")
+    assert not refused or all(word in finding.text for word in words), finding.text
+
+
+def test_a_driver_too_old_to_tell_the_capability_keeps_the_rest(gpus):
+    gpus.write_text(NVIDIA_SMI.replace('echo "NVIDIA L4, 8.9"', "exit 2"))
+    found = gpu.devices()
+    assert len(found) == 2 and gpu.check_devices(settings(ONE), found).verdict == OK
+
+
+@pytest.mark.parametrize("release", ["5.15.167.4-microsoft-standard-WSL2", "6.8.0-45-generic"])
+def test_linux_within_windows_is_a_warning(monkeypatch, release):
+    monkeypatch.setattr("platform.release", lambda: release)
+    finding = gpu.check_system()
+    assert finding.verdict == (WARN if "WSL" in release else OK)
+    assert finding.verdict == OK or ("CUDA IPC" in finding.text and "use Linux itself" in finding.text)
+
+
+def test_a_run_on_gpus_is_told_of_system_driver_gpus_and_compiler(gpus, monkeypatch):
+    names = [finding.name for finding in machine.findings(settings(ONE, "trainer.check_memory=False"))]
+    assert names[-4:] == ["system", "driver", "GPUs", "compiler"]
+
+
 @pytest.mark.parametrize(
     ("cuda", "available", "words"),
     [
@@ -156,7 +213,7 @@ def test_without_an_answer_of_nvidia_smi_there_are_no_devices(gpus, answer):
 def test_a_driver_that_torch_cannot_use_is_named(gpus, monkeypatch, cuda, available, words):
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
-    finding = gpu.check_driver()
+    finding = gpu.check_driver(gpu.devices())
     assert finding.verdict == (FAIL if words else OK)
     assert [word for word in words or [] if word not in finding.text] == [], finding.text
 

@@ -277,6 +277,13 @@ def test_vllm_must_hold_the_longest_sequence_that_it_is_to_take(qwen):
     assert examined(folder, gpu(40), *adapters, "actor_rollout_ref.rollout.max_model_len=1536").verdict == OK
 
 
+def test_vllm_sets_cuda_graphs_aside_unless_it_is_told_to_do_without():
+    """It starts only with room for the longest sequence beside them."""
+    graphs, eager = layout("trainer.n_gpus_per_node=1"), "actor_rollout_ref.rollout.enforce_eager=True"
+    without = layout("trainer.n_gpus_per_node=1", eager)
+    assert memory.rollout_need(QWEN_3B, graphs) - memory.rollout_need(QWEN_3B, without) == memory.CUDA_GRAPHS > 0
+
+
 def test_layers_with_a_window_hold_no_whole_sequence():
     from transformers import Qwen2Config
 

@@ -61,12 +61,14 @@ class Checkout:
     bin: Path
     out: Path
     elsewhere: Path
+    driver: Path  # what a machine has where an NVIDIA driver is loaded
 
     def environment(self, **variables: str) -> dict[str, str]:
         return {
             "PATH": f"{self.bin}:/usr/bin:/bin",
             "HOME": str(self.elsewhere),
             "FAKE_OUT": str(self.out),
+            "SPIN_DRIVER_FILES": str(self.driver),  # the machine that runs the tests may have GPUs
             **variables,
         }
 
@@ -125,7 +127,7 @@ def checkout(tmp_path: Path) -> Checkout:
         else:
             root.mkdir()
             shutil.copy(source, root / name)
-    result = Checkout(root, tmp_path / "bin", tmp_path / "out", tmp_path / "elsewhere")
+    result = Checkout(root, tmp_path / "bin", tmp_path / "out", tmp_path / "elsewhere", tmp_path / "driver")
     result.out.mkdir()
     result.elsewhere.mkdir()
     write_program(result.bin / "python", FAKE_PYTHON)
@@ -154,6 +156,20 @@ def test_profile_and_gpu_count(checkout: Checkout, variables: dict[str, str], gp
         checkout.add_gpus()
     result = checkout.function('echo "$(spin_detect_profile) $(spin_gpu_count)"', **variables)
     assert (result.stdout, result.returncode) == (f"{expected}\n", 0), result.stderr
+
+
+def test_gpus_that_nvidia_smi_does_not_list_are_not_left_idle_unasked(checkout: Checkout) -> None:
+    """A container without nvidia-smi would train a small model on its cores instead."""
+    checkout.driver.touch()
+    result = checkout.spin()
+    assert result.code == 1 and not result.overrides
+    for words in (str(checkout.driver), "SPIN_PROFILE=gpu", "N_GPUS_PER_NODE", "SPIN_PROFILE=cpu", "--gpus all"):
+        assert words in result.stderr
+    assert checkout.spin(SPIN_PROFILE="cpu").overrides["device"] == "cpu"
+    assert checkout.spin(CUDA_VISIBLE_DEVICES="").overrides["device"] == "cpu"
+    assert checkout.spin(SPIN_PROFILE="gpu", N_GPUS_PER_NODE="2").overrides["trainer.n_gpus_per_node"] == "2"
+    checkout.add_gpus()
+    assert checkout.spin().overrides["device"] == "gpu"
 
 
 def test_unknown_profile_is_refused(checkout: Checkout) -> None:

@@ -100,7 +100,7 @@ def examine(profile: str, overrides: list[str], quick: bool) -> Iterator[Finding
     OmegaConf.resolve(config)
     able = fit.verdict != FAIL
     for finding in findings(config):
-        able = able and not (finding.verdict == FAIL and finding.name in ("driver", "compiler"))
+        able = able and not (finding.verdict == FAIL and finding.name in ("driver", "GPUs", "compiler"))
         yield finding
     if not able:
         yield Finding("device", WARN, "nothing was measured on the device; remove the causes above first")
@@ -147,7 +147,7 @@ def hardware() -> Finding:
         "memory": memory.total,
         "memory_available": memory.available,
         "shared_memory": psutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0,
-        "gpus": [asdict(device) for device in devices()],
+        "gpus": [asdict(device) for device in devices() or []],
     }
     names = [gpu["name"] for gpu in figures["gpus"]]
     text = f"{figures['system']}, Python {figures['python']}, {figures['cores']} cores, {memory.total / 1e9:.1f} GB, "

@@ -45,13 +45,16 @@ def chat_tokenizer(vocabulary: dict[str, int], merges: list[tuple[str, ...]], lo
 
 
 def save_probe_model(folder: Path, **shape) -> str:
-    """Saves a Llama of a shape with random weights, the same every time, with its tokenizer; returns the folder."""
+    """Saves a Qwen2 of a shape with random weights, the same every time, with its tokenizer; returns the folder.
+
+    Of the kind that the GPU profile's own model is: vLLM 0.24 takes another model runner for a Llama.
+    """
     import torch
-    from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
+    from transformers import AutoModelForCausalLM, GenerationConfig, Qwen2Config
 
     tokenizer = make_tokenizer()
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
-    config = LlamaConfig(
+    config = Qwen2Config(
         vocab_size=len(tokenizer),  # verl masks vLLM's logits beyond it, training does not
         max_position_embeddings=4096,
         initializer_range=0.05,  # at transformers' 0.02 every token would be as likely as any other
