@@ -103,8 +103,9 @@ def cluster(monkeypatch, *nodes: tuple[int, int]) -> None:
     ],
 )
 def test_what_a_cluster_has(monkeypatch, nodes, overrides, words):
+    config = settings(*overrides)  # first: composing may import what imports ray
     cluster(monkeypatch, *nodes)
-    finding = machine.check_cluster(settings(*overrides))
+    finding = machine.check_cluster(config)
     assert finding.verdict == (FAIL if words else OK) and (words or "") in finding.text
 
 
