@@ -136,7 +136,7 @@ def test_a_chat_template_of_ones_own(run, folder):
 def with_gpu(monkeypatch):
     """A machine that the GPU profile could run on, without flash-attn."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(check, "first_fault", lambda config: None)
+    monkeypatch.setattr(check, "machine_faults", lambda config: [])
     monkeypatch.setattr(model_files, "has_flash_attention_2", lambda: False)
 
 
