@@ -3,7 +3,7 @@
     .venv/bin/python -m benchmarks.reward_model [--runs outputs/reward_model]
 
 The reward model (benchmarks/sum_classifier.py) is trained first, unless RUNS/classifier holds one, and served by verl's
-reward loop. Writes benchmarks/results/DATE-reward-model.json; about twelve minutes on two cores.
+reward loop. Writes benchmarks/results/DATE-reward-model.json; about fifteen minutes on two cores.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from benchmarks.machine import ROOT, provenance, write_result
 from recipe.spin.examples.arithmetic.reward import compute_score
 from recipe.spin.examples.embedded_model import make_model
 
-UPDATES = 40
+UPDATES = 100
 MADE = "made.json"  # beside a classifier that was saved: how it was made
 
 
