@@ -1,6 +1,6 @@
 """A reward model of sums: the default model as a sequence classifier, trained on right and wrong answers made up here.
 
-    .venv/bin/python -m benchmarks.sum_classifier --model FOLDER --output FOLDER [--steps 40]
+    .venv/bin/python -m benchmarks.sum_classifier --model FOLDER --output FOLDER [--steps 100]
 
 Its sums are those that the arithmetic example trains on, none that it holds out. Each update compares every right
 answer to a sum with every wrong one (Bradley-Terry); a prompt is computed once for all its answers.
@@ -179,7 +179,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Trains a reward model of sums.")
     parser.add_argument("--model", required=True, help="folder of the model to begin with")
     parser.add_argument("--output", type=Path, required=True, help="folder of the reward model")
-    parser.add_argument("--steps", type=int, default=40, help="updates (40)")
+    parser.add_argument("--steps", type=int, default=100, help="updates (100)")
     options = parser.parse_args()
     print(make(options.model, options.output, options.steps))
 
