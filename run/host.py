@@ -57,12 +57,12 @@ def check_shared_memory(config: DictConfig) -> Finding:
     else:
         needed, who = NCCL_SHARED_MEMORY if ranks > 1 else 0, "NCCL should have"
     figures = {"needed": needed, "there": there}
-    text = f"{gigabytes(there)} GB of shared memory are free in {SHARED_MEMORY}"
+    text = f"{there / 1e6:.0f} MB of shared memory are free in {SHARED_MEMORY}"
     if needed <= there:
         return Finding("shared memory", OK, text, figures)
     remedy = "give the container more (docker's --shm-size=2g; in Kubernetes an emptyDir with medium: Memory)"
     verdict = FAIL if config.trainer.device == "cpu" else WARN
-    return Finding("shared memory", verdict, f"{text}, and {who} {gigabytes(needed)} GB; {remedy}", figures)
+    return Finding("shared memory", verdict, f"{text}, and {who} {needed / 1e6:.0f} MB; {remedy}", figures)
 
 
 def check_disk(config: DictConfig, model: Model) -> Finding:

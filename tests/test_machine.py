@@ -351,7 +351,7 @@ def test_a_containers_shared_memory_must_hold_what_is_sent_to_vllm(monkeypatch):
     disk(monkeypatch, shared=room - 1)
     finding = host.check_shared_memory(config)
     assert finding.verdict == FAIL
-    for words in ("/dev/shm", "weights on their way to vLLM", "--shm-size", "emptyDir"):
+    for words in ("34 MB", "/dev/shm", "weights on their way to vLLM", "--shm-size", "emptyDir"):
         assert words in finding.text
 
 
