@@ -181,7 +181,8 @@ class RolloutWorker(Scoring, VerlWorker):
         n = rollout.val_kwargs.n if "validate" in batch and batch["validate"] else rollout.n
         counts = list(batch["__rollout_n__"]) if "__rollout_n__" in batch else [n] * len(uids)
         send = getattr(self.llm_client, "send", None)  # only RolloutClient's
-        numbers = map(prompt_number, batch[SAMPLING_SEED])
+        # verl's own trainers name no prompts: their places among those of this worker must do
+        numbers = map(prompt_number, batch[SAMPLING_SEED]) if SAMPLING_SEED in batch else range(len(uids))
         _round.set(Round(dict(zip(uids, counts, strict=True)), send, dict(zip(uids, numbers, strict=True))))
         await super().generate_sequences(batch)
 

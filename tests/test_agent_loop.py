@@ -219,7 +219,7 @@ def answer_batch(
     worker.config = OmegaConf.create({"actor_rollout_ref": {"rollout": rollout}})
     worker.llm_client = client_of(server, *others)
     columns = {"uid": ["p0", "p1"], "index": [0, 1], SAMPLING_SEED: ["held-out-0", "held-out-1"]} | columns
-    batch = tu.get_tensordict({name: np.array(values, dtype=object) for name, values in columns.items()})
+    batch = tu.get_tensordict({name: np.array(values, dtype=object) for name, values in columns.items() if values})
     tu.assign_non_tensor_data(batch, "global_steps", 1)
     if "__rollout_n__" in columns:
         tu.assign_non_tensor_data(batch, "validate", True)
@@ -246,6 +246,12 @@ def test_a_workers_prompts_go_to_the_replicas_of_their_numbers(monkeypatch, name
     first, _ = answer_batch(monkeypatch, others=(second, third, fourth), **{SAMPLING_SEED: names})
     assert (first.rounds, fourth.rounds) == ([], [])
     assert (second.rounds, third.rounds) == ([["p0/0", "p0/1"]], [["p1/0", "p1/1"]])
+
+
+def test_prompts_of_verls_own_trainers_which_have_no_names_are_spread_by_their_places(monkeypatch):
+    second = Server()
+    first, _ = answer_batch(monkeypatch, others=(second,), **{SAMPLING_SEED: None})
+    assert (first.rounds, second.rounds) == ([["p0/0", "p0/1"]], [["p1/0", "p1/1"]])
 
 
 def test_held_out_prompts_have_their_own_numbers_of_responses(monkeypatch):

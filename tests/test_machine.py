@@ -380,7 +380,7 @@ def test_all_that_a_machine_lacks_is_told_at_once(run, monkeypatch):
     disk(monkeypatch, free=1000, shared=1000)
     message = run.refusal("ray_kwargs.ray_init.num_cpus=6")
     assert message.startswith("3 faults\n  1. this machine's Ray will have 6 CPUs")
-    assert "\n  2. 0.0 GB of shared memory" in message and "\n  3. 0.0 GB are free for trainer.default_" in message
+    assert "\n  2. 0 MB of shared memory" in message and "\n  3. 0.0 GB are free for trainer.default_" in message
 
 
 def test_a_model_that_is_not_here_yet_is_told_and_not_refused(capsys):

@@ -280,10 +280,10 @@ def test_what_is_answered_ahead_stands_in_a_file_a_storage_unit(folder):
 
 
 def test_ranks_may_stand_in_other_machines(folder):
-    two = ["trainer.device=cuda", "trainer.nnodes=2", "trainer.n_gpus_per_node=4"]
-    folder.start(*two)
+    gpus = ["trainer.device=cuda", "actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype=bf16"]
+    folder.start(*gpus, "trainer.nnodes=2", "trainer.n_gpus_per_node=4")
     folder.save(6)
-    folder.start("trainer.device=cuda", "trainer.nnodes=4", "trainer.n_gpus_per_node=2")
+    folder.start(*gpus, "trainer.nnodes=4", "trainer.n_gpus_per_node=2")
 
 
 def test_before_the_first_checkpoint_settings_may_change(folder):
