@@ -265,6 +265,7 @@ def test_judges_prefer(task, tiny_llama, tmp_path):
     assert asked == 2 * len(server.questions)
 
 
+@pytest.mark.long
 def test_a_source_asks_the_reference(task, tiny_llama, tmp_path, monkeypatch):
     """vLLM has the reference's weights while responses are scored, and the policy's while it answers.
 
