@@ -68,14 +68,18 @@ def check_devices(config: DictConfig, found: list[Device] | None) -> Finding:
     if rows is None:
         text = (
             f"nvidia-smi gave no answer within {SECONDS} s, and the GPUs were not checked; if it hangs, CUDA may hang "
+            "too: look for the driver's words in dmesg, or start the machine anew"
         )
-        return Finding("GPUs", WARN, f"{text}too: look for the driver's words in dmesg, or start the machine anew")
+        return Finding("GPUs", WARN, text)
     mine = rows[: config.trainer.n_gpus_per_node]  # Ray hands them out in order
     for name, capability in mine:
         if NUMBER.fullmatch(capability) and float(capability) < OLDEST_CAPABILITY:
-            text = f"the {name} has compute capability {capability}, and a run needs {OLDEST_CAPABILITY} (Ampere) or "
-            text += "newer, for vLLM's bf16 and flash attention; use such GPUs (CUDA_VISIBLE_DEVICES chooses among "
-            return Finding("GPUs", FAIL, f"{text}several), or SPIN_PROFILE=cpu for a small model", {"GPUs": mine})
+            text = (
+                f"the {name} has compute capability {capability}, and a run needs {OLDEST_CAPABILITY} (Ampere) or "
+                "newer, for vLLM's bf16 and flash attention; use such GPUs (CUDA_VISIBLE_DEVICES chooses among "
+                "several), or SPIN_PROFILE=cpu for a small model"
+            )
+            return Finding("GPUs", FAIL, text, {"GPUs": mine})
     told = ", ".join(f"{name} (compute capability {capability})" for name, capability in mine)
     return Finding("GPUs", OK, told or "nvidia-smi does not tell their compute capability", {"GPUs": mine})
 
@@ -85,8 +89,8 @@ def check_system() -> Finding:
     system = platform.release()
     if "microsoft" in system.lower():
         # https://github.com/sgl-project/sglang/issues/35385; NVIDIA's guides to WSL have said both
-        text = f"this is Linux within Windows (WSL2, kernel {system}), where CUDA IPC is reported not to work: weights "
-        text += (
+        text = (
+            f"this is Linux within Windows (WSL2, kernel {system}), where CUDA IPC is reported not to work: weights "
             "go to vLLM by it, and the first that are sent would end the run, or keep it waiting; then use Linux itself"
         )
         return Finding("system", WARN, text)

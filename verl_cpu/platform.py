@@ -129,7 +129,5 @@ class PlatformCPU(PlatformBase):
     def _ignore(self, *args, **kwargs) -> None:
         """Device calls that have no meaning on a CPU."""
 
-    def empty_cache(self) -> None:
-        memory.offer_heap()
-
     set_device = synchronize = set_allocator_settings = profiler_start = profiler_stop = cudart = _ignore
+    empty_cache = staticmethod(memory.offer_heap)
