@@ -45,13 +45,18 @@ def check_host_memory(config: DictConfig, model: Model) -> Finding:
     return Finding("host memory", FAIL, f"{text}{why}; {remedy}", figures)
 
 
+def free_shared_memory() -> int:
+    """Bytes; 0 where the machine has none."""
+    return shutil.disk_usage(SHARED_MEMORY).free if Path(SHARED_MEMORY).is_dir() else 0
+
+
 def check_shared_memory(config: DictConfig) -> Finding:
     """Room for what ranks and vLLM exchange there; a container has 64 MB unless it is given more.
 
     On a CPU each rank's bucket of weights lies there, and a write beyond the room kills the process. On GPUs NCCL takes
     some for several ranks, how much depends on the machine: too little there is a warning.
     """
-    ranks, there = config.trainer.n_gpus_per_node, shutil.disk_usage(SHARED_MEMORY).free
+    ranks, there = config.trainer.n_gpus_per_node, free_shared_memory()
     if config.trainer.device == "cpu":
         needed, who = ranks * weight_bucket(config) * 2**20, "weights on their way to vLLM take"
     else:

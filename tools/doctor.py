@@ -30,6 +30,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from recipe.spin.run.finding import FAIL, OK, WARN, Finding
 from recipe.spin.run.gpu import devices
+from recipe.spin.run.host import free_shared_memory
 from recipe.spin.run.machine import findings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -146,7 +147,7 @@ def hardware() -> Finding:
         "cores": os.cpu_count(),
         "memory": memory.total,
         "memory_available": memory.available,
-        "shared_memory": psutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0,
+        "shared_memory": free_shared_memory(),
         "gpus": [asdict(device) for device in devices() or []],
     }
     names = [gpu["name"] for gpu in figures["gpus"]]
