@@ -148,6 +148,17 @@ def precisions_are_known(settings: Settings) -> None:
     settings.require(not unknown, key, f"{', '.join(unknown)} must be one of {', '.join(known)}")
 
 
+def shared_prompts_meet_half_precision(settings: Settings) -> None:
+    key = f"{ACTOR}.fsdp_config.mixed_precision"
+    computed = (settings[key] or {}).get("param_dtype", "bf16")  # verl's default
+    settings.require(
+        computed not in FP32 or settings["trainer.device"] != "cuda" or not settings[SHARE_PROMPT],
+        f"{key}.param_dtype",
+        f"attention kernels on a GPU compute in bf16 or fp16; set one of them, or {SHARE_PROMPT}=False: each response "
+        "then gets a copy of the prompt, and the model's own attention",
+    )
+
+
 def reference_holds_what_the_actor_computes_with(settings: Settings) -> None:
     """A refreshed reference then equals the actor to the bit."""
     actor, ref = f"{ACTOR}.fsdp_config", f"{REF}.fsdp_config"
@@ -425,18 +436,6 @@ def a_path_to_resume_from_is_there(settings: Settings) -> None:
     )
 
 
-# ---- Attention -------------------------------------------------------------------------------------------------------
-def shared_prompts_meet_half_precision(settings: Settings) -> None:
-    key = f"{ACTOR}.fsdp_config.mixed_precision"
-    computed = (settings[key] or {}).get("param_dtype", "bf16")  # verl's default
-    settings.require(
-        computed not in FP32 or settings["trainer.device"] != "cuda" or not settings[SHARE_PROMPT],
-        f"{key}.param_dtype",
-        f"attention kernels on a GPU compute in bf16 or fp16; set one of them, or {SHARE_PROMPT}=False: each response "
-        "then gets a copy of the prompt, and the model's own attention",
-    )
-
-
 RULES: tuple[Callable[[Settings], None], ...] = (
     a_source_prefers,
     a_pair_has_two_responses,
@@ -446,6 +445,7 @@ RULES: tuple[Callable[[Settings], None], ...] = (
     small_steps_need_fp32,
     reference_is_sharded_as_the_actor,
     precisions_are_known,
+    shared_prompts_meet_half_precision,
     reference_holds_what_the_actor_computes_with,
     batches_divide,
     a_prompt_with_its_responses_fits_one_micro_batch,
@@ -462,5 +462,4 @@ RULES: tuple[Callable[[Settings], None], ...] = (
     loggers_are_installed,
     the_run_folder_can_be_written,
     a_path_to_resume_from_is_there,
-    shared_prompts_meet_half_precision,
 )
