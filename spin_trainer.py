@@ -75,6 +75,7 @@ class SpinTrainer(OpponentInVLLM, StaleWeights, HeldOutValidation, PPOTrainerSyn
             buffer.__class__ = OWN_BUFFERS[type(buffer)]
             buffer.settle = lambda seconds: self.agent_loop_manager.settle(seconds)
             buffer.is_idle = lambda: self.agent_loop_manager.is_idle()
+            buffer.rewards_may_fail = self.config.algorithm.reward_error == "skip"
         # verl's 2 s would be a floor under every small step. WholeRounds looks once a round, others all the time
         buffer.poll_interval = 0.05 if isinstance(buffer, WholeRounds) else 0.25
         return buffer

@@ -17,8 +17,12 @@ class ScoredGroups:
 
     Their NaN would make a prompt one whose responses differ, and another metric of the reward's would be missed. Here a
     prompt ties whose scored responses do, or of which fewer than two have a score.
+
+    Attributes:
+        rewards_may_fail: whether responses can be without a score. Where none can, rewards are read by verl alone.
     """
 
+    rewards_may_fail = False
     _batch_size = math.inf
     # Since the last sample: responses with a score and without one, prompts of whose responses none has one
     _scored = _without_score = _prompts_without_score = 0
@@ -39,7 +43,7 @@ class ScoredGroups:
         return batch, metrics
 
     def _dapo_filtered_keys(self, partition_id: str):
-        if self.filter_groups_metric is not None and partition_id != "val":
+        if self.rewards_may_fail and self.filter_groups_metric is not None and partition_id != "val":
             self._classify_groups_without_scores(partition_id)
         return super()._dapo_filtered_keys(partition_id)
 

@@ -99,7 +99,7 @@ def filtering(request, monkeypatch) -> ReplayBuffer:
     mode = "sync" if kind is WholeRounds else "colocate_async"
     options = {"filter_groups_metric": metric, "train_batch_size": 2, "gen_batch_size": 1}
     buffer = kind(mode, None, None, "drop", None, poll_interval=0.0, refill_fn=lambda n: buffer.refill(n), **options)
-    buffer.settle, buffer.is_idle = lambda seconds: True, lambda: False
+    buffer.settle, buffer.is_idle, buffer.rewards_may_fail = lambda seconds: True, lambda: False, True
     buffer.given, buffer.asked = {}, 0
 
     def get(keys, partition_id, select_fields):
@@ -139,6 +139,16 @@ def test_a_prompt_ties_if_those_of_its_responses_that_have_a_score_do(filtering)
         give(filtering, uid, 0.0, 1.0)
     _, metrics = filtering.sample(global_steps=2, partition_id="train", batch_size=2)
     assert "training/filter_groups/responses_without_score" not in metrics
+
+
+@pytest.mark.parametrize("reads", [1, 2])
+def test_rewards_are_read_by_verl_alone_where_none_may_fail(filtering, monkeypatch, reads):
+    filtering.rewards_may_fail, read, get = reads == 2, [], replay_buffer.tq.kv_batch_get
+    monkeypatch.setattr(replay_buffer.tq, "kv_batch_get", lambda **options: read.append(options) or get(**options))
+    for uid in ("a", "b"):
+        give(filtering, uid, 0.0, 1.0)
+    filtering.sample(global_steps=1, partition_id="train", batch_size=2)
+    assert len(read) == reads
 
 
 def test_a_reward_that_fails_for_all_is_not_asked_without_end(filtering):

@@ -64,8 +64,16 @@ def test_rewards_are_in_the_metrics_by_their_names():
 def test_a_buffer_that_asks_all_the_time_does_so_four_times_a_second(trainer, monkeypatch, buffer, seconds):
     """The recipe's own waits for the answers and asks once; thousands of keys make a question long."""
     built = buffer.__new__(buffer)
+    trainer.config = OmegaConf.create({"algorithm": {"reward_error": "raise"}})
     monkeypatch.setattr(PPOTrainerSync, "_build_replay_buffer", lambda self: built)
     assert trainer._build_replay_buffer().poll_interval == seconds
+
+
+@pytest.mark.parametrize(("reward_error", "may_fail"), [("raise", False), ("skip", True)])
+def test_the_buffer_knows_whether_responses_can_be_without_a_score(trainer, monkeypatch, reward_error, may_fail):
+    trainer.config = OmegaConf.create({"algorithm": {"reward_error": reward_error}})
+    monkeypatch.setattr(PPOTrainerSync, "_build_replay_buffer", lambda self: ReplayBuffer.__new__(ReplayBuffer))
+    assert trainer._build_replay_buffer().rewards_may_fail is may_fail
 
 
 UPDATE = {
