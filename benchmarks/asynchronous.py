@@ -13,7 +13,7 @@ import re
 import statistics
 from pathlib import Path
 
-from benchmarks.losses import summarize, train
+from benchmarks.default_run import arm_and_seed, arms_with_seeds, cell, over_seeds, seeded, summarize, train
 from benchmarks.machine import ROOT, provenance, results_file, run_missing
 
 ASYNC = ["trainer.v1.trainer_mode=colocate_async"]
@@ -26,30 +26,17 @@ ARMS = {
 }
 
 
-def names_of(arms: list[str], seeds: list[int]) -> list[str]:
-    return [f"{arm}, seed {seed}" for arm in arms for seed in seeds]
-
-
 def run(name: str, runs: Path) -> dict:
     """One run of an arm with a seed: accuracies before and after, staleness, seconds of a step."""
-    arm, _, seed = name.rpartition(", seed ")
+    arm, seed = arm_and_seed(name)
     folder = runs.resolve() / re.sub(r"[^a-z0-9_]+", "-", name)
-    history, _ = train([*ARMS[arm], f"data.seed={seed}", f"actor_rollout_ref.rollout.seed={seed}"], folder)
+    history, _ = train([*ARMS[arm], *seeded(seed)], folder)
     steps = [one for one in history if "staleness/mean" in one]
     staleness = {
         "staleness_mean": statistics.mean(one["staleness/mean"] for one in steps),
         "staleness_max": max(one["staleness/max"] for one in steps),
     }
     return provenance() | summarize(history) | staleness
-
-
-def over_seeds(found: dict[str, dict], arm: str) -> dict[str, tuple[float, float]]:
-    """Mean and standard deviation over the seeds of an arm's accuracies after training."""
-    after = [one["after"] for name, one in found.items() if name.rpartition(", seed ")[0] == arm]
-    values = {way: [one[way] for one in after] for way in (after[0] if after else ())}
-    return {
-        way: (statistics.mean(ones), statistics.stdev(ones) if len(ones) > 1 else 0.0) for way, ones in values.items()
-    }
 
 
 def main() -> None:
@@ -63,10 +50,10 @@ def main() -> None:
     if unknown := set(options.arms) - ARMS.keys():
         parser.error(f"no such arm: {'; '.join(sorted(unknown))}; choose from: {'; '.join(ARMS)}")
     arms = options.arms or list(ARMS)
-    wanted = names_of(arms, options.seeds)
+    wanted = arms_with_seeds(arms, options.seeds)
     found = run_missing([], wanted, lambda name: run(name, options.runs), results_file("asynchronous"), "runs")
     for arm in arms:
-        print(f"{arm}: {over_seeds(found, arm)}")
+        print(f"{arm}: {', '.join(f'{kind} {cell(*one)}' for kind, one in over_seeds(found, arm).items())}")
 
 
 if __name__ == "__main__":

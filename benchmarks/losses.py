@@ -9,23 +9,15 @@ A run takes 4.5 minutes on two cores, all of them about two hours.
 """
 
 import argparse
-import json
-import os
 import re
-import shutil
 import statistics
-import sys
-from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks.machine import ROOT, Finished, provenance, results_file, run_measured, run_missing
+from benchmarks.default_run import KINDS, recorded, seeded
+from benchmarks.machine import ROOT, results_file, run_missing
 from benchmarks.scaling import fill
-from recipe.spin.run.drift import find_drift
-from recipe.spin.run.report import held_out_accuracy
 
 DOCUMENT = ROOT / "docs" / "losses.md"
-SETTINGS = ("data.seed=1", "actor_rollout_ref.rollout.seed=1", "trainer.save_freq=-1")
-KINDS = ("sampled", "greedy")
 # beta as the default where a paper's scale is that of DPO, else near the paper's own: losses per token see log-ratios
 # that are smaller by a response's length
 ARMS: dict[str, tuple[str, ...]] = {
@@ -59,49 +51,6 @@ ARMS: dict[str, tuple[str, ...]] = {
 }
 
 
-# ---- One run ---------------------------------------------------------------------------------------------------------
-def train(overrides: list[str], folder: Path) -> tuple[list[dict], Finished]:
-    """The default run on a CPU with SETTINGS and overrides, anew; its metrics step by step, and what its process took.
-
-    Raises:
-        RuntimeError: with the last words of a run that failed.
-    """
-    shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped: it would be gone on with
-    command = ["bash", str(ROOT / "run_spin.sh"), *SETTINGS, *overrides]
-    environment = os.environ | {"RUN_DIR": str(folder), "SPIN_PROFILE": "cpu", "PYTHON": sys.executable}
-    process = run_measured(command, environment, folder.with_suffix(".log"))
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines], process
-
-
-def run(name: str, folder: Path) -> dict:
-    """Trains with one of ARMS; what came of it, or the last words of a run that failed."""
-    try:
-        history, process = train([f"algorithm.{setting}" for setting in ARMS[name]], folder)
-    except RuntimeError as error:
-        return {"failed": str(error).strip().splitlines()[-1]}
-    return summarize(history) | {"process": asdict(process)}
-
-
-def summarize(history: list[dict]) -> dict:
-    """Held-out accuracy before and after, and what the last step looked like, from the lines of a metrics.jsonl."""
-    held_out = [accuracy for one in history if (accuracy := held_out_accuracy(one))]
-    trained = [one for one in history if "logps/chosen_token" in one]
-    last = trained[-1]
-    warned = {kind for number in range(len(trained) + 1) for kind in find_drift(trained[:number])}
-    return {
-        "steps": history[-1]["step"],
-        "before": held_out[0],
-        "after": held_out[-1],
-        "training_accuracy": {str(one["step"]): one["score/accuracy"] for one in history if "score/accuracy" in one},
-        "logp_per_chosen_token": [trained[0]["logps/chosen_token"], last["logps/chosen_token"]],
-        "response_length": [trained[0]["response_length/mean"], last["response_length/mean"]],
-        "step_seconds": statistics.median(one["timing_s/step"] for one in trained),
-        "warnings": sorted(warned),
-    }
-
-
-# ---- All of them -----------------------------------------------------------------------------------------------------
 def table(found: dict[str, dict]) -> str:
     """Markdown: the losses by what they reached, their mean and worst, and those that failed."""
     if not found:
@@ -130,9 +79,9 @@ def sweep(names: list[str], runs: Path, file: Path) -> dict[str, dict]:
 
     def run_one(name: str) -> dict:
         folder = runs.resolve() / re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
-        return {"overrides": ARMS[name]} | provenance() | run(name, folder)
+        return recorded([*seeded(1), *(f"algorithm.{setting}" for setting in ARMS[name])], folder)
 
-    return run_missing(names, ARMS, run_one, file, "losses", settings=SETTINGS)
+    return run_missing(names, ARMS, run_one, file, "losses")
 
 
 def main() -> None:

@@ -16,8 +16,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks import sum_classifier
+from benchmarks.default_run import seeded, summarize, train
 from benchmarks.learning_curves import model
-from benchmarks.losses import summarize, train
 from benchmarks.machine import ROOT, provenance, write_result
 from recipe.spin.examples.arithmetic.reward import compute_score
 from recipe.spin.examples.embedded_model import make_model
@@ -40,6 +40,7 @@ def run(reward_model: Path, folder: Path) -> dict:
     answers = folder.parent / "answers"
     history, process = train(
         [
+            *seeded(1),
             "reward.custom_reward_function.path=null",
             "reward.reward_model.enable=True",
             f"reward.reward_model.model_path={reward_model}",

@@ -9,12 +9,10 @@ run, again if need be, and no others. Then the table of docs/tasks.md is made an
 
 import argparse
 import re
-import statistics
-from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks.losses import summarize, train
-from benchmarks.machine import ROOT, provenance, results_file, run_missing
+from benchmarks.default_run import KINDS, arm_and_seed, arms_with_seeds, cell, over_seeds, recorded, seeded
+from benchmarks.machine import ROOT, results_file, run_missing
 from benchmarks.scaling import fill
 from recipe.spin.examples.tasks.prepare import TASKS, prepare
 
@@ -24,48 +22,30 @@ SHOWN = {"sums": "What is 38 + 15?", "differences": "What is 17 - 9?", "larger":
 SHOWN |= {"opposites": "What is the opposite of hot?"}
 
 
-def arms(seeds: list[int]) -> list[str]:
-    return [f"{task}, seed {seed}" for seed in seeds for task in TASKS]
-
-
 def overrides(name: str, data: Path) -> list[str]:
     """The settings of an arm's run whose data lies there."""
-    _, seed = name.split(", seed ")
-    return [
-        f"data.train_files={data}/train.parquet",
-        f"data.val_files={data}/test.parquet",
-        f"reward.custom_reward_function.path={REWARD}",
-        f"data.seed={seed}",
-        f"actor_rollout_ref.rollout.seed={seed}",
-    ]
+    files = [f"data.train_files={data}/train.parquet", f"data.val_files={data}/test.parquet"]
+    return [*files, f"reward.custom_reward_function.path={REWARD}", *seeded(arm_and_seed(name)[1])]
 
 
 def run(name: str, folder: Path) -> dict:
     """Trains one arm; what came of it, or the last words of a run that failed."""
     data = folder.with_name(f"{folder.name}-data")
-    prepare(name.split(",")[0], data)
-    try:
-        history, process = train(overrides(name, data), folder)
-    except RuntimeError as error:
-        return provenance() | {"failed": str(error).strip().splitlines()[-1]}
-    return provenance() | summarize(history) | {"process": asdict(process)}
+    prepare(arm_and_seed(name)[0], data)
+    return recorded(overrides(name, data), folder)
 
 
 def table(found: dict[str, dict]) -> str:
-    """Markdown: a line a task, the mean over its seeds; runs that failed stand below."""
+    """Markdown: a line a task, mean and standard deviation over its seeds; runs that failed stand below."""
     if not found:
         return "Not measured yet: `.venv/bin/python -m benchmarks.tasks` fills this table."
     head = ("task", "asked, for example", "seeds", "sampled before", "sampled after", "greedy before", "greedy after")
     lines = [head, ("---",) * len(head)]
     for task in TASKS:
-        done = [one for name, one in found.items() if name.startswith(f"{task},") and "failed" not in one]
-        if done:
-            cells = (
-                f"{statistics.mean(one[when][kind] for one in done):.3f}"
-                for kind in ("sampled", "greedy")
-                for when in ("before", "after")
-            )
-            lines.append((f"`{task}`", SHOWN[task], str(len(done)), *cells))
+        before, after = (over_seeds(found, task, when) for when in ("before", "after"))
+        if after:
+            cells = (cell(*accuracy[kind]) for kind in KINDS for accuracy in (before, after))
+            lines.append((f"`{task}`", SHOWN[task], str(after["sampled"][2]), *cells))
     lines += [(name, one["failed"], "failed", "", "", "", "") for name, one in found.items() if "failed" in one]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -80,7 +60,7 @@ def sweep(names: list[str], seeds: list[int], runs: Path, file: Path) -> dict[st
     def run_one(name: str) -> dict:
         return run(name, runs.resolve() / re.sub(r"[^a-z0-9]+", "-", name))
 
-    return run_missing(names, arms(seeds), run_one, file, "tasks")
+    return run_missing(names, arms_with_seeds(list(TASKS), seeds), run_one, file, "tasks")
 
 
 def main() -> None:
@@ -89,8 +69,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="seeds to run every task with (1)")
     parser.add_argument("--runs", type=Path, default=ROOT / "outputs" / "tasks", help="where the runs' folders go")
     options = parser.parse_args()
-    if unknown := set(options.names) - set(arms(options.seeds)):
-        parser.error(f"no such arm: {'; '.join(sorted(unknown))}; choose from: {'; '.join(arms(options.seeds))}")
+    known = arms_with_seeds(list(TASKS), options.seeds)
+    if unknown := set(options.names) - set(known):
+        parser.error(f"no such arm: {'; '.join(sorted(unknown))}; choose from: {'; '.join(known)}")
     found = sweep(options.names, options.seeds, options.runs, results_file("tasks"))
     write_document(found)
     print(table(found))

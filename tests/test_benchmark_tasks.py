@@ -26,15 +26,16 @@ def test_every_task_is_shown_in_the_table():
     assert list(tasks.SHOWN) == list(TASKS)
 
 
-def test_the_table_has_the_mean_over_seeds_and_the_failures():
+def test_the_table_has_means_over_seeds_and_the_failures():
     found = {
         "larger, seed 1": result(0.1, 0.5),
-        "larger, seed 2": result(0.2, 0.7),
+        "larger, seed 2": result(0.1, 0.7),
         "sums, seed 1": {"failed": "error: the DPO loss is nan"},
     }
     _, _, *lines = tasks.table(found).splitlines()
     assert lines == [
-        "| `larger` | Which number is larger, 59 or 63? | 2 | 0.150 | 0.600 | 0.250 | 0.700 |",
+        "| `larger` | Which number is larger, 59 or 63? | 2 "
+        "| 0.100 (0.000) | 0.600 (0.141) | 0.200 (0.000) | 0.700 (0.141) |",
         "| sums, seed 1 | error: the DPO loss is nan | failed |  |  |  |  |",
     ]
 
@@ -50,12 +51,10 @@ def test_arms_that_are_there_are_not_run_again(tmp_path, monkeypatch):
     assert json.loads(file.read_text())["tasks"].keys() == found.keys()
 
 
-def test_a_run_that_fails_leaves_its_last_words(tmp_path, monkeypatch):
-    def train(overrides, folder):
-        raise RuntimeError("bash run_spin.sh\nerror: the DPO loss is nan\n")
-
-    monkeypatch.setattr(tasks, "train", train)
-    assert tasks.run("larger, seed 1", tmp_path / "run")["failed"] == "error: the DPO loss is nan"
+def test_a_run_has_data_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(tasks, "recorded", lambda overrides, folder: {"trained on": overrides[0]})
+    found = tasks.run("larger, seed 1", tmp_path / "run")
+    assert found == {"trained on": f"data.train_files={tmp_path}/run-data/train.parquet"}
     assert (tmp_path / "run-data" / "train.parquet").exists()
 
 

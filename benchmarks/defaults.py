@@ -1,0 +1,82 @@
+"""What the default run on a CPU learns with one setting changed: the sweep that its defaults are chosen by.
+
+    .venv/bin/python -m benchmarks.defaults [ARM ...] [--seeds 1] [--runs outputs/defaults]
+
+Each arm (of ARMS) differs from `bash run_spin.sh` in the one setting that its name says. Every run is added to
+benchmarks/results/defaults-MACHINE.json at once; one that stands there is skipped. Then the table of docs/defaults.md
+is made anew. A run takes 4.5 minutes on two cores, with 8 responses more.
+"""
+
+import argparse
+import re
+import statistics
+from pathlib import Path
+
+from benchmarks.default_run import KINDS, arm_and_seed, arms_with_seeds, cell, over_seeds, recorded, seeded
+from benchmarks.machine import ROOT, results_file, run_missing
+from benchmarks.scaling import fill
+
+DOCUMENT = ROOT / "docs" / "defaults.md"
+OPTIMIZER = "actor_rollout_ref.actor.optim"
+ARMS: dict[str, list[str]] = {
+    "default": [],
+    "n=2": ["actor_rollout_ref.rollout.n=2"],
+    "n=8": ["actor_rollout_ref.rollout.n=8"],
+    "dpo_pairing=all": ["algorithm.dpo_pairing=all"],
+    "dpo_beta=0.03": ["algorithm.dpo_beta=0.03"],
+    "dpo_beta=0.3": ["algorithm.dpo_beta=0.3"],
+    "ref_update_freq=1": ["trainer.ref_update_freq=1"],
+    "ref_update_freq=2": ["trainer.ref_update_freq=2"],
+    "ref_update_freq=0": ["trainer.ref_update_freq=0"],
+    "lr=3e-6": [f"{OPTIMIZER}.lr=3e-6"],
+    "lr=3e-5": [f"{OPTIMIZER}.lr=3e-5"],
+    "eps=1e-6": [f"+{OPTIMIZER}.override_optimizer_config.eps=1e-6"],
+    "eps=1e-4": [f"+{OPTIMIZER}.override_optimizer_config.eps=1e-4"],
+}
+
+
+def table(found: dict[str, dict]) -> str:
+    """Markdown: a line an arm, those that reach most first; runs that failed stand below."""
+    if not found:
+        return "Not measured yet: `.venv/bin/python -m benchmarks.defaults` fills this table."
+    head = ("changed", "seeds", "sampled, after", "greedy, after", "pairs a step")
+    lines = [head, ("---",) * len(head)]
+    reached = {arm: over_seeds(found, arm) for arm in ARMS}
+    for arm in sorted((arm for arm in ARMS if reached[arm]), key=lambda arm: -reached[arm]["sampled"][0]):
+        title = arm if arm == "default" else f"`{arm}`"
+        cells = (cell(*reached[arm][kind]) for kind in KINDS)
+        pairs = (one["pairs"] for name, one in found.items() if arm_and_seed(name)[0] == arm and "failed" not in one)
+        lines.append((title, str(reached[arm]["sampled"][2]), *cells, f"{statistics.mean(pairs):.0f}"))
+    lines += [(name, "failed", one["failed"], "", "") for name, one in found.items() if "failed" in one]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def write_document(found: dict[str, dict], document: Path = DOCUMENT) -> None:
+    document.write_text(fill(document.read_text(), {"sweep": table(found)}))
+
+
+def sweep(arms: list[str], seeds: list[int], runs: Path, file: Path) -> dict[str, dict]:
+    """Runs these arms, all without any, with each seed that the file lacks; the file's runs with them."""
+
+    def run_one(name: str) -> dict:
+        arm, seed = arm_and_seed(name)
+        return recorded([*seeded(seed), *ARMS[arm]], runs.resolve() / re.sub(r"[^a-z0-9.]+", "-", name.lower()))
+
+    return run_missing([], arms_with_seeds(arms or list(ARMS), seeds), run_one, file, "runs")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Accuracy of the default run with one setting changed.")
+    parser.add_argument("arms", nargs="*", metavar="ARM", help=f"of {', '.join(ARMS)} (all)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="seeds to run each with (1)")
+    parser.add_argument("--runs", type=Path, default=ROOT / "outputs" / "defaults", help="where the runs' folders go")
+    options = parser.parse_args()
+    if unknown := set(options.arms) - ARMS.keys():
+        parser.error(f"no such arm: {', '.join(sorted(unknown))}; choose from: {', '.join(ARMS)}")
+    found = sweep(options.arms, options.seeds, options.runs, results_file("defaults"))
+    write_document(found)
+    print(table(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""The sweep that the defaults are chosen by: its arms, its table, and that it goes on; its runs take minutes each."""
+
+import json
+
+import pytest
+from checkable_run import Run
+
+from benchmarks import defaults
+from benchmarks.default_run import seeded
+from benchmarks.machine import ROOT
+
+
+@pytest.mark.parametrize("arm", defaults.ARMS)
+def test_every_arm_is_a_run_that_may_start_and_differs_from_the_default(run: Run, arm):
+    default, changed = run.check(), run.check(*defaults.ARMS[arm])
+    assert (changed == default) == (arm == "default")
+
+
+def test_what_an_arm_changes_is_in_its_name():
+    for arm, settings in defaults.ARMS.items():
+        assert arm == "default" or settings[0].endswith(f".{arm}")
+
+
+def result(sampled: float) -> dict:
+    return {"after": {"sampled": sampled, "greedy": sampled / 2}, "pairs": 40 * sampled}
+
+
+def test_the_table_has_what_reaches_most_first_and_the_failures_last():
+    found = {
+        "n=2, seed 1": result(0.25),
+        "default, seed 1": result(0.5),
+        "default, seed 2": result(0.75),
+        "lr=3e-5, seed 1": {"failed": "error: the DPO loss is nan"},
+    }
+    _, _, *lines = defaults.table(found).splitlines()
+    assert lines == [
+        "| default | 2 | 0.625 (0.177) | 0.312 (0.088) | 25 |",
+        "| `n=2` | 1 | 0.250 | 0.125 | 10 |",
+        "| lr=3e-5, seed 1 | failed | error: the DPO loss is nan |  |  |",
+    ]
+
+
+def test_runs_that_are_there_are_not_made_again(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(defaults, "recorded", lambda overrides, folder: asked.append((folder.name, overrides)) or {})
+    file = tmp_path / "defaults.json"
+    defaults.sweep(["n=2"], [1], tmp_path, file)
+    found = defaults.sweep(["n=2", "dpo_beta=0.3"], [1, 2], tmp_path, file)
+    assert [name for name, _ in asked] == ["n-2-seed-1", "dpo-beta-0.3-seed-1", "n-2-seed-2", "dpo-beta-0.3-seed-2"]
+    assert asked[3][1] == [*seeded(2), "algorithm.dpo_beta=0.3"]
+    assert json.loads(file.read_text())["runs"].keys() == found.keys()
+
+
+def test_the_documents_table_is_that_of_the_recorded_runs(tmp_path):
+    """It is never edited by hand."""
+    recorded = sorted((ROOT / "benchmarks" / "results").glob("defaults-*.json"))
+    found = json.loads(recorded[-1].read_text())["runs"] if recorded else {}
+    copy = tmp_path / "defaults.md"
+    copy.write_text(defaults.DOCUMENT.read_text())
+    defaults.write_document(found, copy)
+    assert copy.read_text() == defaults.DOCUMENT.read_text()
