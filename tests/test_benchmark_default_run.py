@@ -40,8 +40,8 @@ def test_a_run_is_made_anew_as_a_user_starts_it(tmp_path, monkeypatch):
     script(tmp_path, monkeypatch, 'mkdir -p "$RUN_DIR"\nls "$RUN_DIR"\necho "$SPIN_PROFILE" "$@"\n' + line)
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / "stopped").touch()
-    lines, process = train(seeded(7), tmp_path / "one")
-    assert lines == [{"step": 3}] and process.seconds > 0
+    lines, _ = train(seeded(7), tmp_path / "one")
+    assert lines == [{"step": 3}]
     said = (tmp_path / "one.log").read_text()
     assert said == "cpu trainer.save_freq=-1 data.seed=7 actor_rollout_ref.rollout.seed=7\n"
 
