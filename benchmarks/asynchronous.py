@@ -3,7 +3,7 @@
     .venv/bin/python -m benchmarks.asynchronous [ARM ...] [--seeds 1 2 3] [--runs outputs/asynchronous]
 
 Each arm trains on as many prompts in as many steps; held-out accuracy is the mean over seeds beside its spread. Every
-run is added to benchmarks/results/asynchronous-MACHINE.json at once; one that stands there is skipped. On two cores a
+run is added to benchmarks/results/asynchronous.json at once; one that stands there is skipped. On two cores a
 run takes 4.5 minutes. The seconds say nothing of GPUs: responses of 16 tokens leave no stragglers that would be worth
 stopping.
 """

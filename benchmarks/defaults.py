@@ -3,7 +3,7 @@
     .venv/bin/python -m benchmarks.defaults [ARM ...] [--seeds 1] [--runs outputs/defaults]
 
 Each arm (of ARMS) differs from `bash run_spin.sh` in the one setting that its name says. Every run is added to
-benchmarks/results/defaults-MACHINE.json at once; one that stands there is skipped. Then the table of docs/defaults.md
+benchmarks/results/defaults.json at once; one that stands there is skipped. Then the table of docs/defaults.md
 is made anew. A run takes 4.5 minutes on two cores, with 8 responses more.
 """
 

@@ -86,10 +86,9 @@ def write_result(name: str, result: dict, folder: Path | None = None) -> Path:
     return path
 
 
-def results_file(name: str, folder: Path | None = None) -> Path:
-    """Where the runs of a benchmark with many stand that were made on this kind of machine."""
-    kind = re.sub(r"[^a-z0-9]+", "-", describe()["kind"].lower()).strip("-")
-    return (folder or ROOT / "benchmarks" / "results") / f"{name}-{kind}.json"
+def results_file(name: str) -> Path:
+    """Where a benchmark of many runs keeps them, on whatever machine they were made: each says on which."""
+    return ROOT / "benchmarks" / "results" / f"{name}.json"
 
 
 def run_missing(

@@ -3,7 +3,7 @@
     .venv/bin/python -m benchmarks.tasks [--seeds 1] [--runs outputs/tasks] [NAME ...]
 
 Tasks of examples/tasks, each with every seed, as `bash run_spin.sh` starts it on a CPU. Every run is added to
-benchmarks/results/tasks-MACHINE.json at once; one that stands there is skipped. NAMEs, such as "larger, seed 1", are
+benchmarks/results/tasks.json at once; one that stands there is skipped. NAMEs, such as "larger, seed 1", are
 run, again if need be, and no others. Then the table of docs/tasks.md is made anew. A run takes 5 minutes on two cores.
 """
 

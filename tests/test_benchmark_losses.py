@@ -7,7 +7,7 @@ from checkable_run import Run
 
 from benchmarks import losses
 from benchmarks.default_run import seeded
-from benchmarks.machine import ROOT
+from benchmarks.machine import results_file
 from recipe.spin.core_algos import LOSSES, LossOptions
 
 
@@ -58,8 +58,8 @@ def test_losses_that_are_there_are_not_run_again(tmp_path, monkeypatch):
 
 def test_the_documents_table_is_that_of_the_recorded_runs(tmp_path):
     """It is never edited by hand."""
-    recorded = sorted((ROOT / "benchmarks" / "results").glob("losses-*.json"))
-    found = json.loads(recorded[-1].read_text())["losses"] if recorded else {}
+    file = results_file("losses")
+    found = json.loads(file.read_text())["losses"] if file.exists() else {}
     copy = tmp_path / "losses.md"
     copy.write_text(losses.DOCUMENT.read_text())
     losses.write_document(found, copy)

@@ -6,7 +6,7 @@ import pytest
 from checkable_run import Run
 
 from benchmarks import tasks
-from benchmarks.machine import ROOT
+from benchmarks.machine import results_file
 from recipe.spin.examples.tasks.prepare import TASKS, prepare
 
 
@@ -60,8 +60,8 @@ def test_a_run_has_data_of_its_own(tmp_path, monkeypatch):
 
 def test_the_documents_table_is_that_of_the_recorded_runs(tmp_path):
     """It is never edited by hand."""
-    recorded = sorted((ROOT / "benchmarks" / "results").glob("tasks-*.json"))
-    found = json.loads(recorded[-1].read_text())["tasks"] if recorded else {}
+    file = results_file("tasks")
+    found = json.loads(file.read_text())["tasks"] if file.exists() else {}
     copy = tmp_path / "tasks.md"
     copy.write_text(tasks.DOCUMENT.read_text())
     tasks.write_document(found, copy)
