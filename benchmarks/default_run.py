@@ -40,7 +40,7 @@ def train(overrides: list[str], folder: Path) -> tuple[list[dict], Finished]:
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped: it would be gone on with
     command = ["bash", str(ROOT / "run_spin.sh"), "trainer.save_freq=-1", *overrides]
     environment = os.environ | {"RUN_DIR": str(folder), "SPIN_PROFILE": "cpu", "PYTHON": sys.executable}
-    process = run_measured(command, environment, folder.with_suffix(".log"))
+    process = run_measured(command, environment, folder.with_name(f"{folder.name}.log"))
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines], process
 
