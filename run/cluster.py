@@ -83,8 +83,8 @@ def check_secrets(config: DictConfig) -> None:
         raise ConfigError(
             f"ray_kwargs.ray_init.runtime_env.env_vars.{secrets[0]}: Ray prints its runtime environment, logs it and "
             "shows it in its dashboard, so no secret may stand there. Take it out, and set the variable in the "
-            "environment: of this command, for a run on one machine and for the keys of WANDB_*, MLFLOW_*, SWANLAB_* "
-            "and CLEARML_*; else on each node before `ray start` (docs/clusters.md)"
+            "environment: of this command, for a run on one machine and for the keys of "
+            f"{', '.join(f'{name}*' for name in LOGGING)}; else on each node before `ray start` (docs/clusters.md)"
         )
     if PASSWORD_IN_ADDRESS.search(str(config.trainer.get("wandb_proxy"))):
         raise ConfigError(
