@@ -114,15 +114,15 @@ def import_paths(pythonpath: str) -> list[str]:
     """Where workers look for modules, as the driver does, in absolute paths: they may run in other folders.
 
     The driver's PYTHONPATH with the folder that holds the package `recipe` before it unless it is installed, and last
-    the folder of the call where the driver looks there (`python -m`).
+    the script's folder and that of the call (`python -m`) where the driver looks there.
     """
     paths = [os.path.abspath(path) for path in pythonpath.split(os.pathsep) if path]
     folder = str(Path(next(iter(find_spec("recipe.spin").submodule_search_locations))).absolute().parents[1])
     if folder not in paths and Path(folder).name != "site-packages":
         paths.insert(0, folder)
-    if os.getcwd() in map(os.path.abspath, sys.path) and os.getcwd() not in paths:
-        paths.append(os.getcwd())
-    return paths
+    looked_in = {os.path.abspath(path) for path in sys.path}
+    of_the_command = (os.path.dirname(os.path.realpath(sys.argv[0])), os.getcwd())
+    return list(dict.fromkeys([*paths, *(path for path in of_the_command if path in looked_in)]))
 
 
 @contextmanager

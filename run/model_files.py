@@ -48,14 +48,18 @@ def check_model(settings: Settings) -> None:
 
 
 def _check_adapter(settings: Settings) -> None:
-    if settings[ADAPTER] is None or not (folder := _folder(settings, ADAPTER, "adapter_config.json")):
+    if settings[ADAPTER] is None:
         return
-    for what, names in (("configuration", ("adapter_config.json",)), ("weights", OF_AN_ADAPTER)):
-        found = any((folder / name).is_file() for name in names)
-        settings.require(found, ADAPTER, f"the folder has no {what} ({' or '.join(names)}); save a peft adapter there")
-    rank = _read_json(settings, ADAPTER, folder / "adapter_config.json").get("r")
+    rank, folder = None, _folder(settings, ADAPTER, "adapter_config.json")
+    if folder:
+        for what, names in (("configuration", ("adapter_config.json",)), ("weights", OF_AN_ADAPTER)):
+            found = any((folder / name).is_file() for name in names)
+            remedy = f"the folder has no {what} ({' or '.join(names)}); save a peft adapter there"
+            settings.require(found, ADAPTER, remedy)
+        rank = _read_json(settings, ADAPTER, folder / "adapter_config.json").get("r")
+    own = settings[LORA_RANK]
     settings.require(
-        settings[LORA_RANK] > 0 and rank in (None, settings[LORA_RANK]),
+        own > 0 and rank in (None, own),
         LORA_RANK,
         f"verl loads an adapter, and vLLM makes room for it, by this rank; set the adapter's{f', {rank}' * bool(rank)}",
     )

@@ -1,6 +1,6 @@
 """Paths that begin with `~`: neither a shell expands that within KEY=~/x, nor do all who open the files."""
 
-from pathlib import Path
+import os
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
@@ -35,4 +35,4 @@ def expand_home(config: DictConfig) -> None:
 def _expanded(value):
     if isinstance(value, ListConfig):
         return [_expanded(one) for one in value]
-    return str(Path(value).expanduser()) if isinstance(value, str) and value.startswith("~/") else value
+    return os.path.expanduser(value) if isinstance(value, str) else value

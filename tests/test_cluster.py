@@ -181,6 +181,7 @@ def test_two_runs_have_different_names(environment):
 @pytest.mark.parametrize(
     ("pythonpath", "looked_in", "expected"),
     [
+        ("", ["{call}/scripts"], [str(ROOT), "{call}/scripts"]),
         (f"/a:{ROOT}", [], ["/a", str(ROOT)]),
         ("", [], [str(ROOT)]),
         ("mine:.", [], [str(ROOT), "{call}/mine", "{call}"]),  # workers may run in other folders
@@ -190,6 +191,7 @@ def test_two_runs_have_different_names(environment):
 def test_workers_import_from_where_the_driver_does(tmp_path, monkeypatch, pythonpath, looked_in, expected):
     """The checkout once, and the folder of the call not before it."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / "scripts" / "mine.py")])
     monkeypatch.setattr(sys, "path", [path.format(call=tmp_path) for path in looked_in] + [str(ROOT)])
     monkeypatch.setattr(cluster, "find_spec", lambda name: SimpleNamespace(submodule_search_locations=[LINK]))
     assert cluster.import_paths(pythonpath) == [path.format(call=tmp_path) for path in expected]

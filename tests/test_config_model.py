@@ -234,6 +234,12 @@ def test_an_adapter_takes_its_own_rank(run, tmp_path, rank):
     assert message.startswith(f"{RANK}={rank}: verl loads an adapter") and message.endswith("set the adapter's, 8")
 
 
+def test_an_adapter_of_the_hub_takes_a_rank(run):
+    message = run.refusal(f"{ADAPTER}=Qwen/Qwen2.5-0.5B-Instruct", LORA)
+    assert message.startswith(f"{RANK}=0: verl loads an adapter") and message.endswith("set the adapter's")
+    run.check(f"{ADAPTER}=Qwen/Qwen2.5-0.5B-Instruct", LORA, f"{RANK}=8")
+
+
 def test_weights_that_may_not_be_read(run, folder, monkeypatch):
     def refuse(file, mode):
         raise PermissionError(errno.EACCES, "Permission denied", str(file))
