@@ -304,7 +304,7 @@ def test_a_recipe_in_the_folder_of_the_call_is_not_run(tmp_path: Path) -> None:
         env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | variables,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
     )
     assert result.returncode == 0 and f"default_local_dir: {tmp_path}/run" in result.stdout, result.stderr
 
