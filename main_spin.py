@@ -20,6 +20,7 @@ from recipe.spin.run.gpu import has_flash_attention_2
 from recipe.spin.run.lock import hold_run_folder
 from recipe.spin.run.machine import check_cluster
 from recipe.spin.run.model_files import fit_weight_bucket
+from recipe.spin.run.paths import expand_home
 from recipe.spin.run.pinned_model import fetch_pinned_model
 
 FOLDER = Path(__file__).resolve().parent
@@ -108,7 +109,8 @@ def run_spin(config: DictConfig) -> None:
     monitor = RunMonitor(logs, memory_seconds, joins=cluster.prepare(config))
     heap.hand_back()
     with explained(logs):
-        with monitor, explained(logs, monitor.logs), Liveness(), signals.kept_from_ray():
+        by_ray = cluster.without_folder_of_the_call()
+        with monitor, explained(logs, monitor.logs), Liveness(), signals.kept_from_ray(), by_ray:
             run_ppo(config, task_runner_class=runner)
         report.write(config, seconds=monitor.seconds, peak_memory_gb=monitor.peak_memory_gb)
 
@@ -146,7 +148,7 @@ class TaskRunnerClass:
         cluster = check_cluster(self._config)
         if cluster.verdict == FAIL:
             raise ConfigError(cluster.text)
-        environment = logging_settings(dict(os.environ))
+        environment = logging_settings(dict(os.environ), Path(self._config.trainer.default_local_dir))
         self._actor = ray.remote(TaskRunner).options(**self._options).remote(environment)
         return self._actor
 
@@ -184,6 +186,7 @@ def main(config: DictConfig) -> None:
     signals.honor()
     try:
         _resolve(config)
+        expand_home(config)
         fetch_pinned_model(config)
         check_config(config)
         fit_weight_bucket(config)

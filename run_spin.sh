@@ -44,12 +44,20 @@ source "$(dirname "${BASH_SOURCE[0]}")/scripts/env.sh"
 
 # ---- What to train, on what, with what -------------------------------------------------------------------------------
 
-absolute() { if [[ "$1" == /* ]]; then echo "$1"; else echo "$PWD/${1#./}"; fi; }
+# A ~ that stood in quotes, or behind a =, is no folder to the shell
+absolute() {
+    local home=~
+    case "$1" in
+        /*) echo "$1" ;;
+        "~" | "~/"*) echo "$home${1#"~"}" ;;
+        *) echo "$PWD/${1#./}" ;;
+    esac
+}
 
 choose_model() {
     if [[ -n "${MODEL_PATH:-}" ]]; then
         MODEL="$MODEL_PATH"
-        if [[ -d "$MODEL" ]]; then
+        if [[ -d "$(absolute "$MODEL")" ]]; then
             MODEL="$(absolute "$MODEL")"
         elif [[ "$MODEL" =~ ^[./~] || "$MODEL" == */*/* ]]; then
             spin_die "MODEL_PATH is '$MODEL', and there is no such folder." \
@@ -179,5 +187,5 @@ override trainer.default_local_dir "$RUN"
 if [[ -n "$REWARD" ]]; then override reward.custom_reward_function.path "$REWARD"; fi
 if [[ -n "${WANDB_API_KEY:-}" ]]; then OVERRIDES+=("trainer.logger=[file,wandb]"); fi
 
-# exec: signals reach Python itself
-exec "$PYTHON" -m recipe.spin.main_spin "${OVERRIDES[@]}" "$@"
+# exec: signals reach Python itself. By its file: with -m the folder of the call comes first, and may hold a recipe/spin
+exec "$PYTHON" "$SPIN_ROOT/main_spin.py" "${OVERRIDES[@]}" "$@"

@@ -104,6 +104,14 @@ def convert(gguf: Path, output: Path) -> None:
         config.eos_token_id = config.pad_token_id = tokenizer.convert_tokens_to_ids(END_OF_TURN)
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
+    give_usual_modes(output)
+
+
+def give_usual_modes(folder: Path) -> None:
+    """Lets others read the files as far as the umask does: safetensors makes its own for their owner alone."""
+    os.umask(umask := os.umask(0o077))
+    for file in folder.iterdir():
+        file.chmod(0o666 & ~umask)
 
 
 def write_manifest(folder: Path) -> None:

@@ -2,6 +2,9 @@
 
 import os
 import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from uuid import uuid4
@@ -10,15 +13,14 @@ from omegaconf import DictConfig, open_dict
 
 from recipe.spin.rollout.weights import ONE_MACHINE, RUN_NAME
 from recipe.spin.run.faults import ConfigError
+from recipe.spin.run.secret_names import is_secret
 
 # What processes on other nodes need of the driver's environment; those of this machine inherit it
 PASSED_ON = ("GLOO_", "HF_", "MALLOC_", "NCCL_", "OMP_", "PYTORCH_", "TORCH_", "TRANSFORMERS_", "VERL_", "VLLM_")
 OF_A_NODE = ("VLLM_HOST_IP",)
-# Ray prints and stores its runtime environment: secrets never go there
-SECRET = re.compile(r"(?i)(?:^|_)(KEY|TOKEN|SECRET|PASSWORD)$")
 PASSWORD_IN_ADDRESS = re.compile(r"://[^/@\s]+@")
 # What the services want that metrics are logged to; only the process that drives the run talks to them
-LOGGING = ("CLEARML_", "MLFLOW_", "SWANLAB_", "WANDB_")
+LOGGING = ("CLEARML_", "MLFLOW_", "MLP_", "SWANLAB_", "TENSORBOARD_", "TRACKIO_", "VOLC_", "WANDB_")
 # A package of vLLM's sets the root logger and its handlers to this level, ERROR without it, in every process that
 # imports vLLM: warnings of the recipe, and of a user's reward, would be lost there
 LOG_LEVEL = "SAGEMAKER_CONTAINER_LOG_LEVEL"
@@ -67,6 +69,7 @@ def prepare(config: DictConfig) -> bool:
             variables |= passed_on(dict(os.environ))
         else:
             keep_to_loopback()
+            os.environ["PYTHONPATH"] = _worker_path(dict(os.environ))
         runtime_env = ray_init.setdefault("runtime_env", {})
         runtime_env.env_vars = variables | dict(runtime_env.get("env_vars") or {})
     return joined
@@ -75,13 +78,13 @@ def prepare(config: DictConfig) -> bool:
 def check_secrets(config: DictConfig) -> None:
     """Raises ConfigError where a secret is a variable of Ray's runtime environment, or part of wandb's proxy."""
     variables = (config.ray_kwargs.ray_init.get("runtime_env") or {}).get("env_vars") or {}
-    secrets = [name for name in variables if SECRET.search(name)]
+    secrets = [name for name in variables if is_secret(name)]
     if secrets:
         raise ConfigError(
             f"ray_kwargs.ray_init.runtime_env.env_vars.{secrets[0]}: Ray prints its runtime environment, logs it and "
             "shows it in its dashboard, so no secret may stand there. Take it out, and set the variable in the "
-            "environment: of this command, for a run on one machine and for the keys of WANDB_*, MLFLOW_*, SWANLAB_* "
-            "and CLEARML_*; else on each node before `ray start` (docs/clusters.md)"
+            "environment: of this command, for a run on one machine and for the keys of "
+            f"{', '.join(f'{name}*' for name in LOGGING)}; else on each node before `ray start` (docs/clusters.md)"
         )
     if PASSWORD_IN_ADDRESS.search(str(config.trainer.get("wandb_proxy"))):
         raise ConfigError(
@@ -91,25 +94,61 @@ def check_secrets(config: DictConfig) -> None:
 
 
 def passed_on(environment: dict[str, str]) -> dict[str, str]:
-    """The part of the driver's environment that the processes of other nodes get; no secrets."""
+    """The part of the driver's environment that the processes of other nodes get.
+
+    No secrets: Ray prints and stores its runtime environment.
+    """
     found = {
         name: value
         for name, value in environment.items()
-        if name.startswith(PASSED_ON) and name not in OF_A_NODE and not SECRET.search(name)
+        if name.startswith(PASSED_ON) and name not in OF_A_NODE and not is_secret(name)
     }
-    return found | {"PYTHONPATH": os.pathsep.join(import_paths(environment.get("PYTHONPATH", "")))}
+    return found | {"PYTHONPATH": _worker_path(environment)}
+
+
+def _worker_path(environment: dict[str, str]) -> str:
+    return os.pathsep.join(import_paths(environment.get("PYTHONPATH", "")))
 
 
 def import_paths(pythonpath: str) -> list[str]:
-    """The driver's PYTHONPATH, and the folder that holds the package `recipe` unless it is installed."""
-    paths = [path for path in pythonpath.split(os.pathsep) if path]
-    folder = str(Path(next(iter(find_spec("recipe.spin").submodule_search_locations))).parents[1])
-    return paths if folder in paths or Path(folder).name == "site-packages" else [folder, *paths]
+    """Where workers look for modules, as the driver does, in absolute paths: they may run in other folders.
+
+    The driver's PYTHONPATH with the folder that holds the package `recipe` before it unless it is installed, and last
+    the script's folder and that of the call (`python -m`) where the driver looks there.
+    """
+    paths = [os.path.abspath(path) for path in pythonpath.split(os.pathsep) if path]
+    folder = str(Path(next(iter(find_spec("recipe.spin").submodule_search_locations))).absolute().parents[1])
+    if folder not in paths and Path(folder).name != "site-packages":
+        paths.insert(0, folder)
+    looked_in = {os.path.abspath(path) for path in sys.path}
+    of_the_command = (os.path.dirname(os.path.realpath(sys.argv[0])), os.getcwd())
+    return list(dict.fromkeys([*paths, *(path for path in of_the_command if path in looked_in)]))
 
 
-def logging_settings(environment: dict[str, str]) -> dict[str, str]:
-    """The variables, keys among them, of the services that metrics are logged to."""
-    return {name: value for name, value in environment.items() if name.startswith(LOGGING)}
+@contextmanager
+def without_folder_of_the_call() -> Iterator[None]:
+    """Lets workers import by `import_paths` alone while `ray.init` runs.
+
+    It would put the folder of the call before all others, and a `recipe/spin` in there, which older trees of verl have,
+    would be run in place of this one. Ray leaves it out where it is told of a working folder, and has no other switch.
+    """
+    from ray.job_config import JobConfig
+
+    original = JobConfig._runtime_env_has_working_dir
+    JobConfig._runtime_env_has_working_dir = lambda job: True
+    try:
+        yield
+    finally:
+        JobConfig._runtime_env_has_working_dir = original
+
+
+def logging_settings(environment: dict[str, str], run: Path) -> dict[str, str]:
+    """The variables, keys among them, of the services that metrics are logged to.
+
+    TensorBoard's files are the run's, unless the user says where: verl puts those of all runs into one folder.
+    """
+    given = {name: value for name, value in environment.items() if name.startswith(LOGGING)}
+    return {"TENSORBOARD_DIR": str(run.absolute() / "tensorboard"), **given}
 
 
 def keep_to_loopback() -> None:

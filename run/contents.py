@@ -7,6 +7,7 @@ from omegaconf import DictConfig
 
 from recipe.spin.run.data_files import count_rows, files_of
 from recipe.spin.run.model_files import WEIGHTS
+from recipe.spin.run.reward_file import reward_files
 
 # Of a model's folder: what it computes, how it ends, and how messages become tokens
 MODEL_FILES = ("*config.json", "tokenizer*", "vocab.json", "merges.txt", "chat_template*", *WEIGHTS)
@@ -23,7 +24,7 @@ def contents_of(config: DictConfig) -> dict[str, str]:
     for files in (config.data.train_files, config.data.val_files):
         for file in (_absolute(name) for name in files_of(files) if "://" not in name):
             found[file] = f"{count_rows(file)} rows, {_digest(file)}"
-    texts = [] if config.reward.reward_model.enable else [config.reward.custom_reward_function.path]
+    texts = reward_files(config.reward.custom_reward_function)
     texts += [config.algorithm.judge.prompt] if config.algorithm.preference_source == "judge" else []
     found |= {file: _digest(file) for file in map(_absolute, filter(None, texts))}
     model = _absolute(config.actor_rollout_ref.model.path)

@@ -28,7 +28,8 @@ TAKEN = {
     "response_mask",
 }
 TAKEN |= {"loss_mask", "input_ids", "position_ids", "rm_scores", "rollout_log_probs", "num_turns", "metrics"}
-TAKEN |= {"extra_fields", "multi_modal_inputs"}
+TAKEN |= {"extra_fields", "multi_modal_inputs", "output", "sampling_params", "priority", "self", "index"}
+TAKEN |= {"__rollout_n__", "__do_sample__"}
 # Whose rows verl has a reward for (verl/utils/reward_score); besides, those that begin with aime
 REWARDED = {"openai/gsm8k", "hiyouga/geometry3k", "math", "math_dapo", "math_dapo_reasoning"}
 REWARDED |= {"lighteval/MATH", "DigitalLearningGmbH/MATH-lighteval", "HuggingFaceH4/MATH-500"}
@@ -162,7 +163,7 @@ def _row_fault(row: dict, settings: Settings) -> str | None:
         return None
     taken = sorted(TAKEN & row.keys())
     if taken:
-        return f"the column {taken[0]!r} has the name of one that the rollout adds; rename it"
+        return f"the column {taken[0]!r} has a name that the rollout uses itself; rename or drop it"
     return None
 
 
@@ -185,16 +186,16 @@ def _is_scored(settings: Settings, key: str) -> bool:
 
 
 def _reward_fault(row: dict, settings: Settings) -> str | None:
-    reward_model, source_key = row.get("reward_model"), settings["data.reward_fn_key"]
+    reward_model = row.get("reward_model")
     if not isinstance(reward_model, dict) or reward_model.get("ground_truth") is None:
         return "no reward_model.ground_truth, which the reward function is called with; add the column"
-    source = row.get(source_key)
+    source = row.get("data_source")
     if source is None:
-        return f"no {source_key!r}, which the reward function is called with; add the column"
+        return "no 'data_source', which the reward function is called with; add the column"
     if not _verl_scores(settings) or str(source) in REWARDED or str(source).startswith("aime"):
         return None
     return (
-        f"verl has no reward of its own for {source_key}={source!r}; name a file with yours in {KEY}.path (REWARD_PATH)"
+        f"verl has no reward of its own for data_source={source!r}; name a file with yours in {KEY}.path (REWARD_PATH)"
     )
 
 

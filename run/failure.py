@@ -14,6 +14,7 @@ from recipe.spin.run_folder import nearest_existing
 
 WHOLE_ERROR = "error.txt"  # among the logs
 FULL_BYTES = 10_000_000
+MOST_RECORDS = 20  # of failed prompts that a file tells
 # What a run's error says when generating or scoring failed; the second is verl's, of a step without any response
 HELD_OUT_FAILED = "held-out answers failed"
 PROMPTS_FAILED = ("generating or scoring", "no materializable trajectories")
@@ -52,7 +53,7 @@ def explained(logs: Path, workers_logs: str | None = None) -> Iterator[None]:
         ]
         try:
             logs.mkdir(parents=True, exist_ok=True)
-            (logs / WHOLE_ERROR).write_text("".join(traceback.format_exception(error)))
+            (logs / WHOLE_ERROR).write_text("".join(traceback.format_exception(error)) + _failures_of_prompts(error))
         except OSError as unwritable:
             lines[-1] = f"logs: none, {logs} cannot be written ({unwritable})"
         raise RunFailed("\n".join(lines)) from error
@@ -91,13 +92,25 @@ def first_cause(error: str, logs: Path | None, job: str) -> str:
     training prompt that fails ends the run, so the first is told; of held-out ones, of which some may fail
     (`trainer.max_failed_validation`), the last.
     """
+    records = _failed_prompts_of(error, logs, job)
+    return _last_exception(records[0] if records else error)
+
+
+def _failures_of_prompts(error: Exception) -> str:
+    """What the workers logged of the prompts that made a run fail, with the lines of a user's reward or source."""
+    records = _failed_prompts_of(str(error), ray_logs(), job_id())[:MOST_RECORDS]
+    return "".join(f"\n{record.strip()}\n" for record in records)
+
+
+def _failed_prompts_of(error: str, logs: Path | None, job: str) -> list[str]:
+    """The records of the prompts that a run's error tells of, the one that counts first; none of another error."""
     said = _last_exception(error)
     held_out = HELD_OUT_FAILED in said
     if logs is None or not (held_out or any(words in said for words in PROMPTS_FAILED)):
-        return said
+        return []
     others = TRAINING_PROMPT if held_out else HELD_OUT_PROMPT
     records = [record for record in _failed_prompts(logs, job) if not others.search(record)]
-    return _last_exception(records[-1 if held_out else 0]) if records else said
+    return records[::-1] if held_out else records
 
 
 def _failed_prompts(logs: Path, job: str) -> list[str]:

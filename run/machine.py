@@ -4,7 +4,6 @@ Each check gives a Finding. check_config refuses a run with all that FAIL; the d
 and compiler, fit.py at the memory of GPUs, host.py at that of the host and at the disk.
 """
 
-import os
 import sys
 from collections.abc import Iterator
 from math import ceil
@@ -96,7 +95,10 @@ def cpus_of_a_node(config: DictConfig, nodes: int) -> int:
 
 def check_cores(config: DictConfig) -> Finding:
     """Of the Ray cluster that the run will start."""
-    return _cores(config, config.ray_kwargs.ray_init.num_cpus or os.cpu_count(), "this machine's Ray will have")
+    from ray._private.utils import get_num_cpus  # heeds a container's quota
+
+    there = config.ray_kwargs.ray_init.num_cpus or get_num_cpus(override_docker_cpu_warning=True)
+    return _cores(config, there, "this machine's Ray will have")
 
 
 def check_cluster(config: DictConfig) -> Finding:

@@ -15,6 +15,7 @@ from recipe.spin.run.gpu import has_flash_attention_2
 PATH = "actor_rollout_ref.model.path"
 TOKENIZER_PATH = "actor_rollout_ref.model.tokenizer_path"
 ADAPTER = "actor_rollout_ref.model.lora_adapter_path"
+LORA_RANK = "actor_rollout_ref.model.lora_rank"
 REWARD_MODEL = "reward.reward_model.model_path"
 MODEL_LENGTH = "actor_rollout_ref.rollout.max_model_len"
 BUCKET = "actor_rollout_ref.rollout.checkpoint_engine.update_weights_bucket_megabytes"
@@ -47,11 +48,21 @@ def check_model(settings: Settings) -> None:
 
 
 def _check_adapter(settings: Settings) -> None:
-    if settings[ADAPTER] is None or not (folder := _folder(settings, ADAPTER, "adapter_config.json")):
+    if settings[ADAPTER] is None:
         return
-    for what, names in (("configuration", ("adapter_config.json",)), ("weights", OF_AN_ADAPTER)):
-        found = any((folder / name).is_file() for name in names)
-        settings.require(found, ADAPTER, f"the folder has no {what} ({' or '.join(names)}); save a peft adapter there")
+    rank, folder = None, _folder(settings, ADAPTER, "adapter_config.json")
+    if folder:
+        for what, names in (("configuration", ("adapter_config.json",)), ("weights", OF_AN_ADAPTER)):
+            found = any((folder / name).is_file() for name in names)
+            remedy = f"the folder has no {what} ({' or '.join(names)}); save a peft adapter there"
+            settings.require(found, ADAPTER, remedy)
+        rank = _read_json(settings, ADAPTER, folder / "adapter_config.json").get("r")
+    own = settings[LORA_RANK]
+    settings.require(
+        own > 0 and rank in (None, own),
+        LORA_RANK,
+        f"verl loads an adapter, and vLLM makes room for it, by this rank; set the adapter's{f', {rank}' * bool(rank)}",
+    )
 
 
 def check_reward_model(settings: Settings) -> None:
@@ -167,9 +178,14 @@ def weights_fault(file: Path) -> str | None:
     if not file.is_file():
         return "is missing"
     size = file.stat().st_size
+    try:
+        content = open(file, "rb")  # noqa: SIM115 - closed below
+    except OSError as error:
+        return f"cannot be read ({error.strerror}: chmod a+r, by its owner)"
     if file.suffix != ".safetensors":
+        content.close()
         return None if size else "is empty"
-    with open(file, "rb") as content:
+    with content:
         length = int.from_bytes(content.read(8), "little")
         if size < 8 or length > size - 8:
             return f"is cut off: it has {size} bytes"

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from recipe.spin.run.check import ConfigError
 from recipe.spin.run.contents import contents_of
+from recipe.spin.run.secret_names import is_secret
 from recipe.spin.run_folder import TRACKER, checkpoints, is_complete, metrics_files, tracked_step
 
 SETTINGS = "settings.yaml"
@@ -100,9 +101,7 @@ PATHS = (
     "data.val_files",
     "reward.custom_reward_function.path",
 )
-SECRET = re.compile(
-    r"(?i)(?:^|[._])(token|secret|secret_key|password|passwd|api_key|access_key|credentials?|env_vars)$"
-)
+ENVIRONMENT = "env_vars"  # of Ray's workers; whatever the user puts there
 ABSENT = "(not set)"
 
 Difference = tuple[str, Any, Any]
@@ -237,7 +236,8 @@ def without_secrets(value, key: str = ""):
     """Leaves out what is named like a secret, and a password within an address."""
     if isinstance(value, dict):
         named = {name: f"{key}.{name}".lstrip(".") for name in value}
-        return {name: without_secrets(v, named[name]) for name, v in value.items() if not SECRET.search(named[name])}
+        shown = [name for name in value if name != ENVIRONMENT and not is_secret(named[name])]
+        return {name: without_secrets(value[name], named[name]) for name in shown}
     if isinstance(value, list):
         return [without_secrets(entry, key) for entry in value]
     return re.sub(r"(://)[^/@\s]+@", r"\1", value) if isinstance(value, str) else value

@@ -7,6 +7,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from omegaconf import DictConfig
+
 from recipe.spin.run.faults import ConfigError, Settings
 from recipe.spin.run.model_files import check_reward_model
 
@@ -32,6 +34,14 @@ def check_reward(settings: Settings) -> None:
     _check_function(settings, KEY, path, settings[f"{KEY}.name"], arguments)
     more = {name: value for name, value in arguments.items() if name != "functions"}
     settings.run(*(partial(_check_part, key=f"{PARTS}.{name}", part=part, more=more) for name, part in parts.items()))
+
+
+def reward_files(reward: DictConfig) -> list[str]:
+    """The files of a reward function that check_reward has found in order; none where verl's own scores."""
+    if reward.path is None:
+        return []
+    weighs = Path(reward.path).expanduser().resolve() == WEIGHTED
+    return [reward.path, *(part.path for part in reward.reward_kwargs.functions.values())] if weighs else [reward.path]
 
 
 def _parts(arguments: dict) -> dict[str, Any]:

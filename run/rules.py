@@ -70,6 +70,25 @@ def a_pair_has_two_responses(settings: Settings) -> None:
     settings.require(n >= 2 or is_self_play(settings), f"{ROLLOUT}.n", "a pair needs at least 2 responses to a prompt")
 
 
+def prompts_are_filtered_by_what_pairs_are_made_of(settings: Settings) -> None:
+    """Dynamic sampling compares the rewards as they come, before anything is taken off or called equal."""
+    key, algorithm = "algorithm.filter_groups.enable", "algorithm"
+    if not settings[key]:
+        return
+    settings.require(
+        not is_self_play(settings),
+        key,
+        "self-play prefers the data's responses and has no rewards to compare; set False",
+    )
+    for name, off in (("missing_eos_penalty", None), ("dpo_min_margin", 0.0)):
+        settings.require(
+            not settings[f"{algorithm}.{name}"],
+            f"{algorithm}.{name}",
+            f"{key}=True tells prompts apart by the rewards without it, and would keep and replace others than those "
+            f"that give pairs; set {off}, or let the reward itself do that",
+        )
+
+
 def beta_is_a_number_or_a_schedule(settings: Settings) -> None:
     beta = settings["algorithm.dpo_beta"]
     if isinstance(beta, str) and ":" in beta:
@@ -103,6 +122,12 @@ def losses_are_known(settings: Settings) -> None:
     if settings["algorithm.dpo_pairing"] == "all":
         raise ConfigError(
             "algorithm.dpo_pairing=all weighs pairs, which a loss that sorts them cannot; use best_worst or random"
+        )
+    n = settings[f"{ROLLOUT}.n"]
+    if is_self_play(settings) and n > 1:
+        raise ConfigError(
+            f"{ROLLOUT}.n={n} with algorithm.preference_source=self_play weighs a prompt's {n} pairs, which a loss "
+            f"that sorts them (algorithm.dpo_loss_type: aot, aot_unpaired) cannot; set {ROLLOUT}.n=1"
         )
 
 
@@ -350,6 +375,13 @@ def weights_stay_where_they_are_not_sent(settings: Settings) -> None:
     settings.require(
         frequency == 1 or not _takes_reference(settings), key, "vLLM has the reference's weights at times; set 1"
     )
+    save, test = settings["trainer.save_freq"], settings["trainer.test_freq"]
+    settings.require(
+        save <= 0 or save % frequency == 0 or (test > 0 and save % test == 0),
+        "trainer.save_freq",
+        f"a resumed run begins with the checkpoint's weights in vLLM, which the run that goes on must have too; save "
+        f"when they are sent, with a multiple of {key}={frequency} or of trainer.test_freq",
+    )
 
 
 def _takes_reference(settings: Settings) -> bool:
@@ -439,6 +471,7 @@ def a_path_to_resume_from_is_there(settings: Settings) -> None:
 RULES: tuple[Callable[[Settings], None], ...] = (
     a_source_prefers,
     a_pair_has_two_responses,
+    prompts_are_filtered_by_what_pairs_are_made_of,
     beta_is_a_number_or_a_schedule,
     losses_are_known,
     lora_has_no_second_model,

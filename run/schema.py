@@ -106,8 +106,18 @@ class Judge(Section):
 
 class RolloutCorrection(Section):
     rollout_is: unused(None)
+    rollout_is_threshold: unused(2.0)
     rollout_rs: unused(None)
+    rollout_rs_threshold: unused(None)
+    rollout_is_batch_normalize: unused(False)
     bypass_mode: unused(False)
+
+
+class KLControl(Section):
+    type: unused("fixed")
+    kl_coef: unused(0.001)
+    horizon: unused(10000)
+    target_kl: unused(0.1)
 
 
 class Algorithm(Section):
@@ -151,6 +161,9 @@ class Algorithm(Section):
     gamma: unused(1.0)
     lam: unused(1.0)
     use_kl_in_reward: unused(False)
+    kl_penalty: unused("kl")
+    kl_ctrl: KLControl
+    norm_adv_by_std_in_grpo: unused(True)
     use_pf_ppo: unused(False)
     rollout_correction: RolloutCorrection
 
@@ -162,6 +175,13 @@ class ColocateAsync(Section):
 class Sampler(Section):
     max_off_policy_threshold: Count | None
     max_off_policy_strategy: Literal["drop", "wait"]
+    sync_refill_failed_groups: Annotated[
+        Literal[False],
+        verl(
+            "a run whose prompts all fail would ask for others for ever; algorithm.reward_error=skip leaves out "
+            "responses whose reward fails"
+        ),
+    ]
 
 
 class V1(Section):
@@ -201,6 +221,7 @@ class Trainer(Section):
     default_local_dir: Text
     logger: Loggers
     critic_warmup: unused(0)
+    balance_batch: unused(True)
 
 
 class Data(Section):
@@ -215,7 +236,9 @@ class Data(Section):
     max_response_length: Count
     filter_overlong_prompts: bool
     prompt_key: Text
-    reward_fn_key: Text
+    reward_fn_key: Annotated[
+        unused("data_source"), verl("verl's reward managers read data_source alone; give the column that name")
+    ]
     shuffle: bool
     seed: Whole | None
     dataloader_num_workers: Whole
@@ -260,6 +283,12 @@ class Checkpoint(Section):
 
 class PolicyLoss(Section):
     loss_mode: unused("vanilla")
+    clip_cov_ratio: unused(0.0002)
+    clip_cov_lb: unused(1.0)
+    clip_cov_ub: unused(5.0)
+    kl_cov_ratio: unused(0.0002)
+    ppo_kl_coef: unused(0.1)
+    dro_beta: unused(None)
 
 
 class Actor(Section):
@@ -278,6 +307,9 @@ class Actor(Section):
     grad_clip: Annotated[unused(1.0), verl("verl's FSDP engine does not read it; set optim.clip_grad")]
     use_kl_loss: unused(False)
     kl_loss_coef: unused(0.001)
+    kl_loss_type: unused("low_var_kl")
+    tau_pos: unused(1.0)
+    tau_neg: unused(1.05)
     entropy_coeff: unused(0)
     loss_agg_mode: unused("token-mean")
     loss_scale_factor: unused(None)

@@ -1,6 +1,8 @@
 """Rounds: a step's requests go to vLLM together and in one order, whatever order they come in and whatever fails."""
 
 import asyncio
+import inspect
+import re
 import types
 
 import numpy as np
@@ -14,8 +16,33 @@ from verl.workers.rollout.replica import TokenOutput
 
 from recipe.spin.preferences.source import Group, RewardSource, Score
 from recipe.spin.rollout import agent_loop
-from recipe.spin.rollout.agent_loop import GREEDY, SAMPLING_SEED, RolloutClient, RolloutWorker, SpinAgentLoop
+from recipe.spin.rollout.agent_loop import (
+    GREEDY,
+    SAMPLING_SEED,
+    RolloutClient,
+    RolloutWorker,
+    SpinAgentLoop,
+    VerlWorker,
+)
 from recipe.spin.rollout.rounds import Round
+from recipe.spin.run.data_files import TAKEN
+
+
+def test_no_column_of_the_data_meets_an_argument_of_the_rollout():
+    """A row's columns are given by name to what answers and scores it."""
+    takers = (VerlWorker, RolloutWorker)
+    functions = [
+        taker.__dict__[name]
+        for taker in takers
+        for name in ("_run_agent_loop", "_agent_loop_postprocess")
+        if name in taker.__dict__
+    ]
+    functions += [AgentLoopWorker._run_agent_loop, SingleTurnAgentLoop.run, SpinAgentLoop.run]
+    parameters = [one for function in functions for one in inspect.signature(function).parameters.values()]
+    names = {one.name for one in parameters if one.kind not in (one.VAR_KEYWORD, one.VAR_POSITIONAL)}
+    names |= set(re.findall(r'prompt\.pop\("(\w+)"', inspect.getsource(VerlWorker._run_prompt)))
+    assert {"output", "self", "priority", "__rollout_n__"} <= names
+    assert names - {"agent_name", "_ray_trace_ctx"} <= TAKEN  # a column may name the agent loop of its row; Ray's own
 
 
 class Server:

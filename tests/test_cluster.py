@@ -1,19 +1,23 @@
 """What a run brings along to a Ray cluster of its own, and to one that it joins."""
 
 import copy
+import inspect
 import os
 import subprocess
 import sys
 import tempfile
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 from checkable_run import composed, override
 from omegaconf import DictConfig, OmegaConf
-from ray._private import ray_constants
+from ray._private import ray_constants, worker
+from ray.job_config import JobConfig
 from verl.trainer.ppo.v1 import trainer_base
+from verl.utils import tracking
 
 from recipe.spin import fsdp_workers
 from recipe.spin.main_spin import TaskRunner
@@ -25,6 +29,7 @@ from recipe.spin.run.monitor import RunMonitor
 from recipe.spin.spin_trainer import SpinTrainer
 
 ROOT = Path(__file__).resolve().parent.parent
+LINK = str(ROOT / "recipe" / "spin")
 SECRETS = {"WANDB_API_KEY": "s3cret-1", "HF_TOKEN": "s3cret-2", "VLLM_API_KEY": "s3cret-3", "HF_HUB_TOKEN": "s3cret-4"}
 SETTINGS = {
     "HF_HOME": "/shared/models",
@@ -64,7 +69,9 @@ def test_a_run_on_one_machine_has_a_cluster_of_its_own_on_loopback(environment):
     assert not joins and ray_init["address"] == "local"  # never one that somebody else started on the machine
     assert ray_init["num_gpus"] == 1 and ray_init["object_store_memory"] == 500000000
     assert list(ray_init["runtime_env"]["env_vars"]) == [RUN_NAME, cluster.LOG_LEVEL]  # the rest is inherited
-    assert environment.items() >= (cluster.ON_LOOPBACK | SETTINGS).items()  # what the user names is kept
+    kept = {**SETTINGS, "PYTHONPATH": environment["PYTHONPATH"]}
+    assert environment.items() >= (cluster.ON_LOOPBACK | kept).items()  # what the user names is kept
+    assert environment["PYTHONPATH"].split(":")[:2] == [str(ROOT), "/mine"]
     assert environment["GLOO_SOCKET_IFNAME"] == "lo" and environment["NCCL_SOCKET_IFNAME"] == "eth1"
     assert not ray_constants.ENABLE_RAY_CLUSTER
 
@@ -96,7 +103,7 @@ def test_workers_on_other_nodes_get_the_drivers_settings_and_no_secrets(environm
     _, ray_init = prepared(config("trainer.nnodes=2"))
     variables = ray_init["runtime_env"]["env_vars"]
     assert variables.pop(RUN_NAME) == ray_init["namespace"] and variables.pop(cluster.LOG_LEVEL) == "WARNING"
-    assert variables.pop("PYTHONPATH").split(":") == [str(ROOT), "/mine"]
+    assert variables.pop("PYTHONPATH").split(":")[:2] == [str(ROOT), "/mine"]
     assert variables == {name: SETTINGS[name] for name in list(SETTINGS)[:4]}
     assert not [secret for secret in SECRETS.values() if secret in OmegaConf.to_yaml(OmegaConf.create(ray_init))]
 
@@ -171,14 +178,42 @@ def test_two_runs_have_different_names(environment):
     assert len(names) == 2
 
 
-def test_the_checkout_is_importable_elsewhere_once():
-    assert cluster.import_paths(f"/a:{ROOT}") == ["/a", str(ROOT)]
-    assert cluster.import_paths("") == [str(ROOT)]
+@pytest.mark.parametrize(
+    ("pythonpath", "looked_in", "expected"),
+    [
+        ("", ["{call}/scripts"], [str(ROOT), "{call}/scripts"]),
+        (f"/a:{ROOT}", [], ["/a", str(ROOT)]),
+        ("", [], [str(ROOT)]),
+        ("mine:.", [], [str(ROOT), "{call}/mine", "{call}"]),  # workers may run in other folders
+        ("", ["{call}"], [str(ROOT), "{call}"]),  # `python -m`
+    ],
+)
+def test_workers_import_from_where_the_driver_does(tmp_path, monkeypatch, pythonpath, looked_in, expected):
+    """The checkout once, and the folder of the call not before it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / "scripts" / "mine.py")])
+    monkeypatch.setattr(sys, "path", [path.format(call=tmp_path) for path in looked_in] + [str(ROOT)])
+    monkeypatch.setattr(cluster, "find_spec", lambda name: SimpleNamespace(submodule_search_locations=[LINK]))
+    assert cluster.import_paths(pythonpath) == [path.format(call=tmp_path) for path in expected]
+
+
+def test_ray_does_not_put_the_folder_of_the_call_before_the_checkout():
+    """It has no setting for that: the place in its source where it would."""
+    source = inspect.getsource(worker.connect)
+    guard = "if not job_config._client_job and not job_config._runtime_env_has_working_dir():\n"
+    assert source.count("code_paths.append(") == 2 and guard in source and "script_directory in sys.path" in source
+    assert not JobConfig()._runtime_env_has_working_dir()
+    with cluster.without_folder_of_the_call():
+        assert JobConfig()._runtime_env_has_working_dir()
+    assert not JobConfig()._runtime_env_has_working_dir()
 
 
 def test_keys_of_logging_services_reach_the_process_that_logs(environment):
-    settings = cluster.logging_settings(environment | {"WANDB_MODE": "offline"})
-    assert settings == {"WANDB_API_KEY": "s3cret-1", "WANDB_MODE": "offline"}
+    mine = {"WANDB_API_KEY": "s3cret-1", "WANDB_MODE": "offline", "TRACKIO_SPACE_ID": "me/mine"}
+    assert cluster.logging_settings(environment | mine, Path("/run")) == mine | {"TENSORBOARD_DIR": "/run/tensorboard"}
+    elsewhere = cluster.logging_settings({"TENSORBOARD_DIR": "/mine"}, Path("/run"))
+    assert elsewhere == {"TENSORBOARD_DIR": "/mine"}
+    assert 'os.environ.get("TENSORBOARD_DIR", ' in inspect.getsource(tracking._TensorboardAdapter)
     TaskRunner({"MLFLOW_TRACKING_PASSWORD": "s3cret-5"})
     assert environment["MLFLOW_TRACKING_PASSWORD"] == "s3cret-5"
 

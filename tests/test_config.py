@@ -65,6 +65,24 @@ def test_self_play_refuses_data_without_the_column(run):
     assert "'real'" in message and "data.prompt_key" in message
 
 
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["algorithm.filter_groups.enable=True"], ["algorithm.filter_groups.enable=True", "no rewards to compare"]),
+        (
+            ["algorithm.dpo_loss_type=aot", "actor_rollout_ref.rollout.n=2"],
+            ["actor_rollout_ref.rollout.n=2", "aot", "set actor_rollout_ref.rollout.n=1"],
+        ),
+    ],
+)
+def test_self_play_refuses_what_takes_rewards_or_one_pair_a_prompt(run, overrides, words):
+    rows = [conversation(number) for number in range(4)]
+    names = {override.split("=")[0] for override in overrides}
+    given = [override for override in self_play(run, rows) if override.split("=")[0] not in names]
+    message = run.refusal(*given, *overrides)
+    assert "\n" not in message and [word for word in words if word not in message] == [], message
+
+
 def test_self_play_refuses_lora(run):
     overrides = self_play(run, [conversation(number) for number in range(4)])
     message = run.refusal(*overrides, "trainer.ref_update_freq=0", "actor_rollout_ref.model.lora_rank=8")

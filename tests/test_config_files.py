@@ -247,7 +247,7 @@ def test_broken_json_array(run, tmp_path):
     assert message.startswith(f"data.train_files='{path}'") and "not JSON in UTF-8" in message
 
 
-@pytest.mark.parametrize("column", ["session_id", "responses"])
+@pytest.mark.parametrize("column", ["session_id", "responses", "output", "index"])
 def test_a_column_that_the_rollout_adds_is_refused(run, tmp_path, column):
     path = write_rows(tmp_path / "data.jsonl", [row(number) | {column: "x"} for number in range(4)])
     message = run.refusal(f"data.val_files={path}")

@@ -1,5 +1,6 @@
 """Models that cannot work are refused before Ray starts, by one message with the remedy."""
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -208,7 +209,7 @@ def test_a_name_in_the_cache_is_not_looked_up(run, monkeypatch):
 
 # ---- An adapter to begin with ----------------------------------------------------------------------------------------
 ADAPTER = "actor_rollout_ref.model.lora_adapter_path"
-LORA = "trainer.ref_update_freq=0"
+LORA, RANK = "trainer.ref_update_freq=0", "actor_rollout_ref.model.lora_rank"
 
 
 def test_an_adapter_must_be_there(run, tmp_path):
@@ -218,10 +219,35 @@ def test_an_adapter_must_be_there(run, tmp_path):
     folder.mkdir()
     message = run.refusal(f"{ADAPTER}={folder}", LORA)
     assert "no configuration (adapter_config.json)" in message and "peft" in message
-    (folder / "adapter_config.json").write_text("{}")
+    (folder / "adapter_config.json").write_text('{"r": 8}')
     assert "no weights (adapter_model.safetensors or adapter_model.bin)" in run.refusal(f"{ADAPTER}={folder}", LORA)
     (folder / "adapter_model.safetensors").write_text("weights")
-    run.check(f"{ADAPTER}={folder}", LORA)
+    run.check(f"{ADAPTER}={folder}", LORA, f"{RANK}=8")
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_an_adapter_takes_its_own_rank(run, tmp_path, rank):
+    """verl loads none for rank 0, and vLLM refuses one of a higher rank, both in the first step."""
+    (tmp_path / "adapter_config.json").write_text('{"r": 8}')
+    (tmp_path / "adapter_model.safetensors").write_text("weights")
+    message = run.refusal(f"{ADAPTER}={tmp_path}", LORA, f"{RANK}={rank}")
+    assert message.startswith(f"{RANK}={rank}: verl loads an adapter") and message.endswith("set the adapter's, 8")
+
+
+def test_an_adapter_of_the_hub_takes_a_rank(run):
+    message = run.refusal(f"{ADAPTER}=Qwen/Qwen2.5-0.5B-Instruct", LORA)
+    assert message.startswith(f"{RANK}=0: verl loads an adapter") and message.endswith("set the adapter's")
+    run.check(f"{ADAPTER}=Qwen/Qwen2.5-0.5B-Instruct", LORA, f"{RANK}=8")
+
+
+def test_weights_that_may_not_be_read(run, folder, monkeypatch):
+    def refuse(file, mode):
+        raise PermissionError(errno.EACCES, "Permission denied", str(file))
+
+    monkeypatch.setattr(model_files, "open", refuse, raising=False)  # root may read all files
+    message = run.refusal(f"{PATH}={folder}")
+    assert message.startswith(f"{PATH}='{folder}': model.safetensors cannot be read (Permission denied")
+    assert "chmod" in message
 
 
 # ---- The buffer for weights ------------------------------------------------------------------------------------------

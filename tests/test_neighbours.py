@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import ray
 import torch
+from filelock import FileLock
 from transfer_queue import interface
 from verl.workers.rollout.vllm_rollout import bucketed_weight_transfer as transfer
 
@@ -209,6 +210,19 @@ def test_a_folder_is_free_when_its_command_was_killed(holder, tmp_path):
     os.kill(holder.pid, signal.SIGKILL)
     holder.wait(10)
     hold_run_folder(tmp_path / "run")
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "not yours"), OSError(28, "No space"), NotImplementedError])
+def test_a_folder_that_cannot_be_locked_is_refused(tmp_path, monkeypatch, error):
+    """As where the file is another user's, or the file system has no locks."""
+
+    def acquire(lock, blocking):
+        raise error
+
+    monkeypatch.setattr(FileLock, "acquire", acquire)
+    with pytest.raises(ConfigError, match="its file .lock cannot be locked.*name another folder") as refusal:
+        hold_run_folder(tmp_path / "run")
+    assert f"trainer.default_local_dir='{tmp_path}/run'" in str(refusal.value)
 
 
 @pytest.mark.slow

@@ -11,11 +11,14 @@ import pytest
 import yaml
 from checkable_run import Run, write_rows
 from checkable_run import row as data_row
-from omegaconf import open_dict
+from omegaconf import OmegaConf, open_dict
 from worker_harness import ROOT, compose, cpu_environment
 
 from recipe.spin.run import resume
 from recipe.spin.run.check import ConfigError
+from recipe.spin.run.contents import contents_of
+from recipe.spin.run.reward_file import WEIGHTED
+from recipe.spin.run.secret_names import is_secret
 from recipe.spin.run_folder import TRACKER, checkpoints
 
 
@@ -192,6 +195,26 @@ def test_a_judges_question_counts_as_a_file(stopped, tmp_path):
     assert f"{tmp_path}/question: sha256" in stopped.refusal(*judge)
 
 
+@pytest.mark.parametrize("beside_a_model", [False, True])
+def test_all_files_of_a_reward_count(folder, tmp_path, beside_a_model):
+    """preferences/weighted.py's parts, and a function that asks a reward model."""
+    config = folder.run.check()
+    files = [tmp_path / "right.py", tmp_path / "brief.py"]
+    for file in files:
+        file.write_text("a reward")
+    reward = config.reward
+    reward.reward_model.enable = beside_a_model
+    if beside_a_model:
+        reward.custom_reward_function.path, files = str(files[0]), files[:1]
+    else:
+        with open_dict(config):
+            parts = {file.stem: {"path": str(file)} for file in files}
+            reward.custom_reward_function = {"path": str(WEIGHTED), "reward_kwargs": {"functions": parts}}
+        files.append(WEIGHTED)
+    found = contents_of(config)
+    assert [file for file in files if not found.get(str(file), "").startswith("sha256 ")] == []
+
+
 def test_a_run_that_did_not_store_what_its_files_held_goes_on(stopped, capsys):
     settings = stopped.stored()
     del settings[resume.CONTENTS]
@@ -310,11 +333,35 @@ def test_a_checkpoint_may_lie_elsewhere(stopped, tmp_path):
     assert "sigmoid -> ipo" in stopped.refusal("algorithm.dpo_loss_type=ipo")
 
 
+SECRET = ("openai_key", "judge_key", "apikey", "openaiApiKey", "private_key", "authorization", "x-api-key", "HF_TOKEN")
+SECRET += ("AWS_SECRET_ACCESS_KEY", "key", "passwd", "credentials", "a.b.secret")
+HARMLESS_NAMES = ("data.prompt_key", "reward_fn_key", "image_key", "algorithm.judge.api_key_env", "max_tokens")
+
+
+def test_names_of_secrets():
+    """One list of them, for settings and for variables."""
+    assert [name for name in SECRET if not is_secret(name)] == []
+    assert [name for name in HARMLESS_NAMES if is_secret(name)] == []
+
+
+def test_no_setting_of_verls_is_taken_for_a_secret(folder):
+    settings = OmegaConf.to_container(folder.run.check())
+    secrets = [key for key in keys_of(settings) if is_secret(key)]
+    assert [key for key in secrets if not key.startswith("distillation.")] == []
+
+
+def keys_of(section: dict, path: str = "") -> list[str]:
+    keys = []
+    for name, value in section.items():
+        keys += keys_of(value, f"{path}{name}.") if isinstance(value, dict) else [f"{path}{name}"]
+    return keys
+
+
 def test_secrets_are_not_stored(folder):
     config = folder.run.check()
     with open_dict(config):
         config.ray_kwargs.ray_init.runtime_env = {"env_vars": {"WANDB_API_KEY": "hidden"}}
-        config.data.hf_token = "hidden"
+        config.data.hf_token = config.data.judge_key = "hidden"
         config.trainer.wandb_proxy = "http://me:hidden@proxy:80"
     resume.prepare(config)
     text = (folder.path / resume.SETTINGS).read_text()

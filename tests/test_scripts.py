@@ -18,8 +18,8 @@ ROOT = Path(__file__).parents[1]
 FAKE_PYTHON = """#!/bin/bash
 case "$1 $2" in
     "-c "*) exit ${FAKE_HAS_VERL:-0} ;;
-    "-m recipe.spin.main_spin")
-        shift 2
+    */main_spin.py\ *)
+        shift
         printf '%s\\n' "$@" >"$FAKE_OUT/arguments"
         env >"$FAKE_OUT/environment"
         echo $$ >"$FAKE_OUT/pid"
@@ -238,6 +238,17 @@ def test_environment_variables_become_overrides(checkout: Checkout) -> None:
     assert "secret" not in result.stdout + result.stderr
 
 
+def test_a_home_that_the_shell_did_not_expand(checkout: Checkout) -> None:
+    checkout.data()
+    (checkout.elsewhere / "model").mkdir()
+    (checkout.elsewhere / "r.py").touch()
+    result = checkout.spin(DATA_DIR="~/mine", MODEL_PATH="~/model", RUN_DIR="~/run 1", REWARD_PATH="~/r.py")
+    home = str(checkout.elsewhere)
+    keys = ("data.val_files", "actor_rollout_ref.model.path", "trainer.default_local_dir")
+    assert [result.overrides[key] for key in keys] == [f"{home}/mine/test.parquet", f"{home}/model", f"{home}/run 1"]
+    assert result.overrides["reward.custom_reward_function.path"] == f"{home}/r.py"
+
+
 def test_reward_file_is_the_users_then_the_data_sets(checkout: Checkout) -> None:
     data = checkout.data()
     key = "reward.custom_reward_function.path"
@@ -278,6 +289,24 @@ def test_hydra_reads_the_paths_as_they_are(checkout: Checkout) -> None:
 
 def test_exit_code_is_trainings(checkout: Checkout) -> None:
     assert checkout.spin(FAKE_EXIT="3").code == 3
+
+
+def test_a_recipe_in_the_folder_of_the_call_is_not_run(tmp_path: Path) -> None:
+    """Older trees of verl hold a recipe/spin."""
+    for name in ("__init__.py", "spin/__init__.py", "spin/main_spin.py"):
+        write_program(tmp_path / "recipe" / name, "raise SystemExit('the other recipe ran')")
+    for name in ("train.parquet", "test.parquet"):
+        (tmp_path / name).touch()
+    variables = {"PYTHON": sys.executable, "SPIN_PROFILE": "cpu", "DATA_DIR": ".", "MODEL_PATH": ".", "RUN_DIR": "run"}
+    result = subprocess.run(
+        ["bash", str(ROOT / "run_spin.sh"), "--cfg", "job"],
+        cwd=tmp_path,
+        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | variables,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert result.returncode == 0 and f"default_local_dir: {tmp_path}/run" in result.stdout, result.stderr
 
 
 def test_python_takes_the_shells_place(checkout: Checkout) -> None:
@@ -431,7 +460,7 @@ if [[ "$1 $2 $3" == "-m pip install" ]]; then
     if [[ -n "${FAKE_PIP_HANGS:-}" ]]; then echo $$ >"$FAKE_OUT/pip_pid"; exec sleep 60; fi
     left=$(cat "$FAKE_OUT/failures" 2>/dev/null || echo 0)
     if ((left > 0)); then echo $((left - 1)) >"$FAKE_OUT/failures"; echo "$FAKE_PIP_SAYS"; exit 1; fi
-elif [[ "$1 $2" == "-m recipe.spin.main_spin" ]]; then
+elif [[ "$1" == */main_spin.py ]]; then
     touch "$FAKE_OUT/trained"
 elif [[ "$1" == *.py ]]; then
     mkdir -p "$3" && touch "$3/train.parquet" "$3/test.parquet"

@@ -174,3 +174,40 @@ def test_freed_memory_is_offered_and_what_is_in_use_is_not(thread):
     process = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True)
     offered, kept = process.stdout.split()
     assert int(offered) > 150 and kept == "True", process.stderr  # of 200 MB
+
+
+# ---- env.sh ----------------------------------------------------------------------------------------------------------
+def exported(command: str, **variables: str) -> str:
+    command = f"set -eu; nproc() {{ echo 64; }}; source {ROOT}/verl_cpu/env.sh; {command}"
+    environment = {"PATH": os.environ["PATH"], **variables}
+    return subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize(
+    ("files", "cores"),
+    [
+        ({}, 64),
+        ({"cpu.max": "max 100000"}, 64),
+        ({"cpu.max": "200000 100000"}, 2),
+        ({"cpu.max": "50000 100000"}, 1),
+        ({"cpu.max": "250000 100000"}, 3),
+        ({"cpu.max": "9900000 100000"}, 64),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 64),
+        ({"cpu/cpu.cfs_quota_us": "400000", "cpu/cpu.cfs_period_us": "100000"}, 4),
+    ],
+)
+def test_a_containers_quota_limits_the_threads(tmp_path, files, cores):
+    """docker --cpus=2 on 64 cores would give 64 threads."""
+    (tmp_path / "cpu").mkdir()
+    for name, text in files.items():
+        (tmp_path / name).write_text(f"{text}\n")
+    assert exported(f"verl_cpu_count {tmp_path}") == f"{cores}\n"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({}, "verl_cpu"), ({"VERL_USE_EXTERNAL_MODULES": "mine"}, "verl_cpu,mine")],
+)
+def test_the_users_external_modules_are_kept(given, expected):
+    again = f"source {ROOT}/verl_cpu/env.sh; echo $VERL_USE_EXTERNAL_MODULES"
+    assert exported(again, **given) == f"{expected}\n"

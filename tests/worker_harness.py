@@ -2,7 +2,7 @@
 
 import os
 import pickle
-import re
+import subprocess
 import traceback
 from pathlib import Path
 
@@ -19,10 +19,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def cpu_environment() -> dict[str, str]:
     """What verl_cpu/env.sh exports, one thread a process; set in the ranks alone, so that it changes no other test."""
-    script = (ROOT / "verl_cpu" / "env.sh").read_text()
-    variables = dict(re.findall(r"(\w+)=(\S+)", "\n".join(re.findall(r"^export (.*)", script, re.MULTILINE))))
-    defaults = {name: re.sub(r'^"\$\{\w+:-(.*)\}"$', r"\1", value) for name, value in variables.items()}
-    return defaults | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    command = ["bash", "-c", f"source {ROOT}/verl_cpu/env.sh; env -0"]
+    text = subprocess.run(command, env={"PATH": os.environ["PATH"]}, capture_output=True, text=True, check=True).stdout
+    variables = dict(line.split("=", 1) for line in text.split("\0") if line)
+    of_bash = ("PATH", "PWD", "OLDPWD", "SHLVL", "_")
+    exported = {name: value for name, value in variables.items() if name not in of_bash}
+    return exported | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 
 
 def compose(*overrides: str, device: str = "cpu") -> DictConfig:

@@ -1,8 +1,25 @@
 # Environment of the CPU profile; sourced before Python starts, because verl, vLLM and OpenMP read it at import.
-export VERL_PLATFORM=cpu VERL_USE_EXTERNAL_MODULES=verl_cpu
+export VERL_PLATFORM=cpu
+if [[ ",${VERL_USE_EXTERNAL_MODULES:-}," != *,verl_cpu,* ]]; then
+    export VERL_USE_EXTERNAL_MODULES="verl_cpu${VERL_USE_EXTERNAL_MODULES:+,$VERL_USE_EXTERNAL_MODULES}"
+fi
 # verl registers its FSDP engine for "cuda" and "npu" only; on a CPU the engine is the same.
 export VERL_ENGINE_DEVICE=cuda
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(nproc)}"
+# nproc knows nothing of a container's quota (docker --cpus), in microseconds of a period: cpu.max, or cgroup v1's files
+verl_cpu_count() {
+    local cores quota=max period root="${1:-/sys/fs/cgroup}"
+    cores="$(nproc)"
+    if [[ -r "$root/cpu.max" ]]; then
+        read -r quota period <"$root/cpu.max" || true
+    elif [[ -r "$root/cpu/cpu.cfs_quota_us" ]]; then
+        quota="$(cat "$root/cpu/cpu.cfs_quota_us")" period="$(cat "$root/cpu/cpu.cfs_period_us")"
+    fi
+    if [[ "$quota" =~ ^[1-9][0-9]*$ ]] && (((quota + period - 1) / period < cores)); then
+        cores=$(((quota + period - 1) / period))
+    fi
+    echo "$cores"
+}
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(verl_cpu_count)}"
 # vLLM's threads share the cores with the trainer's.
 export VLLM_CPU_OMP_THREADS_BIND="${VLLM_CPU_OMP_THREADS_BIND:-nobind}"
 # Lets vLLM keep its scheduler and the model in one process (config/device/cpu.yaml: distributed_executor_backend).

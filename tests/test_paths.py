@@ -1,0 +1,44 @@
+"""Settings whose paths begin with `~`, which no shell expands behind a =."""
+
+import pytest
+from checkable_run import composed, override
+from omegaconf import OmegaConf
+
+from recipe.spin import main_spin
+from recipe.spin.run.check import ConfigError
+from recipe.spin.run.paths import PATHS, expand_home
+
+
+def test_the_users_folder_is_put_in_place_of_a_tilde(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    config = override(composed("cpu"), [f"++{key}='~/x'" for key in PATHS])
+    config.data.val_files = ["~/a", "b", "~other/c"]
+    part = "{one: {path: '~/one.py'}}"
+    config = override(config, [f"+reward.custom_reward_function.reward_kwargs={{functions: {part}}}"])
+    expand_home(config)
+    for key in set(PATHS) - {"data.val_files"}:
+        assert OmegaConf.select(config, key) == "/home/me/x"
+    assert config.data.val_files == ["/home/me/a", "b", "~other/c"]
+    assert config.reward.custom_reward_function.reward_kwargs.functions.one.path == "/home/me/one.py"
+
+
+def test_other_settings_stay():
+    config = composed("cpu")
+    before = OmegaConf.to_yaml(config)
+    expand_home(config)
+    assert OmegaConf.to_yaml(config) == before
+
+
+def test_a_section_that_is_null_is_left_to_the_check():
+    expand_home(OmegaConf.create({"trainer": None, "data": {"train_files": 5}}))
+
+
+def test_the_command_checks_what_was_expanded(monkeypatch):
+    def stop(config):
+        raise ConfigError(config.trainer.default_local_dir)
+
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setattr(main_spin, "fetch_pinned_model", stop)
+    monkeypatch.setattr(main_spin.signals, "honor", lambda: None)  # this process's signals are pytest's
+    with pytest.raises(SystemExit, match="error: /home/me/run"):
+        main_spin.main.__wrapped__(override(composed("cpu"), ["trainer.default_local_dir='~/run'"]))
