@@ -298,7 +298,7 @@ def coupled_gradient(table: torch.Tensor, settings: DPOSettings) -> tuple[torch.
 def _pair_losses(pairs: Pairs, mean_chosen_length: float, settings: DPOSettings) -> torch.Tensor:
     """Losses (P,) of pairs."""
     policy, reference = pairs.compared
-    losses = compute_online_dpo_loss(
+    return compute_online_dpo_loss(
         *policy,
         *reference,
         beta=settings.beta,
@@ -310,15 +310,16 @@ def _pair_losses(pairs: Pairs, mean_chosen_length: float, settings: DPOSettings)
         rejected_lengths=pairs.lengths[1],
         mean_chosen_length=mean_chosen_length,
         whole_chosen_logps=pairs.logps[0],
+        wpo_weight=pairs.wpo_weight,
         options=settings.options,
         reduction="none",
     )
-    return losses if pairs.wpo_weight is None else losses * pairs.wpo_weight
 
 
 def pair_metrics(pairs: Pairs, scale: torch.Tensor, settings: DPOSettings) -> dict[str, Metric]:
     """Metrics of a micro-batch as shares, by scale (P,), of the mini-batch's mean over pairs; names as in TRL."""
-    rewards_chosen, rewards_rejected = implicit_rewards(*pairs.compared, settings.beta)
+    both = zip(*pairs.compared, strict=True)  # of the chosen responses, then of the rejected ones
+    rewards_chosen, rewards_rejected = (implicit_rewards(*logps, settings.beta) for logps in both)
     divergence = pairs.logps - pairs.ref_logps
     if settings.average_log_prob:
         divergence = divergence * pairs.lengths
