@@ -110,7 +110,8 @@ class DataParallelPPOActor(RowWorker):
                     tu.assign_non_tensor(rows, micro_batch_size_per_gpu=mini_batch.rows_per_micro_batch)
                 if settings.batch_coupled:
                     self._attach_coupled_gradients(rows, settings)
-                self._collect(metrics, self.train_batch(rows))
+                lr = self.engine.optimizer.param_groups[0]["lr"]  # verl reports the next step's
+                self._collect(metrics, self.train_batch(rows), lr)
         return tu.get_tensordict(tensor_dict={}, non_tensor_dict={"metrics": metrics}).cpu() if metrics else None
 
     def _attach_coupled_gradients(self, rows: TensorDict, settings: DPOSettings) -> None:
@@ -140,10 +141,10 @@ class DataParallelPPOActor(RowWorker):
         lengths = rows["input_ids"].offsets().diff()[None].to(self.device_name)
         return torch.cat(gather_columns(lengths, self.engine.get_data_parallel_group()), dim=1)[0].tolist()
 
-    def _collect(self, metrics: dict[str, list], output: TensorDict | None) -> None:
+    def _collect(self, metrics: dict[str, list], output: TensorDict | None, lr: float) -> None:
         if output is None:  # a rank that holds a copy of another's output (sequence parallelism)
             return
-        found = tu.get(output, "metrics")
+        found = tu.get(output, "metrics") | {"lr": lr}
         skipped = not math.isfinite(found["grad_norm"])  # of all ranks' gradients
         metrics.setdefault("skipped", []).append(skipped)
         for name, value in found.items() if not skipped else ():
