@@ -7,6 +7,7 @@ are, the others are stopped, vLLM gives the device to the update, and with the n
 import transfer_queue as tq
 from verl.trainer.ppo.v1.trainer_base import _count_tq_prompt_groups
 
+from recipe.spin.engine.rows import trajectory_place
 from recipe.spin.rollout.agent_loop import ResumingClient
 from recipe.spin.spin_trainer import SpinTrainer
 
@@ -49,7 +50,7 @@ class AsyncSpinTrainer(SpinTrainer):
         """
         tags = (tq.kv_list(partition_id) or {}).get(partition_id, {})
         waiting = {key for key, tag in tags.items() if tag.get("is_prompt")}
-        trained_on = [key for key in tags if key not in waiting and key.rsplit("_", 2)[0] not in waiting]
+        trained_on = [key for key in tags if key not in waiting and trajectory_place(key)[0] not in waiting]
         if trained_on:
             tq.kv_clear(keys=trained_on, partition_id=partition_id)
         failed = [key for key in waiting if tags[key]["status"] == "failure"]

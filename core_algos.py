@@ -8,6 +8,7 @@ Shapes: B prompts, n responses each, T response tokens, P preference pairs. Log-
 
 import math
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from recipe.spin.losses import (
     Loss,
     LossOptions,
     PairLogps,
+    at_least_float32,
     check_beta,
     check_loss_settings,
     check_shapes,
@@ -52,6 +54,8 @@ __all__ = [  # with the losses': other recipes import this file
 PAIRINGS = ("best_worst", "random", "all")
 TIE_POLICIES = ("drop", "first")
 _BETA = "beta (algorithm.dpo_beta)"
+# Rewards come in float32, in which 0.4 - 0.3 is less than 0.1: what a score of size 1 may be off by, with some to spare
+SCORE_ROUNDING = 1e-6
 BetaSchedule = float | Mapping[str, Any] | Sequence[float]
 
 
@@ -82,24 +86,26 @@ def compute_onlineDPO_pref(
     of its rewards over the mask, in the reward's units; what stands outside the mask is never read.
     pairing: "best_worst", the highest against the lowest score (the first of equals); "random", one of the prompt's
     untied pairs, each as likely, by `generator` (on the CPU); "all", every untied pair.
-    Scores tie if they are equal or less than min_margin apart. Without an untied pair, a prompt gives none by
-    tie_policy="drop"; by "first" its first response is preferred to its last.
+    Scores tie if they are equal or less than min_margin apart, where float32's rounding of the scores does not count.
+    Without an untied pair, a prompt gives none by tie_policy="drop"; by "first" its first response is preferred to its
+    last.
     scored (B*n,) bool, false where a response has no score: it takes part in no pair. None: all have one.
-    Errors: ValueError naming the setting, shape or row.
+    No gradient passes through the margins. Errors: ValueError naming the setting, shape or row.
     Source: online DPO, arXiv 2402.04792, Algorithm 1; best against worst, ties dropped: arXiv 2401.10020, Section 2."""
-    if n < 2:
-        raise ValueError(f"n (actor_rollout_ref.rollout.n) is {n}: a preference takes at least 2 responses per prompt.")
+    if not (_is_count(n) and n >= 2):
+        raise ValueError(
+            f"n (actor_rollout_ref.rollout.n) is {n!r}: a preference takes a whole number of responses per prompt, at "
+            "least 2."
+        )
     for key, value, known in (("pairing", pairing, PAIRINGS), ("tie_policy", tie_policy, TIE_POLICIES)):
         if value not in known:
             raise ValueError(f"{key} (algorithm.dpo_{key}) is {value!r}: choose one of {', '.join(known)}.")
     if not (is_number(min_margin) and min_margin >= 0):
         raise ValueError(f"min_margin (algorithm.dpo_min_margin) is {min_margin!r}: give a number >= 0.")
-    if scored is not None:
-        token_level_rewards = torch.where(scored[:, None], token_level_rewards, 0.0)
-    scores = _grouped_scores(token_level_rewards, response_mask, n)
-    scored = torch.ones_like(scores, dtype=torch.bool) if scored is None else scored.view(-1, n)
+    scores, scored = _grouped_scores(token_level_rewards, response_mask, n, scored)
     gap = scores[:, :, None] - scores[:, None, :]  # (B, n, n): by how much response i leads response j
-    untied = (gap > 0) & (gap >= min_margin) & scored[:, :, None] & scored[:, None, :]
+    rounding = SCORE_ROUNDING * torch.maximum(scores[:, :, None].abs(), scores[:, None, :].abs())
+    untied = (gap > 0) & (gap >= min_margin - rounding) & scored[:, :, None] & scored[:, None, :]
 
     if pairing == "all":
         keep = untied.clone()
@@ -128,7 +134,7 @@ def compute_self_play_pref(differs: Tensor, n: int = 1) -> PreferencePairs:
     i*n + n-1 are the opponent's responses to prompt i, row B*n + i is the data's. margin counts the data's response 1
     and the opponent's 0. Errors: ValueError if the rows are not complete prompts.
     Source: SPIN, arXiv 2401.01335, Algorithm 1."""
-    if n < 1 or differs.dim() != 1 or len(differs) % n:
+    if not (_is_count(n) and n >= 1) or differs.dim() != 1 or len(differs) % n:
         raise ValueError(f"differs has shape {tuple(differs.shape)}, no multiple of n={n} rows: keep prompts complete.")
     keep = differs.bool().view(-1, n)
     rejected = keep.flatten().nonzero().squeeze(1)
@@ -157,17 +163,26 @@ def penalize_missing_eos(scores: Tensor, ended: Tensor, penalty: float) -> Tenso
     return torch.where(ended.bool(), scores, scores - penalty)
 
 
-def _grouped_scores(rewards: Tensor, mask: Tensor, n: int) -> Tensor:
-    """Scores (B, n), in float64 so that rounding in the sum over tokens does not break ties."""
+def _is_count(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _grouped_scores(rewards: Tensor, mask: Tensor, n: int, scored: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Scores (B, n), in float64 so that rounding in the sum over tokens does not break ties, and which there are."""
     check_shapes("B*n, T", token_level_rewards=rewards, response_mask=mask)
     if len(rewards) % n:
         raise ValueError(f"token_level_rewards has {len(rewards)} rows, no multiple of n={n}: keep prompts complete.")
-    scores = torch.where(mask.bool(), rewards.double(), 0.0).sum(dim=-1)
+    if scored is None:
+        scored = torch.ones(len(rewards), dtype=torch.bool, device=rewards.device)
+    check_shapes("B*n", scored=scored, responses=mask.sum(dim=-1))
+    if scored.dtype != torch.bool:
+        raise ValueError(f"scored is of dtype {scored.dtype}: pass booleans, false where a response has no score.")
+    scores = torch.where(mask.bool() & scored[:, None], rewards.detach().double(), 0.0).sum(dim=-1)
     if not scores.isfinite().all():
         row = int(scores.isfinite().long().argmin())
         where = f"row {row} (prompt {row // n}, response {row % n})"
         raise ValueError(f"{where} has score {scores[row]}: let the reward function return finite numbers only.")
-    return scores.view(-1, n)
+    return scores.view(-1, n), scored.view(-1, n)
 
 
 # ---- Log-probs, rewards, beta ----------------------------------------------------------------------------------------
@@ -175,11 +190,12 @@ def sequence_logps(token_logps: Tensor, response_mask: Tensor, average: bool = F
     """Log-prob of each response: the sum, or with `average` the mean, of its tokens' log-probs.
 
     Shapes: token_logps, response_mask (B, T); returns (B,), 0 for an empty response. Units: nats, or nats per token.
+    Summed in float32, or float64 where the log-probs are: in half precision 2000 tokens are past what it can hold.
     What stands outside the mask (padding may hold NaN) reaches neither value nor gradient.
     Errors: ValueError for unequal shapes. Source: DPO, arXiv 2305.18290, Eq. 7; for the mean see `ipo_loss`."""
     check_shapes("B, T", token_logps=token_logps, response_mask=response_mask)
     mask = response_mask.bool()
-    total = torch.where(mask, token_logps, 0.0).sum(dim=-1)
+    total = torch.where(mask, at_least_float32(token_logps), 0.0).sum(dim=-1)
     return total / mask.sum(dim=-1).clamp(min=1) if average else total
 
 
@@ -189,7 +205,9 @@ def length_desensitized_logps(token_logps: Tensor, response_mask: Tensor, shared
     Shapes: token_logps, response_mask (N, T), shared (N,), the length of the pair's shorter response; returns (N,).
     Units: nats. alpha 1 gives `sequence_logps`, 0 compares responses of equal length. Masked tokens are not counted.
     Errors: ValueError for unequal shapes. Source: LD-DPO, arXiv 2409.06411: log p(y_1..s) + alpha log p(y_s+1..|y|)."""
+    check_shapes("N, T", token_logps=token_logps, response_mask=response_mask)
     check_shapes("N", shared=shared, responses=response_mask.sum(dim=-1))
+    token_logps = at_least_float32(token_logps)
     inside = response_mask.cumsum(dim=-1) <= shared[:, None]
     return sequence_logps(torch.where(inside, token_logps, alpha * token_logps), response_mask)
 
@@ -201,14 +219,18 @@ def wpo_weights(token_logps: Tensor, log_expected_probs: Tensor, response_mask: 
     multiplied by both its responses' weights; there is no gradient through them.
     Shapes: all (N, T); returns (N,). log_expected_probs = log sum_v pi(v)^2: a token drawn from pi has it in the mean.
     Errors: ValueError for unequal shapes. Source: WPO, arXiv 2406.11827, Eq. 2, "sampled alignment", as in TRL."""
-    return sequence_logps(token_logps - log_expected_probs, response_mask, average=True).exp().detach()
+    check_shapes("N, T", token_logps=token_logps, log_expected_probs=log_expected_probs, response_mask=response_mask)
+    lead = at_least_float32(token_logps) - at_least_float32(log_expected_probs)
+    return sequence_logps(lead, response_mask, average=True).exp().detach()
 
 
 def implicit_rewards(policy_logps: Tensor, reference_logps: Tensor, beta: float) -> Tensor:
     """The reward that DPO sees in a response, up to a constant of the prompt: beta [log pi(y|x) - log ref(y|x)].
 
-    Shapes: (N,) each; returns (N,). Units: those of beta times nats. Source: DPO, arXiv 2305.18290, Eq. 5."""
-    return beta * (policy_logps - reference_logps)
+    Shapes: (N,) each; returns (N,), in float32 or float64. Units: those of beta times nats.
+    Errors: ValueError for unequal shapes. Source: DPO, arXiv 2305.18290, Eq. 5."""
+    check_shapes("N", policy_logps=policy_logps, reference_logps=reference_logps)
+    return beta * (at_least_float32(policy_logps) - at_least_float32(reference_logps))
 
 
 def beta_at(schedule: BetaSchedule, step: int, total_steps: int, steps_per_epoch: int | None = None) -> float:

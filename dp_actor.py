@@ -110,7 +110,8 @@ class DataParallelPPOActor(RowWorker):
                     tu.assign_non_tensor(rows, micro_batch_size_per_gpu=mini_batch.rows_per_micro_batch)
                 if settings.batch_coupled:
                     self._attach_coupled_gradients(rows, settings)
-                self._collect(metrics, self.train_batch(rows))
+                lr = self.engine.optimizer.param_groups[0]["lr"]  # verl reports the next step's
+                self._collect(metrics, self.train_batch(rows), lr)
         return tu.get_tensordict(tensor_dict={}, non_tensor_dict={"metrics": metrics}).cpu() if metrics else None
 
     def _attach_coupled_gradients(self, rows: TensorDict, settings: DPOSettings) -> None:
@@ -140,10 +141,10 @@ class DataParallelPPOActor(RowWorker):
         lengths = rows["input_ids"].offsets().diff()[None].to(self.device_name)
         return torch.cat(gather_columns(lengths, self.engine.get_data_parallel_group()), dim=1)[0].tolist()
 
-    def _collect(self, metrics: dict[str, list], output: TensorDict | None) -> None:
+    def _collect(self, metrics: dict[str, list], output: TensorDict | None, lr: float) -> None:
         if output is None:  # a rank that holds a copy of another's output (sequence parallelism)
             return
-        found = tu.get(output, "metrics")
+        found = tu.get(output, "metrics") | {"lr": lr}
         skipped = not math.isfinite(found["grad_norm"])  # of all ranks' gradients
         metrics.setdefault("skipped", []).append(skipped)
         for name, value in found.items() if not skipped else ():
@@ -298,7 +299,7 @@ def coupled_gradient(table: torch.Tensor, settings: DPOSettings) -> tuple[torch.
 def _pair_losses(pairs: Pairs, mean_chosen_length: float, settings: DPOSettings) -> torch.Tensor:
     """Losses (P,) of pairs."""
     policy, reference = pairs.compared
-    losses = compute_online_dpo_loss(
+    return compute_online_dpo_loss(
         *policy,
         *reference,
         beta=settings.beta,
@@ -310,15 +311,16 @@ def _pair_losses(pairs: Pairs, mean_chosen_length: float, settings: DPOSettings)
         rejected_lengths=pairs.lengths[1],
         mean_chosen_length=mean_chosen_length,
         whole_chosen_logps=pairs.logps[0],
+        wpo_weight=pairs.wpo_weight,
         options=settings.options,
         reduction="none",
     )
-    return losses if pairs.wpo_weight is None else losses * pairs.wpo_weight
 
 
 def pair_metrics(pairs: Pairs, scale: torch.Tensor, settings: DPOSettings) -> dict[str, Metric]:
     """Metrics of a micro-batch as shares, by scale (P,), of the mini-batch's mean over pairs; names as in TRL."""
-    rewards_chosen, rewards_rejected = implicit_rewards(*pairs.compared, settings.beta)
+    both = zip(*pairs.compared, strict=True)  # of the chosen responses, then of the rejected ones
+    rewards_chosen, rewards_rejected = (implicit_rewards(*logps, settings.beta) for logps in both)
     divergence = pairs.logps - pairs.ref_logps
     if settings.average_log_prob:
         divergence = divergence * pairs.lengths

@@ -34,6 +34,7 @@ class SpinWorker(ActorRolloutRefWorker):
     ref_worker_cls = RowWorker
 
     rollout_model = "actor"
+    _reference_refreshed = False  # since it was loaded from the model
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def init_model(self):
@@ -67,6 +68,11 @@ class SpinWorker(ActorRolloutRefWorker):
         return self.actor.response_logps(data)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def advance_learning_rate(self) -> None:
+        """Goes on by one step in the learning rate's schedule, which counts steps that train nothing as well."""
+        self.actor.engine.lr_scheduler_step()
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def choose_rollout_model(self, name: str) -> None:
         """Says whose weights the next pushes send to vLLM: the "actor"'s or the "reference"'s."""
         self.rollout_model = name
@@ -95,7 +101,7 @@ class SpinWorker(ActorRolloutRefWorker):
     def save_checkpoint(self, local_path, hdfs_path=None, global_step=0, max_ckpt_to_keep=None):
         """Saves the actor as verl does, and beside it the reference once it differs from the model that was loaded."""
         super().save_checkpoint(local_path, hdfs_path, global_step, max_ckpt_to_keep)
-        if getattr(self, "_reference_refreshed", False):
+        if self._reference_refreshed:
             self.ref.save_checkpoint(_reference_path(local_path), global_step=global_step)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)

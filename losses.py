@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+_CHOOSE_DIVERGENCE = f"choose one of {', '.join(F_DIVERGENCES)}"
 LARGEST_EXPONENT = 80.0  # as TRL: exp of more has no place in float32, and no use as a score
 # Names of options that not every loss takes
 F_DIVERGENCE, LENGTH, LD = EVERY_OPTION = ("f_divergence_type", "length_penalty", "ld_alpha")
@@ -31,7 +32,10 @@ class LossOptions:
     f_divergence_type, f_alpha_divergence_coef: the divergence from the reference that is held small; see `f_score`.
     ld_alpha: LD-DPO's weight of the tokens by which a response is longer than the other; see
         core_algos.length_desensitized_logps, which gives the log-probs to call the loss with. None: 1, as DPO.
-    use_weighting: whether WPO's weights multiply the pairs' losses; see core_algos.wpo_weights, which gives them."""
+    use_weighting: whether WPO's weights multiply the pairs' losses; see core_algos.wpo_weights, which gives them.
+
+    A loss is computed of sums, in which tokens are no longer to be seen. With ld_alpha and use_weighting
+    `compute_online_dpo_loss` therefore takes what its caller computed by token, and refuses to go without."""
 
     simpo_gamma: float = 0.5
     dpop_lambda: float = 50.0
@@ -67,9 +71,18 @@ def is_number(value: Any) -> bool:
 
 
 def check_shapes(axes: str, **tensors: Tensor) -> None:
+    """Errors: ValueError for what is no tensor, has other axes than these ("B, T") or another shape than the others."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name} is of type {type(tensor).__name__}: pass a tensor.")
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if len(set(shapes.values())) > 1 or any(len(shape) != axes.count(",") + 1 for shape in shapes.values()):
         raise ValueError(f"shapes are {shapes}: each must be ({axes}), as unequal ones would broadcast.")
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """The tensor in float32, or float64 if it is: in half precision sums over tokens lose digits or overflow."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 # ---- What losses look at ---------------------------------------------------------------------------------------------
@@ -126,7 +139,10 @@ def f_score(logratio: Tensor, f_divergence_type: str = "reverse_kl", f_alpha_div
 
     Shapes: logratio = log u (N,); returns (N,). reverse_kl: log u. forward_kl: 1 - 1/u. js_divergence: log 2u/(1+u).
     alpha_divergence: (u^(coef-1) - 1) / (coef - 1), which is reverse_kl at coef 1 and forward_kl at 0; the paper's
-    alpha is 1 - coef. Source: f-DPO, arXiv 2309.16240; coef and the bound on exponents as in TRL's DPOTrainer."""
+    alpha is 1 - coef. Errors: ValueError for another divergence.
+    Source: f-DPO, arXiv 2309.16240; coef and the bound on exponents as in TRL's DPOTrainer."""
+    if f_divergence_type not in F_DIVERGENCES:
+        raise ValueError(f"f_divergence_type is {f_divergence_type!r}: {_CHOOSE_DIVERGENCE}.")
     if f_divergence_type == "js_divergence":
         return math.log(2) + F.logsigmoid(logratio)
     coef = {"reverse_kl": 1.0, "forward_kl": 0.0, "alpha_divergence": f_alpha_divergence_coef}[f_divergence_type]
@@ -157,7 +173,12 @@ def register_loss(
     needs_reference: bool = False,
     takes: Collection[str] = (),
 ) -> Callable:
-    """Decorator that enters a function of PairLogps into LOSSES. Errors: ValueError if the name is taken."""
+    """Decorator that enters a function of PairLogps into LOSSES.
+
+    Errors: ValueError if the name is taken, or if `takes` names what is not in EVERY_OPTION."""
+    unknown = sorted(set(takes) - set(EVERY_OPTION))
+    if unknown:
+        raise ValueError(f"loss {name!r} takes {', '.join(unknown)}: choose from {', '.join(EVERY_OPTION)}.")
 
     def register(function: Callable[[PairLogps], Tensor]) -> Callable[[PairLogps], Tensor]:
         if name in LOSSES:
@@ -332,11 +353,13 @@ def check_loss_settings(
 
 def _check_options(options: LossOptions) -> None:
     """Each option by itself."""
+    if not isinstance(options, LossOptions):
+        raise ValueError(f"options is of type {type(options).__name__}: pass LossOptions(name=value, ...).")
     ranges = {
         "simpo_gamma": (lambda value: is_number(value) and value >= 0, "give a number >= 0"),
         "dpop_lambda": (lambda value: is_number(value) and value >= 0, "give a number >= 0, the paper's is 50"),
         LENGTH: (lambda value: is_number(value) and value >= 0, "it is taken off, so give a number >= 0"),
-        F_DIVERGENCE: (lambda value: value in F_DIVERGENCES, f"choose one of {', '.join(F_DIVERGENCES)}"),
+        F_DIVERGENCE: (lambda value: value in F_DIVERGENCES, _CHOOSE_DIVERGENCE),
         "f_alpha_divergence_coef": (is_number, "give a number, for example 0.5"),
         LD: (
             lambda value: value is None or (is_number(value) and 0 <= value <= 1),
@@ -374,6 +397,31 @@ def _check_combination(names: list[str], options: LossOptions, average_log_prob:
         )
 
 
+def _check_needs(
+    names: list[str],
+    options: LossOptions,
+    lengths: Mapping[str, Tensor | None],
+    whole_chosen_logps: Tensor | None,
+    wpo_weight: Tensor | None,
+) -> None:
+    """What the losses and options need and the log-probs of responses do not hold."""
+    asking = [f"the loss {name}" for name in names if LOSSES[name].needs_lengths]
+    asking += ["a length_penalty"] if options.length_penalty else []
+    if asking and any(one is None for one in lengths.values()):
+        raise ValueError(f"{asking[0]} needs lengths: pass {' and '.join(lengths)}.")
+    if options.ld_alpha is not None and whole_chosen_logps is None:
+        raise ValueError(
+            f"ld_alpha is {options.ld_alpha}, which weighs tokens: pass log-probs of length_desensitized_logps, and as "
+            "whole_chosen_logps those that sequence_logps gives of the chosen responses."
+        )
+    if options.use_weighting != (wpo_weight is not None):
+        presence = "wpo_weight is missing" if wpo_weight is None else "wpo_weight is there"
+        raise ValueError(
+            f"use_weighting is {options.use_weighting}, {presence}: set it "
+            "and pass for each pair the product of both responses' wpo_weights, or do neither."
+        )
+
+
 def compute_online_dpo_loss(
     policy_chosen_logps: Tensor,
     policy_rejected_logps: Tensor,
@@ -389,18 +437,21 @@ def compute_online_dpo_loss(
     rejected_lengths: Tensor | None = None,
     mean_chosen_length: Tensor | float | None = None,
     whole_chosen_logps: Tensor | None = None,
+    wpo_weight: Tensor | None = None,
     discopop_tau: float = 0.05,
     options: LossOptions = LossOptions(),
     reduction: str = "mean",
 ) -> Tensor:
     """The preference loss of P pairs: one of LOSSES, or the sum of several, times loss_weights (default 1 each).
 
-    Shapes: log-probs (P,) in nats, lengths (P,) in tokens; returns a scalar, or (P,) with reduction="none".
+    Shapes: log-probs (P,) in nats, lengths (P,) in tokens; returns a scalar, or (P,) with reduction="none". Computed
+    in float32, or float64 where the log-probs are.
     reference_free counts the reference's log-probs, which may then be None, as 0. label_smoothing is read by sigmoid,
     robust, exo_pair, aot, aot_unpaired, simpo and dpop; lengths by sigmoid_norm, simpo, sft and a length_penalty.
-    With ld_alpha the log-probs are those of core_algos.length_desensitized_logps, and whole_chosen_logps, for sft,
-    those of the whole chosen responses. See `Loss` for what batch-coupled means.
-    Errors: ValueError for settings, shapes, missing lengths, and for the mean of no pairs.
+    ld_alpha: the log-probs must be those of core_algos.length_desensitized_logps, and whole_chosen_logps (P,), which
+    sft holds up, those of the whole chosen responses. use_weighting: wpo_weight (P,) multiplies the losses, of each
+    pair both responses' core_algos.wpo_weights multiplied. See `Loss` for what batch-coupled means.
+    Errors: ValueError for settings, shapes, what an option needs and is missing, and for the mean of no pairs.
     Source: DPO, arXiv 2305.18290, Eq. 7, online as in arXiv 2402.04792, Algorithm 1; each other loss names its own."""
     parts = check_loss_settings(
         loss_type,
@@ -413,19 +464,37 @@ def compute_online_dpo_loss(
     )
     if reduction not in ("mean", "none"):
         raise ValueError(f"reduction is {reduction!r}: choose mean or none.")
-    if reference_free:
-        reference_chosen_logps = reference_rejected_logps = torch.zeros_like(policy_chosen_logps)
-    elif reference_chosen_logps is None or reference_rejected_logps is None:
+    if not reference_free and (reference_chosen_logps is None or reference_rejected_logps is None):
         raise ValueError("the reference's log-probs are missing: pass them, or set reference_free.")
-    asking = [f"the loss {name}" for name, _ in parts if LOSSES[name].needs_lengths]
-    asking += ["a length_penalty"] if options.length_penalty else []
-    if asking and (chosen_lengths is None or rejected_lengths is None):
-        raise ValueError(f"{asking[0]} needs lengths: pass chosen_lengths and rejected_lengths.")
-    logps = (policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
-    lengths = (chosen_lengths, rejected_lengths, mean_chosen_length)
-    pairs = PairLogps(*logps, beta, label_smoothing, discopop_tau, *lengths, options, whole_chosen_logps)
-    check_shapes("P", **{k: x for k, x in vars(pairs).items() if isinstance(x, Tensor) and k != "mean_chosen_length"})
+    lengths = {"chosen_lengths": chosen_lengths, "rejected_lengths": rejected_lengths}
+    _check_needs([name for name, _ in parts], options, lengths, whole_chosen_logps, wpo_weight)
+
+    logps = {"policy_chosen": policy_chosen_logps, "policy_rejected": policy_rejected_logps}
+    if not reference_free:
+        logps |= {"reference_chosen": reference_chosen_logps, "reference_rejected": reference_rejected_logps}
+    if whole_chosen_logps is not None:
+        logps["whole_chosen"] = whole_chosen_logps
+    others = {name: tensor for name, tensor in (*lengths.items(), ("wpo_weight", wpo_weight)) if tensor is not None}
+    check_shapes("P", **{f"{name}_logps": tensor for name, tensor in logps.items()}, **others)
+    if isinstance(mean_chosen_length, Tensor) and mean_chosen_length.dim():
+        raise ValueError(f"mean_chosen_length has shape {tuple(mean_chosen_length.shape)}: pass a single number.")
     if reduction == "mean" and not len(policy_chosen_logps):
         raise ValueError("there are no preference pairs, so their loss has no mean: skip the update of this step.")
+
+    logps = {name: at_least_float32(tensor) for name, tensor in logps.items()}
+    if reference_free:
+        zeros = torch.zeros_like(logps["policy_chosen"])
+        logps |= {"reference_chosen": zeros, "reference_rejected": zeros}
+    pairs = PairLogps(
+        **logps,
+        **lengths,
+        beta=beta,
+        label_smoothing=label_smoothing,
+        discopop_tau=discopop_tau,
+        mean_chosen_length=mean_chosen_length,
+        options=options,
+    )
     losses = sum(weight * LOSSES[name].function(pairs) for name, weight in parts)
+    if wpo_weight is not None:
+        losses = losses * wpo_weight
     return losses.mean() if reduction == "mean" else losses

@@ -204,13 +204,15 @@ class SpinTrainer(OpponentInVLLM, StaleWeights, HeldOutValidation, PPOTrainerSyn
             with marked_timer("update_actor", timing_raw, color="red"):
                 self._update_actor(rows, metrics)
             self._name_logp_gap(metrics)
+        else:
+            self.actor_rollout_wg.advance_learning_rate()
         return batch
 
     def _prefer(self, batch: KVBatchMeta, metrics: dict) -> TensorDict | None:
         """Picks the pairs of the batch and lays them out; None when no prompt has a better and a worse response."""
         n = self.config.actor_rollout_ref.rollout.n
         batch = batch.select_keys(sorted(batch.keys, key=trajectory_place))  # not the order of their completion
-        prompts = [key.rsplit("_", 2)[0] for key in batch.keys]
+        prompts = [trajectory_place(key)[0] for key in batch.keys]
         self._check_complete(prompts, n)
 
         fields = [*RESPONSE_FIELDS, "rm_scores", "extra_fields", *self.source.fields]

@@ -3,7 +3,10 @@
 The gradient of the DPO loss is a weighted sum of the gradients of the responses' log-probs. The weights, with their
 signs turned, are advantages: PPO's loss at ratio 1 then has the gradient of DPO, and everything else stays verl's.
 
-    python examples/preference_advantage.py device=cpu actor_rollout_ref.model.path=MODEL data.train_files=... \
+From the checkout, on a CPU after `source verl_cpu/env.sh`:
+
+    python -m recipe.spin.examples.preference_advantage device=cpu \
+        actor_rollout_ref.model.path=MODEL data.train_files=... \
         data.val_files=... reward.custom_reward_function.path=... \
         actor_rollout_ref.rollout.agent.default_agent_loop=single_turn_agent \
         actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-sum \

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer, ReplayBufferAsync
 
+from recipe.spin.engine.rows import trajectory_place
 from recipe.spin.rollout.scored_groups import ScoredGroups
 
 WAIT_SECONDS = 60.0
@@ -30,8 +31,8 @@ class InOrder:
         place = {uid: number for number, uid in enumerate(selected_prompt_uids)}
 
         def order(key: str) -> tuple[int, int, int]:
-            uid, session, index = key.rsplit("_", 2)
-            return place.get(uid, -1), int(session), int(index)
+            uid, session, index = trajectory_place(key)
+            return place.get(uid, -1), session, index
 
         snapshot = {key: partition_snapshot[key] for key in sorted(partition_snapshot, key=order)}
         batch = super()._materialize_batch(partition_id, selected_prompt_uids, snapshot)

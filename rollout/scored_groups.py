@@ -6,6 +6,7 @@ from collections import defaultdict
 import transfer_queue as tq
 from verl.trainer.ppo.v1.replay_buffer import FILTER_GROUPS_REWARD_METRIC
 
+from recipe.spin.engine.rows import trajectory_place
 from recipe.spin.rollout.reward_error import RewardError
 from recipe.spin.rollout.scoring import FAULT
 
@@ -26,6 +27,7 @@ class ScoredGroups:
     _batch_size = math.inf
     # Since the last sample: responses with a score and without one, prompts of whose responses none has one
     _scored = _without_score = _prompts_without_score = 0
+    _counted: frozenset[str] = frozenset()  # prompts that stand in them
 
     def sample(self, global_steps: int, partition_id: str, batch_size: int):
         """verl's sample; its metrics have the responses without a score, those of replaced prompts as well.
@@ -40,6 +42,7 @@ class ScoredGroups:
         if self._without_score:
             metrics = metrics | {WITHOUT_SCORE: self._without_score}
         self._scored = self._without_score = self._prompts_without_score = 0
+        self._counted = frozenset()
         return batch, metrics
 
     def _dapo_filtered_keys(self, partition_id: str):
@@ -52,16 +55,18 @@ class ScoredGroups:
         known = self._dapo_classification_cache[partition_id]
         groups = defaultdict(list)
         for key, reward, extra in self._rewards_of(partition_id, self.finished_keys[partition_id] - known.keys()):
-            groups[key.split("_")[0]].append((reward, extra))
+            groups[trajectory_place(key)[0]].append((reward, extra))
         for uid, group in groups.items():
             values = [self._value(reward, extra) for reward, extra in group if not math.isnan(reward)]
-            self._count(group, len(values))
+            if uid not in self._counted:  # verl forgets what it knows of prompts that wait for a refill (WholeRounds)
+                self._count(group, len(values))
             if len(values) < len(group) and None not in values:  # else verl says which metric is missing
                 known[uid] = None if len(set(values)) > 1 else next(iter(values), math.nan)
+        self._counted = self._counted.union(groups)
 
     def _rewards_of(self, partition_id: str, uids: set[str]) -> list[tuple[str, float, dict]]:
         """The key, the reward and the extra fields of each response to these prompts."""
-        keys = [key for key in self.partitions[partition_id] if key.split("_")[0] in uids]
+        keys = [key for key in self.partitions[partition_id] if trajectory_place(key)[0] in uids]
         if not keys:
             return []
         data = tq.kv_batch_get(keys=keys, partition_id=partition_id, select_fields=["rm_scores", "extra_fields"])

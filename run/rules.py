@@ -21,6 +21,7 @@ MODEL, SHARE_PROMPT = "actor_rollout_ref.model", "actor_rollout_ref.share_prompt
 MODE = "trainer.v1.trainer_mode"
 ULYSSES = "fsdp_config.ulysses_sequence_parallel_size"
 FP32 = ("fp32", "float32", "32", 32)  # verl's names for it
+FP16 = ("fp16", "float16")
 LOSS_OPTIONS = [field.name for field in fields(LossOptions)]
 # Packages that verl's loggers import
 LOGGER_PACKAGES = {name: name for name in ("wandb", "tensorboard", "mlflow", "swanlab", "clearml", "trackio")}
@@ -173,14 +174,23 @@ def precisions_are_known(settings: Settings) -> None:
     settings.require(not unknown, key, f"{', '.join(unknown)} must be one of {', '.join(known)}")
 
 
+def the_actor_trains_without_fp16(settings: Settings) -> None:
+    """verl scales an fp16 loss from 65536 down until gradients hold, and keeps the scale in no checkpoint."""
+    key = f"{ACTOR}.fsdp_config"
+    reason = "fp16 overflows in training, and each overflow counts in trainer.max_skipped_steps; use bf16 or fp32"
+    settings.require(settings[f"{key}.model_dtype"] not in FP16, f"{key}.model_dtype", reason)
+    asked = [name for name, value in (settings[f"{key}.mixed_precision"] or {}).items() if value in FP16]
+    settings.require(not asked, f"{key}.mixed_precision", f"{', '.join(asked)}: {reason}")
+
+
 def shared_prompts_meet_half_precision(settings: Settings) -> None:
     key = f"{ACTOR}.fsdp_config.mixed_precision"
     computed = (settings[key] or {}).get("param_dtype", "bf16")  # verl's default
     settings.require(
         computed not in FP32 or settings["trainer.device"] != "cuda" or not settings[SHARE_PROMPT],
         f"{key}.param_dtype",
-        f"attention kernels on a GPU compute in bf16 or fp16; set one of them, or {SHARE_PROMPT}=False: each response "
-        "then gets a copy of the prompt, and the model's own attention",
+        f"attention kernels on a GPU compute in half precision; set bf16, or {SHARE_PROMPT}=False: each response then "
+        "gets a copy of the prompt, and the model's own attention",
     )
 
 
@@ -478,6 +488,7 @@ RULES: tuple[Callable[[Settings], None], ...] = (
     small_steps_need_fp32,
     reference_is_sharded_as_the_actor,
     precisions_are_known,
+    the_actor_trains_without_fp16,
     shared_prompts_meet_half_precision,
     reference_holds_what_the_actor_computes_with,
     batches_divide,

@@ -101,6 +101,15 @@ def filtering(request, monkeypatch) -> ReplayBuffer:
     buffer = kind(mode, None, None, "drop", None, poll_interval=0.0, refill_fn=lambda n: buffer.refill(n), **options)
     buffer.settle, buffer.is_idle, buffer.rewards_may_fail = lambda seconds: True, lambda: False, True
     buffer.given, buffer.asked = {}, 0
+    wait = buffer._wait_for_next_poll
+
+    def answer_and_wait(*args):
+        for uid, rewards in buffer.running.items():
+            give(buffer, uid, *rewards)
+        buffer.running.clear()
+        return wait(*args)
+
+    buffer.running, buffer._wait_for_next_poll = {}, answer_and_wait
 
     def get(keys, partition_id, select_fields):
         found = {
@@ -114,12 +123,16 @@ def filtering(request, monkeypatch) -> ReplayBuffer:
 
 
 def refill(buffer, *rewards: float) -> None:
-    def answer(count: int) -> None:
+    """Other prompts, which are being answered until the buffer looks again."""
+
+    def ask(count: int) -> None:
         for _ in range(count):
-            give(buffer, f"new{buffer.asked}", *rewards)
+            uid = f"new{buffer.asked}"
+            buffer.queue[uid] = prompt("running")
+            buffer.running[uid] = rewards
             buffer.asked += 1
 
-    buffer.refill = answer
+    buffer.refill = ask
 
 
 def test_a_prompt_ties_if_those_of_its_responses_that_have_a_score_do(filtering):

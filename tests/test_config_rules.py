@@ -23,6 +23,15 @@ BAD = [
         f"{ACTOR}.fsdp_config.mixed_precision.param_dtype=fp8",
         [f"{ACTOR}.fsdp_config.mixed_precision=", "param_dtype must be one of fp32, float32, bf16"],
     ),
+    (
+        f"{ACTOR}.fsdp_config.mixed_precision.param_dtype=fp16",
+        [f"{ACTOR}.fsdp_config.mixed_precision=", "param_dtype: fp16 overflows", "use bf16 or fp32"],
+    ),
+    (
+        f"{ACTOR}.fsdp_config.mixed_precision.reduce_dtype=float16",
+        [f"{ACTOR}.fsdp_config.mixed_precision=", "reduce_dtype: fp16 overflows"],
+    ),
+    (f"{ACTOR}.fsdp_config.model_dtype=fp16", [f"{ACTOR}.fsdp_config.model_dtype='fp16'", "use bf16 or fp32"]),
     (f"{ROLLOUT}.max_model_len=1000", [f"{ROLLOUT}.max_model_len=1000", "512 tokens at most"]),
     (f"{ROLLOUT}.tensor_model_parallel_size=2", [f"{ROLLOUT}.tensor_model_parallel_size=2", "the 1 ranks"]),
     (f"{ROLLOUT}.data_parallel_size=2", [f"{ROLLOUT}.data_parallel_size=2", "groups of 2"]),

@@ -1,5 +1,6 @@
 """Log-probs of responses, implicit rewards and beta schedules against numbers worked out by hand."""
 
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -36,6 +37,39 @@ def test_sequence_logps_gradient_stays_inside_the_mask(average):
 def test_sequence_logps_refuses_to_broadcast():
     with pytest.raises(ValueError, match=r"'token_logps': \(2, 3\), 'response_mask': \(1, 3\)"):
         sequence_logps(torch.zeros(2, 3), torch.ones(1, 3))
+
+
+@pytest.mark.parametrize(
+    ("kind", "summed"), [(torch.float16, torch.float32), (torch.bfloat16, torch.float32), (torch.float64,) * 2]
+)
+def test_2000_tokens_of_half_precision_are_summed(kind, summed):
+    """float16 ends at -65504."""
+    logps, mask = torch.full((1, 2000), -50.0, dtype=kind, requires_grad=True), torch.ones(1, 2000)
+    total = sequence_logps(logps, mask)
+    assert total.tolist() == [-100000.0] and total.dtype == summed
+    total.backward()
+    assert logps.grad.dtype == kind and (logps.grad == 1).all()
+    assert length_desensitized_logps(logps, mask, torch.tensor([1000]), 0.5).tolist() == [-75000.0]
+    assert wpo_weights(logps, logps + 0.5, mask).tolist() == pytest.approx([math.exp(-0.5)])
+    assert implicit_rewards(total, total + 1, 0.5).tolist() == [-0.5]
+
+
+ROWS = torch.zeros(3, 2)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: wpo_weights(ROWS, torch.zeros(3, 1), ROWS), r"'log_expected_probs': \(3, 1\)"),
+        (lambda: wpo_weights(ROWS, torch.zeros(2), ROWS), r"'log_expected_probs': \(2,\)"),
+        (lambda: implicit_rewards(torch.zeros(3), torch.zeros(3, 1), 0.1), r"'reference_logps': \(3, 1\).*\(N\)"),
+        (lambda: length_desensitized_logps(ROWS[:1], ROWS, torch.zeros(3), 0.1), r"'token_logps': \(1, 2\)"),
+        (lambda: sequence_logps([[-1.0]], ROWS), "token_logps is of type list: pass a tensor"),
+    ],
+)
+def test_nothing_broadcasts(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
 
 
 def test_implicit_rewards():

@@ -329,7 +329,7 @@ def test_the_example_of_another_trainer_trains(task, tiny_llama, tmp_path):
         "trainer.total_training_steps=3",
         "trainer.val_before_train=False",
         "trainer.save_freq=-1",
-        program=["examples/preference_advantage.py"],
+        program=["-m", "recipe.spin.examples.preference_advantage"],
     )
     losses = [json.loads(line)["data"]["preference/dpo_loss"] for line in (tmp_path / "verl.jsonl").open()]
     assert losses[0] == pytest.approx(math.log(2), abs=1e-5)

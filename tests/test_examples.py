@@ -22,6 +22,7 @@ from recipe.spin.examples.tasks import prepare as tasks
 from recipe.spin.examples.tasks import reward as tasks_reward
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+README = EXAMPLES.parent / "README.md"
 COLUMNS = ["data_source", "prompt", "ability", "reward_model", "extra_info"]
 ARITHMETIC_COLUMNS = ["data_source", "prompt", "real", "ability", "reward_model", "extra_info"]
 
@@ -366,6 +367,33 @@ def test_failed_download_names_pips_reason(tmp_path: Path, monkeypatch: pytest.M
 
 
 # ---- preference_advantage --------------------------------------------------------------------------------------------
+def test_the_command_of_the_preference_advantage_example_is_there() -> None:
+    from recipe.spin.examples import preference_advantage
+
+    (module,) = re.findall(r"^    python -m (\S+) ", preference_advantage.__doc__, re.MULTILINE)
+    assert module == preference_advantage.__name__
+
+
+@pytest.mark.parametrize(("scores", "pairs"), [([1.0, 0.0, 2.0, 2.0], 1), ([1.0] * 4, 0)])
+def test_the_readmes_lines_for_another_recipe_work(scores: list[float], pairs: int) -> None:
+    """Where all responses tie as well."""
+    import torch
+
+    (code,) = re.findall(r"## In your own recipe\n\n```python\n(.*?)```", README.read_text(), re.DOTALL)
+    mask = torch.ones(4, 3)
+    names = {
+        "token_level_rewards": torch.tensor(scores)[:, None] * torch.tensor([1.0, 0.0, 0.0]),
+        "response_mask": mask,
+        "policy_token_logps": -mask,
+        "ref_token_logps": -mask,
+    }
+    exec(code, names)
+    assert names["pairs"].chosen.tolist() == [0] * pairs
+    assert ("loss" in names) == (pairs > 0)
+    if pairs:
+        assert names["loss"].item() == pytest.approx(0.6931472)  # log 2, as the policy is the reference
+
+
 def test_preference_advantages_give_ppo_the_gradient_of_dpo() -> None:
     import torch
 

@@ -144,6 +144,19 @@ def test_reference_free_counts_the_reference_as_zero():
     assert free.item() == pytest.approx(0.2014132780)
 
 
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_half_precision_log_probs_are_compared_in_float32(name, kind):
+    pairs = [x.to(kind).requires_grad_() for x in two_pairs()]
+    settings = (0.3, 0.1, name)
+    lengths = dict(chosen_lengths=torch.tensor([2, 6]), rejected_lengths=torch.tensor([4, 1]))
+    loss = compute_online_dpo_loss(*pairs, *settings, **lengths)
+    assert loss.dtype == torch.float32
+    assert loss.item() == compute_online_dpo_loss(*(x.float() for x in pairs), *settings, **lengths).item()
+    loss.backward()
+    assert pairs[0].grad.dtype == kind and pairs[0].grad.abs().max() > 0
+
+
 def test_the_mean_and_its_gradient():
     pairs = [x.clone().requires_grad_() for x in two_pairs()]
     loss = compute_online_dpo_loss(*pairs, 0.5)
@@ -165,10 +178,14 @@ def test_no_pairs(name):
 
 def test_errors_of_the_loss():
     chosen, rejected, *reference = ONE_PAIR
-    with pytest.raises(ValueError, match=r"'policy_rejected': \(2,\)"):  # would broadcast
+    with pytest.raises(ValueError, match=r"'policy_rejected_logps': \(2,\)"):  # would broadcast
         compute_online_dpo_loss(chosen, rejected.expand(2), *reference, 0.1)
     with pytest.raises(ValueError, match=r"'chosen_lengths': \(3,\)"):
         compute_online_dpo_loss(*ONE_PAIR, 0.1, chosen_lengths=torch.ones(3))
+    with pytest.raises(ValueError, match="rejected_lengths is of type list: pass a tensor"):
+        compute_online_dpo_loss(*ONE_PAIR, 0.1, chosen_lengths=torch.ones(1), rejected_lengths=[1])
+    with pytest.raises(ValueError, match=r"mean_chosen_length has shape \(1, 1\)"):  # would make a table of pairs
+        compute_online_dpo_loss(*ONE_PAIR, 0.1, mean_chosen_length=torch.ones(1, 1))
     with pytest.raises(ValueError, match=r"must be \(P\)"):
         compute_online_dpo_loss(*(x[None] for x in ONE_PAIR), 0.1)
     with pytest.raises(ValueError, match="reference's log-probs are missing.*reference_free"):
@@ -288,6 +305,16 @@ def test_the_alpha_divergence_lies_between_the_kls():
     torch.testing.assert_close(near, ratios, rtol=1e-4, atol=1e-4)
 
 
+def test_an_unknown_divergence_is_named():
+    with pytest.raises(ValueError, match="f_divergence_type is 'kl': choose one of reverse_kl, forward_kl"):
+        f_score(torch.zeros(1), "kl")
+
+
+def test_options_are_no_dict():
+    with pytest.raises(ValueError, match=r"options is of type dict: pass LossOptions\("):
+        check_loss_settings("sigmoid", 0.1, options={"ld_alpha": 0.5})
+
+
 def test_sft_takes_the_whole_response_beside_ld_alpha():
     """The losses compare the first tokens of responses then; the likelihood to hold up is that of all of them."""
     loss = compute_online_dpo_loss(
@@ -299,6 +326,34 @@ def test_sft_takes_the_whole_response_beside_ld_alpha():
         **LENGTHS,
     )
     assert loss.item() == pytest.approx(3.0)  # 6 nats over 2 tokens
+
+
+def test_wpo_weight_multiplies_the_losses():
+    settings = dict(options=LossOptions(use_weighting=True), wpo_weight=torch.tensor([0.5, 0.25]))
+    losses = compute_online_dpo_loss(*two_pairs(), 0.5, reduction="none", **settings)
+    assert losses.tolist() == pytest.approx([0.5 * 0.3132616875, 0.25 * 4.0181499279])
+    loss = compute_online_dpo_loss(*two_pairs(), 0.5, **settings)
+    assert loss.item() == pytest.approx((0.5 * 0.3132616875 + 0.25 * 4.0181499279) / 2)
+
+
+WEIGHTED, DESENSITIZED = LossOptions(use_weighting=True), LossOptions(ld_alpha=0.5)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (dict(options=WEIGHTED), "use_weighting is True, wpo_weight is missing: set it and pass"),
+        (dict(wpo_weight=torch.ones(1)), "use_weighting is False, wpo_weight is there"),
+        (dict(options=WEIGHTED, wpo_weight=torch.ones(1, 1)), r"'wpo_weight': \(1, 1\)"),
+        (dict(options=DESENSITIZED), "ld_alpha is 0.5, which weighs tokens.*whole_chosen_logps"),
+        (dict(options=DESENSITIZED, loss_type="sft", **LENGTHS), "ld_alpha is 0.5.*whole_chosen_logps"),
+        (dict(options=DESENSITIZED, whole_chosen_logps=torch.ones(2)), r"'whole_chosen_logps': \(2,\)"),
+    ],
+)
+def test_an_option_that_takes_tokens_is_no_plain_loss(given, message):
+    """The plain loss would come out, as if the option had not been set."""
+    with pytest.raises(ValueError, match=message):
+        compute_online_dpo_loss(*ONE_PAIR, 0.5, **given)
 
 
 def test_a_length_penalty_takes_lengths():
@@ -452,4 +507,8 @@ def test_a_recipe_can_register_its_own_loss(monkeypatch):
     assert compute_online_dpo_loss(*ONE_PAIR, 0.5, loss_type="linear").item() == -1.0  # -0.5 * 2
     with pytest.raises(ValueError, match="'linear' is registered already"):
         register_loss("linear")(linear)
+    with pytest.raises(
+        ValueError, match="loss 'other' takes nope: choose from f_divergence_type, length_penalty, ld_alpha"
+    ):
+        register_loss("other", takes={"nope"})
     assert "linear" not in LOSSES

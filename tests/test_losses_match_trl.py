@@ -5,6 +5,7 @@ The trainers are built without __init__ and get a stand-in model that answers wi
 """
 
 import inspect
+import math
 import os
 import re
 from collections import defaultdict
@@ -107,7 +108,18 @@ def trl_loss(policy, reference, mask, beta, label_smoothing, loss_types, loss_we
     return trainer._compute_loss(trainer.model, inputs, return_outputs=False)
 
 
-def our_loss(policy, reference, mask, beta, label_smoothing, loss_types, loss_weights=None, average=False, **options):
+def our_loss(
+    policy,
+    reference,
+    mask,
+    beta,
+    label_smoothing,
+    loss_types,
+    loss_weights=None,
+    average=False,
+    expected=None,
+    **options,
+):
     options = LossOptions(**options)
     chosen_lengths, rejected_lengths = mask.sum(1).chunk(2)
 
@@ -127,8 +139,8 @@ def our_loss(policy, reference, mask, beta, label_smoothing, loss_types, loss_we
         chosen_lengths=chosen_lengths,
         rejected_lengths=rejected_lengths,
         whole_chosen_logps=sequence_logps(policy, mask, average).chunk(2)[0],
+        wpo_weight=None if expected is None else math.prod(wpo_weights(policy, expected, mask).chunk(2)),
         options=options,
-        reduction="none" if options.use_weighting else "mean",
     )
 
 
@@ -227,12 +239,11 @@ def test_length_desensitization(name, alpha):
 def test_wpo_weights(names):
     policy, reference, mask = random_pairs(5)
     expected = -torch.rand(policy.shape, generator=torch.Generator().manual_seed(6)).mul(4)
-    losses = our_loss(policy, reference, mask, 0.3, 0.0, names, use_weighting=True)
-    chosen, rejected = wpo_weights(policy, expected, mask).chunk(2)
+    ours = our_loss(policy, reference, mask, 0.3, 0.0, names, expected=expected, use_weighting=True)
     theirs = trl_loss(
         policy, reference, mask, 0.3, 0.0, names, [1.0] * len(names), expected=expected, use_weighting=True
     )
-    assert_same_value_and_gradient((losses * chosen * rejected).mean(), theirs, policy)
+    assert_same_value_and_gradient(ours, theirs, policy)
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.6])

@@ -67,6 +67,28 @@ def test_min_margin_makes_near_scores_tie():
     assert prefer([0.25, 0.0, 0.0, 0.5], min_margin=0.5) == [[3], [2], [0.5], [1.0]]
 
 
+@pytest.mark.parametrize(
+    ("scores", "margin", "pairs"),
+    [
+        ([0.4, 0.3], 0.1, 1),  # in float32 their gaps are 0.09999999, 0.09999996 and 0.10000002
+        ([0.9, 0.8], 0.1, 1),
+        ([0.8, 0.7], 0.1, 1),
+        ([1000.4, 1000.3], 0.1, 1),
+        ([0.4, 0.301], 0.1, 0),
+        ([0.3, 0.3], 0.0, 0),
+        ([1.0, 1.0 - 2**-24], 0.0, 1),  # neighbours in float32
+        ([1e-8, 0.0], 0.1, 0),
+    ],
+)
+def test_min_margin_is_the_decimal_number(scores, margin, pairs):
+    assert len(prefer(scores, min_margin=margin)[0]) == len(prefer(scores[::-1], min_margin=margin)[0]) == pairs
+
+
+def test_margins_have_no_gradient():
+    rewards = torch.tensor([[1.0], [0.0]], requires_grad=True)
+    assert not compute_onlineDPO_pref(rewards, torch.ones(2, 1)).margin.requires_grad
+
+
 @pytest.mark.parametrize("pairing", ["best_worst", "random", "all"])
 def test_first_decides_within_min_margin_even_against_the_scores(pairing):
     # rows 0 and 1 differ by 0.25 < 0.5: a tie, so row 0 is chosen though row 1 scores more, and the margin counts as 0
@@ -147,6 +169,11 @@ def test_random_is_repeatable_by_its_generator():
     [
         (dict(n=3), r"4 rows, no multiple of n=3"),
         (dict(n=1), r"rollout\.n\) is 1.*at least 2"),
+        (dict(n=2.0), r"rollout\.n\) is 2\.0.*a whole number"),
+        (dict(scored=torch.ones(4, 1, dtype=torch.bool)), r"'scored': \(4, 1\), 'responses': \(4,\)"),
+        (dict(scored=torch.ones(2, dtype=torch.bool)), r"'scored': \(2,\)"),
+        (dict(scored=torch.ones(4)), r"scored is of dtype torch.float32: pass booleans"),
+        (dict(scored=[True] * 4), "scored is of type list: pass a tensor"),
         (dict(pairing="median"), r"dpo_pairing\) is 'median'.*best_worst, random, all"),
         (dict(tie_policy="coin"), r"dpo_tie_policy\) is 'coin'.*drop, first"),
         (dict(min_margin=-0.1), r"dpo_min_margin\) is -0.1.*>= 0"),
@@ -202,7 +229,9 @@ def test_self_play_without_a_difference_gives_no_pair():
     assert compute_self_play_pref(torch.zeros(3, dtype=torch.bool)).chosen.tolist() == []
 
 
-@pytest.mark.parametrize(("differs", "n"), [(torch.ones(5), 2), (torch.ones(4, 1), 2), (torch.ones(4), 0)])
+@pytest.mark.parametrize(
+    ("differs", "n"), [(torch.ones(5), 2), (torch.ones(4, 1), 2), (torch.ones(4), 0), (torch.ones(4), 2.0)]
+)
 def test_self_play_refuses_incomplete_prompts(differs, n):
     with pytest.raises(ValueError, match="keep prompts complete"):
         compute_self_play_pref(differs, n)

@@ -2,7 +2,9 @@
 
 import math
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from verl.utils import tensordict_utils as tu
 from verl.utils.metric.utils import AggregationType, Metric
+from verl.utils.torch_functional import get_constant_schedule_with_warmup
 from worker_harness import nest, response_batch
 
 from recipe.spin.core_algos import LossOptions, PreferencePairs
-from recipe.spin.dp_actor import DPOSettings, dpo_loss, largest_divisor, split_mini_batches
+from recipe.spin.dp_actor import DataParallelPPOActor, DPOSettings, dpo_loss, largest_divisor, split_mini_batches
 from recipe.spin.engine.plan import MiniBatch, Plan, plan_mini_batches
 from recipe.spin.engine.rows import arrange, build_rows, make_rows, pad_rows, pair_totals, row_lists
 from recipe.spin.fsdp_workers import mix_parameters
@@ -373,6 +376,31 @@ def test_length_desensitization_where_the_reference_is_the_policy():
     assert value_of(metrics, "rewards/margins") == 0
     weights = [-1, -1, 1, 1, 0.4, -1, 1, 0.4, -1, -0.4, -0.4, 1]  # chosen down, rejected up; lengths 2 3, 1 2, 3 1
     torch.testing.assert_close(leaf.grad, torch.tensor(weights) * BETA / 2 / 3)
+
+
+def test_the_learning_rate_of_a_step_is_the_one_that_it_trained_with():
+    """verl's worker advances the schedule after the last optimizer step, and reports what it comes to then."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = get_constant_schedule_with_warmup(optimizer, num_warmup_steps=10)
+    actor = DataParallelPPOActor.__new__(DataParallelPPOActor)
+    actor.engine = SimpleNamespace(train_mode=nullcontext, optimizer=optimizer)
+    actor._token_counts = lambda rows: [1]
+
+    def train_batch(rows):
+        optimizer.step()
+        found = {"grad_norm": 1.0}
+        if tu.get(rows, "update_lr_scheduler"):
+            schedule.step()
+            found["lr"] = schedule.get_last_lr()[0]
+        return tu.get_tensordict({}, non_tensor_dict={"metrics": found})
+
+    actor.train_batch = train_batch
+    rates = []
+    for _ in range(3):
+        rows = make_rows([torch.ones(1).long()] * 2, [[torch.ones(1).long()]] * 2)
+        tu.assign_non_tensor(rows, dpo=DPOSettings(beta=BETA), mini_batches=[MiniBatch(1, 1.0, 1.0)] * 2, epochs=1)
+        rates.append(tu.get(actor.train_mini_batch(rows), "metrics")["lr"])
+    assert rates == [[0.0, 0.0], pytest.approx([0.1, 0.1]), pytest.approx([0.2, 0.2])]
 
 
 def test_wpo_weights_multiply_the_losses_of_pairs():

@@ -107,11 +107,15 @@ def step(trainer):
         rows = TensorDict({}, batch_size=1) if pairs else None
         trainer._prefer = lambda batch, metrics: rows
         output = tu.get_tensordict({}, non_tensor_dict={"metrics": UPDATE | {"skipped": list(skipped)}})
-        trainer._actor_rollout_wg = types.SimpleNamespace(update_actor=lambda rows: output)
+        trainer._actor_rollout_wg = types.SimpleNamespace(
+            update_actor=lambda rows: output,
+            advance_learning_rate=lambda: take.advanced.append(trainer.global_steps),
+        )
         metrics = {}
         assert trainer._step_once(metrics, {}, sample_batch_size=4) == "the batch"
         return metrics
 
+    take.advanced = []
     return take
 
 
@@ -129,6 +133,15 @@ def test_steps_without_a_pair_in_a_row_stop_the_run(step):
         assert ("actor/loss" in step(pairs)) == pairs
     with pytest.raises(RuntimeError, match="step 7: 2 steps in a row gave no pair.*max_steps_without_pairs=2"):
         step(pairs=False)
+
+
+def test_the_learning_rate_goes_on_in_a_step_without_pairs(step):
+    """An update advances its schedule by itself, skipped or not."""
+    step()
+    step(skipped=(True,))
+    assert step.advanced == []
+    step(pairs=False)
+    assert step.advanced == [7]
 
 
 def held_out(**val_kwargs):
