@@ -396,10 +396,10 @@ def test_skipped_steps_in_a_row_stop_the_run(step):
 
 # ---- a step's pairs --------------------------------------------------------------------------------------------------
 class RejectsItsOwn(RewardSource):
-    """Puts a response of its own behind the others of each prompt, and prefers the first to it in the last prompt."""
+    """Puts a response of its own behind each prompt's, and prefers the last prompt's first to its others."""
 
     def pair(self, responses, rewards, mask, step) -> Pairing:
-        pairs = PreferencePairs(torch.tensor([2]), torch.tensor([5]), torch.ones(1), torch.ones(1))
+        pairs = PreferencePairs(torch.tensor([2, 2]), torch.tensor([3, 5]), torch.ones(2), torch.full((2,), 0.5))
         return Pairing(responses, pairs, torch.tensor([0, 0, 1, 1, 0, 1]))
 
 
@@ -420,4 +420,4 @@ def test_prompts_without_a_pair_are_counted_where_a_source_adds_responses(traine
     keys = [f"{uid}_{number}_0" for uid in ("a", "b") for number in (0, 1)]
     metrics: dict[str, float] = {}
     trainer._prefer(KVBatchMeta(keys=keys, tags=[{}] * 4, partition_id="train"), metrics)
-    assert metrics["pairs/tie_rate"] == 0.5 and metrics["pairs/used"] == 1
+    assert metrics["pairs/tie_rate"] == 0.5 and metrics["pairs/used"] == 2
