@@ -234,7 +234,7 @@ class SpinTrainer(OpponentInVLLM, StaleWeights, HeldOutValidation, PPOTrainerSyn
             rewards[:, 0] = penalize_missing_eos(rewards[:, 0], ended, penalty)
 
         responses, pairs, prompt_of = self.source.pair(responses, rewards, mask, self.global_steps)
-        paired_prompts = pairs.rejected.div(n, rounding_mode="floor").unique().numel()
+        paired_prompts = prompt_of[pairs.rejected].unique().numel()
         metrics["pairs/used"] = pairs.chosen.numel()
         metrics["pairs/prompts_answered"] = self._fetched_now
         metrics["pairs/tie_rate"] = 1 - paired_prompts / (len(prompts) // n)

@@ -7,6 +7,7 @@ Every comparison is asked in both orders, so that a judge that prefers what stan
 
 import asyncio
 import itertools
+import json
 import logging
 import re
 import time
@@ -17,14 +18,25 @@ from string import Template
 
 from omegaconf import DictConfig
 
-from recipe.spin.preferences.judge_server import SHOWN, JudgeFailed, Server, is_address, probe
+from recipe.spin.preferences.judge_server import (
+    SHOWN,
+    Answer,
+    JudgeFailed,
+    Server,
+    extra_body,
+    is_address,
+    probe,
+    shown_address,
+)
 from recipe.spin.preferences.source import Group, RewardSource, Score
-from recipe.spin.run.faults import Settings, Unusable
+from recipe.spin.run.faults import ConfigError, Settings, Unusable
 from recipe.spin.run.model_files import MODEL_LENGTH, load_tokenizer
 
 # As a server's address: the policy's own vLLM server, with the policy's weights or the reference's
 POLICY, REFERENCE = OWN = ("policy", "reference")
-PLACEHOLDERS = {"request", "first", "second"}
+# What a server is asked about before a run
+EXAMPLE = {"request": "user: What is 1 + 1? Answer with the number only.", "first": "2", "second": "3"}
+CHAT_TEMPLATE = "actor_rollout_ref.model.custom_chat_template"
 VERDICT = re.compile(r"\[\[([ABC])\]\]")
 VERDICTS = {"A": ("first", 1), "B": ("second", -1), "C": ("neither", 0)}
 
@@ -38,6 +50,7 @@ class Tally:
     Attributes:
         first, second, neither, unreadable: how many answers preferred what stood first, what stood second, neither, and
             how many could not be read.
+        cut: how many of these a limit of their length cut off.
         example, judge: one that could not, and the address that gave it.
         comparisons, ties: pairs of responses, and those of them that neither won.
         tokens: of questions and answers, a server's as it counted them.
@@ -48,6 +61,7 @@ class Tally:
     second: int = 0
     neither: int = 0
     unreadable: int = 0
+    cut: int = 0
     example: str | None = None
     judge: str | None = None
     comparisons: int = 0
@@ -55,13 +69,19 @@ class Tally:
     tokens: int = 0
     seconds: float = 0.0
 
-    def count(self, answer: str, judge: str) -> int:
-        """Counts a judge's answer, and returns what it is worth to the response that stood first: 1, 0 or -1."""
-        verdict = read_verdict(answer)
+    def count(self, answer: Answer, judge: str) -> int:
+        """Counts a judge's answer, and returns what it is worth to the response that stood first: 1, 0 or -1.
+
+        What stands in an answer that was cut off is reasoning towards a verdict, and none.
+        """
+        self.tokens += answer.tokens
+        verdict = None if answer.cut else read_verdict(answer.text)
         if verdict is None:
             self.unreadable += 1
-            self.example, self.judge = answer[:SHOWN], judge
-            logger.warning("judge %s: an answer holds none of [[A]], [[B]] and [[C]]: %r", judge, answer)
+            self.cut += answer.cut
+            self.example, self.judge = answer.text[:SHOWN], judge
+            fault = "was cut off by its length" if answer.cut else "holds none of [[A]], [[B]] and [[C]]"
+            logger.warning("judge %s: an answer %s: %r", judge, fault, answer.text)
             return 0
         name, worth = VERDICTS[verdict]
         setattr(self, name, getattr(self, name) + 1)
@@ -70,6 +90,8 @@ class Tally:
 
 class JudgeSource(RewardSource):
     """Scores a prompt's responses by what judges say of pairs of them (settings: `algorithm.judge`)."""
+
+    limits_itself = True
 
     def __init__(self, config: DictConfig, tokenizer):
         super().__init__(config, tokenizer)
@@ -98,12 +120,12 @@ class JudgeSource(RewardSource):
         check_step_limit(config)
         if cls.takes_reference(config):
             check_reference(config)
-        read_template(settings.prompt)
+        question = read_template(settings.prompt).substitute(EXAMPLE)
         for address, name in zip(settings.servers, models(settings), strict=True):
             if address in OWN:
                 continue
             try:
-                probe(address, name, settings.api_key_env)
+                probe(address, name, question, settings)
             except JudgeFailed as error:
                 raise ValueError(str(error)) from error
 
@@ -170,11 +192,10 @@ class JudgeSource(RewardSource):
         server = self._servers[judge]
         async with self._calls:
             asked = self._ask_own(question, group) if server is None else server.ask(question)
-            answer, tokens = await self._in_time(asked, group.step)
-        tally.tokens += tokens
-        return tally.count(answer, self._settings.servers[judge])
+            answer = await self._in_time(asked, group.step)
+        return tally.count(answer, shown_address(self._settings.servers[judge]))
 
-    async def _in_time(self, answer: Awaitable[tuple[str, int]], step: int) -> tuple[str, int]:
+    async def _in_time(self, answer: Awaitable[Answer], step: int) -> Answer:
         limit = self._settings.step_timeout_s
         left = None if limit is None else self._began[step] + limit - time.monotonic()
         try:
@@ -185,14 +206,12 @@ class JudgeSource(RewardSource):
                 "algorithm.judge.concurrency, or ask less (algorithm.judge.comparisons=tournament)"
             ) from error
 
-    async def _ask_own(self, question: str, group: Group) -> tuple[str, int]:
-        """The answer of the policy's own vLLM server to a question, and the tokens of both."""
-        messages = [{"role": "user", "content": question}]
-        prompt = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        tokens = self.tokenizer.encode(prompt, add_special_tokens=False)
-        sampling = {"temperature": 0.0, "max_tokens": self._settings.max_tokens}
-        answer = await group.generate(tokens, sampling)
-        return self.tokenizer.decode(answer, skip_special_tokens=True), len(tokens) + len(answer)
+    async def _ask_own(self, question: str, group: Group) -> Answer:
+        """The answer of the policy's own vLLM server to a question."""
+        tokens = self.prompt_tokens([{"role": "user", "content": question}])
+        answer = await group.generate(tokens, {"temperature": 0.0, "max_tokens": self._settings.max_tokens})
+        cut = len(answer) == 0 or answer[-1] not in self.end_tokens
+        return Answer(self.tokenizer.decode(answer, skip_special_tokens=True), len(tokens) + len(answer), cut)
 
     # ------------------------------------------------------------------ a step's metrics
 
@@ -204,15 +223,16 @@ class JudgeSource(RewardSource):
         """
         tallies = [Tally(**info) for info in infos if info]
         read = {name: sum(getattr(tally, name) for tally in tallies) for name, _ in VERDICTS.values()}
-        unreadable = sum(tally.unreadable for tally in tallies)
+        unreadable, cut = (sum(getattr(tally, name) for tally in tallies) for name in ("unreadable", "cut"))
         asked = sum(read.values()) + unreadable
         limit = self._settings.max_unreadable
         if unreadable > limit * asked:
             judge, example = next((tally.judge, tally.example) for tally in tallies if tally.unreadable)
             raise JudgeFailed(
-                f"{unreadable} of a step's {asked} answers hold none of [[A]], [[B]] and [[C]], a larger share than "
-                f"algorithm.judge.max_unreadable={limit}; one, of judge {judge}, is {example!r}. Ask for these in "
-                "algorithm.judge.prompt, raise algorithm.judge.max_tokens, or take a judge that follows"
+                f"{unreadable} of a step's {asked} answers hold none of [[A]], [[B]] and [[C]] or were cut off by "
+                f"their length ({cut} of them), a larger share than algorithm.judge.max_unreadable={limit}; one, of "
+                f"judge {judge}, is {example!r}. Ask for these in algorithm.judge.prompt, raise "
+                "algorithm.judge.max_tokens, or take a judge that follows"
             )
         decided = read["first"] + read["second"]
         metrics = {
@@ -249,7 +269,7 @@ def read_template(path: str) -> Template:
     except (OSError, ValueError, RuntimeError) as error:  # of its text, its name, and of a ~ without a home
         raise ValueError(f"{key}: cannot be read ({error}); name a text file") from error
     names = {match["named"] or match["braced"] for match in template.pattern.finditer(template.template)} - {None}
-    if names != PLACEHOLDERS or not template.is_valid():
+    if names != EXAMPLE.keys() or not template.is_valid():
         raise ValueError(
             f"{key}: must hold $request, $first and $second, and no other $name; it holds {sorted(names)}. Write $$ "
             "for a dollar sign"
@@ -266,16 +286,21 @@ def models(settings: DictConfig) -> list[str | None]:
 def check_settings(settings: DictConfig) -> None:
     """Raises ValueError where judges and models do not fit together."""
     servers = list(settings.servers)
+    shown = list(map(shown_address, servers))
     if not all(address in OWN or is_address(address) for address in servers):
         raise ValueError(
-            f"algorithm.judge.servers={servers!r}: give addresses such as http://127.0.0.1:8000/v1, or policy or "
+            f"algorithm.judge.servers={shown!r}: give addresses such as http://127.0.0.1:8000/v1, or policy or "
             "reference for the policy's own vLLM server with the weights of either"
         )
     if set(OWN) <= set(servers):
         raise ValueError(
-            f"algorithm.judge.servers={servers!r}: the policy's own vLLM server has one model's weights at a time; "
+            f"algorithm.judge.servers={shown!r}: the policy's own vLLM server has one model's weights at a time; "
             "name policy or reference"
         )
+    try:
+        json.dumps(extra_body(settings), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"algorithm.judge.extra_body: cannot be sent as JSON ({error}); correct it") from error
     if len(models(settings)) != len(servers):
         raise ValueError(f"algorithm.judge.models={settings.models!r}: give one name, a name a server, or null")
 
@@ -292,7 +317,8 @@ def check_step_limit(config: DictConfig) -> None:
 
 def check_reference(config: DictConfig) -> None:
     """Raises ValueError where the reference, which judges when all of a step's responses are there, cannot."""
-    model, key = config.actor_rollout_ref.model, f"algorithm.judge.servers={list(config.algorithm.judge.servers)!r}"
+    model, servers = config.actor_rollout_ref.model, config.algorithm.judge.servers
+    key = f"algorithm.judge.servers={list(map(shown_address, servers))!r}"
     if model.lora_rank > 0 or model.lora_adapter_path:
         raise ValueError(
             f"{key} with LoRA: there is no second model whose weights vLLM could take; serve the base model and give "
@@ -319,13 +345,29 @@ def check_length(settings: Settings) -> None:
     tokenizer = load_tokenizer(settings)
     if tokenizer is None:
         return
-    tokens += len(tokenizer.encode(template.substitute(request="", first="", second="")))
+    text = _rendered(template.substitute(dict.fromkeys(EXAMPLE, "")), tokenizer, settings)
+    tokens += len(tokenizer.encode(text, add_special_tokens=False))
     settings.require(
         tokens <= length,
         MODEL_LENGTH,
         f"as its own judge the policy reads and writes up to {tokens} tokens; raise it, or lower "
         "algorithm.judge.max_tokens",
     )
+
+
+def _rendered(question: str, tokenizer, settings: Settings) -> str:
+    """A question as the policy's own server gets it. Raises ConfigError where the chat template does not take it."""
+    options = dict(settings["data.apply_chat_template_kwargs"])
+    own = settings[CHAT_TEMPLATE]
+    options |= {"chat_template": own} if own else {}
+    asked = [{"role": "user", "content": question}]
+    try:
+        return tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False, **options)
+    except Exception as error:  # a template is a program, which may raise what it likes
+        raise ConfigError(
+            f"{CHAT_TEMPLATE}={own!r}: the chat template does not take a judge's question, one message of the user "
+            f"({error}); set one that does"
+        ) from error
 
 
 def _sign(value: int) -> int:

@@ -1,11 +1,16 @@
 """OpenAI-compatible servers as judges; what goes wrong with one is a message that never holds the key to it."""
 
+import ipaddress
 import os
+import re
+import sys
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import httpx
 import openai
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from pydantic import BaseModel, Field, ValidationError
 
 NO_KEY = "none"  # servers without a key take any
@@ -17,12 +22,21 @@ class JudgeFailed(RuntimeError):
     """A judge that gave no answer; the message names its address, what it said, and the remedy."""
 
 
+class Answer(NamedTuple):
+    """A judge's answer to a question, the tokens of both, and whether a limit of its length cut it off."""
+
+    text: str
+    tokens: int
+    cut: bool
+
+
 class Message(BaseModel):
     content: str | None = None
 
 
 class Choice(BaseModel):
     message: Message
+    finish_reason: str | None = None
 
 
 class Usage(BaseModel):
@@ -47,7 +61,7 @@ class Models(BaseModel):
 
 
 class Access:
-    """A server's address and the key to it.
+    """A server's address and the key to it; what a message shows of both holds neither the key nor a password.
 
     Of the client's exceptions only what `explain` says is passed on: their text holds what a server sent, and some send
     the key back.
@@ -57,14 +71,29 @@ class Access:
     """
 
     def __init__(self, address: str, key_variable: str):
-        self._judge, self._variable = f"judge {address}", key_variable
+        self._address, self._variable = address, key_variable
+        self._judge = f"judge {shown_address(address)}"
         self._key = os.environ.get(key_variable, "").strip()
         if not (self._key.isascii() and self._key.isprintable()):
             raise JudgeFailed(f"{self._judge}: {self._source()} holds signs that no key has; correct it")
 
-    @property
-    def key(self) -> str:
-        return self._key or NO_KEY
+    def client(self, kind: type, http_client: type, **options) -> Any:
+        """A client of openai's, a kind of it with its kind of httpx's client.
+
+        A proxy that the environment names does not lead to this machine's own servers.
+
+        Raises:
+            JudgeFailed: when the environment names a proxy or certificates that cannot be used.
+        """
+        try:
+            http = http_client(trust_env=not is_local(self._address))
+        except (ImportError, ValueError, OSError, httpx.InvalidURL) as error:
+            raise JudgeFailed(
+                f"{self._judge}: no connection can be set up ({type(error).__name__}: {shown_address(str(error))}); "
+                "proxies are taken from HTTP_PROXY, HTTPS_PROXY and ALL_PROXY, certificates from SSL_CERT_FILE and "
+                "SSL_CERT_DIR: correct them, or name the judge's host in NO_PROXY"
+            ) from None
+        return kind(base_url=self._address, api_key=self._key or NO_KEY, http_client=http, **options)
 
     def _source(self) -> str:
         return f"the environment variable {self._variable} (algorithm.judge.api_key_env)"
@@ -79,14 +108,15 @@ class Access:
             f"{request.url.path}"
         )
 
-    def completion(self, response) -> tuple[str, int]:
-        """The answer to a question, and the tokens of both.
+    def completion(self, response) -> Answer:
+        """The answer to a question.
 
         Raises:
             JudgeFailed: when the server gave something else.
         """
         found = self._read(Completion, response)
-        return found.choices[0].message.content or "", (found.usage and found.usage.total_tokens) or 0
+        choice, tokens = found.choices[0], (found.usage and found.usage.total_tokens) or 0
+        return Answer(choice.message.content or "", tokens, cut=choice.finish_reason == "length")
 
     def models(self, response) -> list[str]:
         """The names of what a server serves, one at least.
@@ -117,7 +147,10 @@ class Access:
             return f"{self._judge}: no answer in time; {remedy}"
         if isinstance(error, openai.APIConnectionError):
             cause = self._shown(str(error.__cause__ or error))
-            return f"{self._judge}: cannot be reached ({cause}); start it, or correct the address"
+            proxy = proxy_to(self._address)
+            way = f" through the proxy {proxy} of the environment" if proxy else ""
+            remedy = "start it, or correct the address" + (", or name its host in NO_PROXY" if proxy else "")
+            return f"{self._judge}: cannot be reached{way} ({cause}); {remedy}"
         if not isinstance(error, openai.APIStatusError):
             return f"{self._judge}: {self._shown(str(error))}"
         said = self._said(error.response)
@@ -134,12 +167,10 @@ class Server:
     def __init__(self, address: str, model: str | None, settings: DictConfig):
         self._access = Access(address, settings.api_key_env)
         self._model, self._settings = model, settings
-        self._client = openai.AsyncOpenAI(
-            base_url=address, api_key=self._access.key, max_retries=settings.retries, timeout=settings.timeout_s
-        )
+        self._client = self._access.client(openai.AsyncOpenAI, openai.DefaultAsyncHttpxClient, **patience(settings))
 
-    async def ask(self, question: str) -> tuple[str, int]:
-        """The answer to a question, and the tokens of both.
+    async def ask(self, question: str) -> Answer:
+        """The answer to a question.
 
         Raises:
             JudgeFailed: with the server's address and what it said.
@@ -147,15 +178,32 @@ class Server:
         try:
             if self._model is None:
                 self._model = self._access.models(await self._client.models.with_raw_response.list())[0]
-            response = await self._client.chat.completions.with_raw_response.create(
-                model=self._model,
-                messages=[{"role": "user", "content": question}],
-                temperature=self._settings.temperature,
-                max_tokens=self._settings.max_tokens,
-            )
+            asked = request(self._model, question, self._settings)
+            response = await self._client.chat.completions.with_raw_response.create(**asked)
         except openai.APIError as error:
             raise JudgeFailed(self._access.explain(error)) from None
         return self._access.completion(response)
+
+
+def patience(settings: DictConfig) -> dict[str, Any]:
+    """How often a client tries again, and the seconds for each try."""
+    return {"max_retries": settings.retries, "timeout": settings.timeout_s}
+
+
+def extra_body(settings: DictConfig) -> dict[str, Any]:
+    """What `algorithm.judge.extra_body` holds."""
+    return OmegaConf.to_container(settings.extra_body, resolve=True) if settings.extra_body else {}
+
+
+def request(model: str, question: str, settings: DictConfig) -> dict[str, Any]:
+    """What openai's client is asked with; what is null in `algorithm.judge.extra_body` is left out."""
+    parameters = {"temperature": settings.temperature, "max_tokens": settings.max_tokens}
+    parameters |= extra_body(settings)
+    body = {name: value for name, value in parameters.items() if value is not None}
+    return {"model": model, "messages": [{"role": "user", "content": question}], "extra_body": body}
+
+
+# ---------------------------------------------------------------------- addresses
 
 
 def is_address(text: str) -> bool:
@@ -167,26 +215,76 @@ def is_address(text: str) -> bool:
         return False
 
 
-def probe(address: str, model: str | None, key_variable: str) -> None:
-    """Asks a server what it serves, before anything is started.
+def shown_address(text: str) -> str:
+    """A text with addresses as messages show it: without a user and password in them."""
+    return re.sub(r"://[^/\s]+@", "://***@", text)
+
+
+def is_local(address: str) -> bool:
+    """Whether a server is on this machine by its address."""
+    host = urlsplit(address).hostname or ""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def proxy_to(address: str) -> str | None:
+    """The proxy that the environment names for a server, as messages show it."""
+    parts, proxies = urlsplit(address), getproxies()
+    proxy = proxies.get(parts.scheme) or proxies.get("all")
+    if not proxy or is_local(address) or proxy_bypass(parts.hostname or ""):
+        return None
+    return shown_address(proxy if "://" in proxy else f"http://{proxy}")
+
+
+# ---------------------------------------------------------------------- before anything is started
+
+
+def probe(address: str, model: str | None, question: str, settings: DictConfig) -> None:
+    """Asks a server what it serves, and then a question as the run will ask them.
 
     Raises:
-        JudgeFailed: when it does not answer, wants another key, or does not serve the model.
+        JudgeFailed: when it does not answer, wants another key, does not serve the model or refuses the parameters.
     """
-    access = Access(address, key_variable)
-    client = openai.OpenAI(base_url=address, api_key=access.key, max_retries=0, timeout=PROBE_SECONDS)
+    access = Access(address, settings.api_key_env)
+    client = access.client(openai.OpenAI, openai.DefaultHttpxClient, max_retries=0, timeout=PROBE_SECONDS)
+    served = _served(access, client, shown_address(address), model)
+    if model is None:
+        model = served[0]
+        sys.stderr.write(
+            f"[spin] judge {shown_address(address)} is asked for {model}, the first of the {len(served)} models that "
+            "it serves; algorithm.judge.models names another\n"
+        )
+    elif served is not None and model not in served:
+        raise JudgeFailed(
+            f"judge {shown_address(address)}: serves {', '.join(served)}, and not algorithm.judge.models={model!r}"
+        )
+    asking = client.with_options(**patience(settings))
     try:
-        served = access.models(client.models.with_raw_response.list())
+        response = asking.chat.completions.with_raw_response.create(**request(model, question, settings))
+    except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+        raise JudgeFailed(
+            f"{access.explain(error)}; algorithm.judge.extra_body replaces what it is asked with, and removes what is "
+            "null there"
+        ) from None
+    except openai.APIError as error:
+        raise JudgeFailed(access.explain(error)) from None
+    access.completion(response)
+
+
+def _served(access: Access, client: openai.OpenAI, shown: str, model: str | None) -> list[str] | None:
+    """The models that a server lists, one at least; None where it has no list and needs none."""
+    try:
+        return access.models(client.models.with_raw_response.list())
     except openai.NotFoundError:
         if model is None:
-            raise JudgeFailed(f"judge {address}: has no list of models; name one in algorithm.judge.models") from None
-        return
+            raise JudgeFailed(f"judge {shown}: has no list of models; name one in algorithm.judge.models") from None
+        return None
     except openai.APITimeoutError:
         raise JudgeFailed(
-            f"judge {address}: did not say within {PROBE_SECONDS:g} seconds what it serves; wait until it has started, "
+            f"judge {shown}: did not say within {PROBE_SECONDS:g} seconds what it serves; wait until it has started, "
             "or correct the address"
         ) from None
     except openai.APIError as error:
         raise JudgeFailed(access.explain(error)) from None
-    if model is not None and model not in served:
-        raise JudgeFailed(f"judge {address}: serves {', '.join(served)}, and not algorithm.judge.models={model!r}")

@@ -4,12 +4,16 @@ The opponent is the reference: an iteration is `trainer.ref_update_freq` steps a
 before. vLLM plays the opponent, so its weights change when the reference is refreshed, not after every step.
 """
 
+from functools import cached_property
+
 import torch
 from tensordict import TensorDict
 
 from recipe.spin.core_algos import compute_self_play_pref, sequence_logps
 from recipe.spin.engine.rows import nest, pad_rows
 from recipe.spin.preferences.source import Pairing, RewardSource
+
+RESPONSE = "spin's response"  # a text that no template holds
 
 
 class SelfPlaySource(RewardSource):
@@ -44,7 +48,7 @@ class SelfPlaySource(RewardSource):
         prompts, answers = [], []
         for batch in batches:
             for messages, row in zip(batch["raw_prompt"], batch["reward_model"], strict=True):
-                prompts.append(self._prompt_tokens(list(messages)))
+                prompts.append(torch.tensor(self.prompt_tokens(list(messages))))
                 answers.append(self._response_tokens(row["ground_truth"]))
         found = logps(prompts, answers)
         return {
@@ -54,10 +58,18 @@ class SelfPlaySource(RewardSource):
 
     def _response_tokens(self, text: str) -> torch.Tensor:
         """The tokens with which the model would have given this response, its end included, up to the limit."""
-        tokens = self.tokenizer.encode(text, add_special_tokens=False) + [self.tokenizer.eos_token_id]
+        tokens = self.tokenizer.encode(text, add_special_tokens=False) + [self._end_token]
         return torch.tensor(tokens[: self.config.data.max_response_length])
 
-    def _prompt_tokens(self, messages: list[dict]) -> torch.Tensor:
-        options = self.config.data.get("apply_chat_template_kwargs") or {}
-        text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **options)
-        return torch.tensor(self.tokenizer.encode(text, add_special_tokens=False))
+    @cached_property
+    def _end_token(self) -> int:
+        """With which a response ends: what the chat template puts behind one, if generation stops there.
+
+        The opponent ends with that token too. With another one in the data's responses, as the tokenizer's end of a
+        text is with some models, DPO would learn the token.
+        """
+        turn = [{"role": "user", "content": "?"}, {"role": "assistant", "content": RESPONSE}]
+        options = self.config.data.apply_chat_template_kwargs
+        behind = self.tokenizer.apply_chat_template(turn, tokenize=False, **options).rpartition(RESPONSE)[2]
+        tokens = self.tokenizer.encode(behind, add_special_tokens=False)
+        return next((token for token in tokens if token in self.end_tokens), self.tokenizer.eos_token_id)

@@ -1,7 +1,9 @@
 """What prefers, as an interface: it may score a prompt's responses together, and it pairs those of a step."""
 
+import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -28,7 +30,8 @@ class Group:
         step: number of the training step.
         messages: the prompt, as chat messages.
         responses: the responses' text, without special tokens.
-        rewards: what the reward function gave each; None where a run has none.
+        rewards: what the reward function or the reward model gave each; None where the settings name neither: verl's
+            own rewards, by `data_source`, score held-out prompts alone.
         row: the columns of the prompt's row in the data.
         generate: answers prompt tokens with the policy's own vLLM server and the weights of the source's
             `scoring_model`; awaitable, gives the answer's tokens.
@@ -67,11 +70,14 @@ class RewardSource:
         rollout_model: whose weights vLLM has while it answers training prompts: the "actor"'s or the "reference"'s.
         scoring_model: whose it has while `score_group` is asked. With the "reference"'s that is after all of a step's
             responses are there; else at once, while vLLM answers others.
+        limits_itself: whether `score_group` ends in time by settings of its own; else the run stops when for
+            `algorithm.reward_timeout_s` seconds no prompt's responses got their scores, though some waited.
     """
 
     fields: tuple[str, ...] = ()
     rollout_model = "actor"
     scoring_model = "actor"
+    limits_itself = False
 
     def __init__(self, config: DictConfig, tokenizer):
         self.config = config
@@ -96,6 +102,19 @@ class RewardSource:
     @classmethod
     def scores_groups(cls) -> bool:
         return cls.score_group is not RewardSource.score_group
+
+    def prompt_tokens(self, messages: list[dict]) -> list[int]:
+        """The tokens of a prompt, as `group.generate` takes them: by the chat template and the run's options."""
+        options = self.config.data.apply_chat_template_kwargs
+        text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **options)
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    @cached_property
+    def end_tokens(self) -> set[int]:
+        """The tokens at which the policy's own vLLM server ends an answer."""
+        from recipe.spin.rollout.answers import end_tokens  # imports verl, which checks before a run do without
+
+        return end_tokens(self.config.actor_rollout_ref.model.path, self.tokenizer)
 
     async def score_group(self, group: Group) -> list[Score]:
         """A score for each of the responses to a prompt, which takes the place of the reward in pairing them.
@@ -138,7 +157,7 @@ def source_class(name: str) -> type[RewardSource]:
     """The class of a source by its name, or by `module:Class`.
 
     Raises:
-        ValueError: when there is no such source, or it cannot be imported.
+        ValueError: when there is no such source, it cannot be imported, or its `score_group` cannot be awaited.
     """
     place = SOURCES.get(name, name)
     module, colon, attribute = place.partition(":")
@@ -150,6 +169,8 @@ def source_class(name: str) -> type[RewardSource]:
         raise ValueError(f"cannot be imported ({error}); PYTHONPATH must lead to its module") from error
     if not (isinstance(found, type) and issubclass(found, RewardSource)):
         raise ValueError("must be a class derived from recipe.spin.preferences.source.RewardSource")
+    if not inspect.iscoroutinefunction(found.score_group):
+        raise ValueError("its score_group is no coroutine function, and is awaited; write async def score_group")
     return found
 
 

@@ -8,6 +8,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from recipe.spin.rollout.reward_error import NoScore, finite_number
+
 OWN_NAMES = ("score", "acc")  # of what is returned, beside the functions' scores by their names
 
 
@@ -62,6 +64,7 @@ async def _call(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
 
 def _score(name: str, result: Any) -> float:
     score = result["score"] if isinstance(result, Mapping) else result
-    if not isinstance(score, int | float):
-        raise TypeError(f"the reward {name!r} returned {result!r}: give a number, or a dict with a number as score")
-    return float(score)
+    try:
+        return finite_number(score)
+    except NoScore as error:
+        raise TypeError(f"the reward {name!r} {error} give a number, or a dict with a number as score") from error

@@ -3,24 +3,29 @@
 import asyncio
 import zlib
 from collections import defaultdict
+from collections.abc import Awaitable
 from contextvars import ContextVar
 from typing import Any
 from uuid import uuid4
 
 import ray
+import torch
+import transfer_queue as tq
 from ray.actor import ActorHandle
 from verl.experimental.agent_loop.agent_loop import AgentLoopOutput
 from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
 from verl.utils.rollout_trace import rollout_trace_op
+from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 from verl.workers.rollout.llm_server import FullyAsyncLLMServerClient, LLMServerClient
 from verl.workers.rollout.replica import TokenOutput
 
 from recipe.spin import verl_patches
 from recipe.spin.preferences.source import Group, RewardSource, Score, load_source
 from recipe.spin.rollout.groups import GroupScoring, checked
+from recipe.spin.rollout.reward_error import NoScore, RewardError
 from recipe.spin.rollout.rounds import Request, Round, Session
-from recipe.spin.rollout.scoring import Scoring
+from recipe.spin.rollout.scoring import Scoring, prompt_name
 from recipe.spin.run import heap
 
 verl_patches.own_transfer_queue()
@@ -232,7 +237,20 @@ class RolloutWorker(Scoring, VerlWorker):
         texts = [self.tokenizer.decode(output.response_ids, skip_special_tokens=True) for output in outputs]
         rewards = [output.reward_score for output in outputs] if self._has_reward() else None
         group = Group(row["global_steps"], list(row["raw_prompt"]), texts, rewards, row, self._generate)
-        return checked(await self._source.score_group(group), group, type(self._source).__name__)
+        scores = self._source.score_group(group)
+        if not self._source.limits_itself:
+            scores = self._in_time(scores, group)
+        return checked(await scores, group, type(self._source).__name__)
+
+    async def _in_time(self, scores: Awaitable[list[Score]], group: Group) -> list[Score]:
+        try:
+            return await self._patience.wait_for(scores)
+        except NoScore as error:
+            source, prompt = type(self._source).__name__, prompt_name(group.row)
+            raise RewardError(
+                f"{source}.score_group {error} for the responses to {prompt}; mend it, or raise "
+                "algorithm.reward_timeout_s"
+            ) from error
 
     async def score_groups(self) -> dict[str, list[Score]]:
         """Scores of the responses that were given since the last call, by their prompt's uid, in their order."""
@@ -245,7 +263,22 @@ class RolloutWorker(Scoring, VerlWorker):
             _session.set((uid, 0))
             return await self._score_group(unscored[uid])
 
-        return dict(zip(unscored, await asyncio.gather(*map(score, unscored)), strict=True))
+        scores = dict(zip(unscored, await asyncio.gather(*map(score, unscored)), strict=True))
+        if scores and self.config.trainer.rollout_data_dir:  # verl's dump of a step reads them there
+            await self._keep(unscored, scores)
+        return scores
+
+    @staticmethod
+    async def _keep(unscored: dict[str, list[tuple[AgentLoopOutput, dict]]], scores: dict[str, list[Score]]) -> None:
+        """Puts the scores into TransferQueue in place of those with which the responses were handed on."""
+        rows = {}
+        for uid, answers in unscored.items():
+            for (output, row), score in zip(answers, scores[uid], strict=True):
+                token_scores = torch.zeros(len(output.response_mask))
+                token_scores[-1] = score.value
+                rows[f"{uid}_{row['session_id']}_0"] = {"rm_scores": token_scores}
+        fields = list_of_dict_to_tensordict(list(rows.values()))
+        await tq.async_kv_batch_put(keys=list(rows), fields=fields, partition_id="train")
 
     async def _generate(self, prompt_ids: list[int], sampling_params: dict[str, Any]) -> list[int]:
         request = uuid4().hex

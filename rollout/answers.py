@@ -1,5 +1,7 @@
 """What a step's responses look like: whether they ended by themselves, what they scored, the metrics of both."""
 
+from numbers import Real
+
 import numpy as np
 import torch
 from tensordict import TensorDict
@@ -61,11 +63,14 @@ def response_metrics(
 
 
 def named_rewards(info: list[dict]) -> dict[str, float]:
-    """Means of the numbers that a reward function returned beside `score` and `acc`, by its names for them."""
-    names = set.intersection(*map(set, info)) - {"score", "acc"} if info else set()
-    values = {name: [one[name] for one in info] for name in sorted(names)}
+    """Means of the numbers that a reward function returned beside `score` and `acc`, by its names for them.
+
+    Each over the responses for which it returned that name; a name with anything but numbers is left out.
+    """
+    names = set().union(*info) - {"score", "acc"}
+    values = {name: [one[name] for one in info if name in one] for name in sorted(names)}
     return {
         f"reward/{name}": float(np.mean(found))
         for name, found in values.items()
-        if all(isinstance(value, int | float) for value in found)
+        if all(isinstance(value, Real | np.bool_) for value in found)
     }

@@ -7,8 +7,8 @@ from numbers import Real
 from typing import Any
 
 from recipe.spin.preferences.source import Group, Score
-from recipe.spin.rollout.reward_error import NoScore
-from recipe.spin.rollout.scoring import finite_number, prompt_name
+from recipe.spin.rollout.reward_error import NoScore, finite_number
+from recipe.spin.rollout.scoring import prompt_name
 
 
 def checked(scores: Any, group: Group, source: str) -> list[Score]:

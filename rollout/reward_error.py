@@ -1,8 +1,10 @@
-"""A reward that gives no score: what that is called, and how long it is waited for."""
+"""A reward that gives no score: what is none, what that is called, and how long it is waited for."""
 
 import asyncio
+import math
 import time
 from collections.abc import Awaitable
+from numbers import Real
 from typing import TypeVar
 
 Answer = TypeVar("Answer")
@@ -40,6 +42,19 @@ class Patience:
             await asyncio.wait({task}, timeout=left)
         self._last_score = time.monotonic()
         return task.result()
+
+
+def finite_number(score) -> float:
+    """A reward as a float.
+
+    Raises:
+        NoScore: when it is no finite number.
+    """
+    if hasattr(score, "item"):  # of numpy's or torch's
+        score = score.item()
+    if not isinstance(score, Real) or not math.isfinite(score):
+        raise NoScore(f"returned {score!r}, which is no finite number,")
+    return float(score)
 
 
 def reward_name(config) -> str:

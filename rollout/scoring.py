@@ -2,12 +2,11 @@
 
 import math
 from functools import cached_property
-from numbers import Real
 
 import ray
 from verl.experimental.agent_loop.agent_loop import AgentLoopOutput
 
-from recipe.spin.rollout.reward_error import NoScore, Patience, RewardError, reward_name
+from recipe.spin.rollout.reward_error import NoScore, Patience, RewardError, finite_number, reward_name
 
 FAULT = "reward_error"  # of the responses' extra fields: why one has no score
 SHOWN_CHARACTERS = 80
@@ -43,19 +42,6 @@ class Scoring:
             raise RewardError(f"{fault}. {remedy}") from error
         response.reward_score = math.nan
         response.extra_fields |= {FAULT: fault, "reward_extra_info": {}}
-
-
-def finite_number(score) -> float:
-    """A reward as a float.
-
-    Raises:
-        NoScore: when it is no finite number.
-    """
-    if hasattr(score, "item"):  # of numpy's or torch's
-        score = score.item()
-    if not isinstance(score, Real) or not math.isfinite(score):
-        raise NoScore(f"returned {score!r}, which is no finite number,")
-    return float(score)
 
 
 def response_name(row: dict) -> str:

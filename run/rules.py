@@ -445,6 +445,18 @@ def a_reward_model_has_devices(settings: Settings) -> None:
         )
 
 
+def a_source_that_scores_is_not_overruled(settings: Settings) -> None:
+    """verl writes the scores of a reward model in the trainer's pool over those that a source gave before."""
+    model = "reward.reward_model"
+    settings.require(
+        not settings[f"{model}.enable"] or settings[f"{model}.enable_resource_pool"] or not scores_groups(settings),
+        f"{model}.enable",
+        "in the policy's pool it scores after algorithm.preference_source="
+        f"{settings['algorithm.preference_source']} and would decide in its place; set False, or give it its own "
+        f"devices, {model}.enable_resource_pool=True",
+    )
+
+
 # ---- Around the run --------------------------------------------------------------------------------------------------
 def loggers_are_installed(settings: Settings) -> None:
     names = settings["trainer.logger"]
@@ -503,6 +515,7 @@ RULES: tuple[Callable[[Settings], None], ...] = (
     weights_stay_where_they_are_not_sent,
     an_asynchronous_run_shares_its_engine_with_nobody,
     a_reward_model_has_devices,
+    a_source_that_scores_is_not_overruled,
     loggers_are_installed,
     the_run_folder_can_be_written,
     a_path_to_resume_from_is_there,

@@ -97,6 +97,9 @@ class Judge(Section):
     comparisons: Literal["all", "tournament"] = own("all", "each response meets each, or a knock-out `tournament`")
     temperature: NotNegative = own(0.0, "at which judges answer; policy and reference always at 0")
     max_tokens: Count = own(512, "of an answer")
+    extra_body: dict | None = own(
+        None, "what a server is asked with besides, or in place; `null` in it removes a parameter"
+    )
     concurrency: Count = own(64, "questions under way at a time")
     retries: Whole = own(4, "tries after a failed one")
     timeout_s: Positive = own(60, "seconds for an answer")

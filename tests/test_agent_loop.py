@@ -24,6 +24,7 @@ from recipe.spin.rollout.agent_loop import (
     SpinAgentLoop,
     VerlWorker,
 )
+from recipe.spin.rollout.reward_error import RewardError
 from recipe.spin.rollout.rounds import Round
 from recipe.spin.run.data_files import TAKEN
 
@@ -310,13 +311,20 @@ FIRST, SECOND = "00000003-00000004", "00000003-00000005"  # uids of training pro
 def worker_with_unscored(*servers: Server, count: int) -> RolloutWorker:
     worker = RolloutWorker.__new__(RolloutWorker)
     worker.config = OmegaConf.create(
-        {"reward": {"custom_reward_function": {"path": None}, "reward_model": {"enable": False}}}
+        {
+            "reward": {"custom_reward_function": {"path": None}, "reward_model": {"enable": False}},
+            "algorithm": {"reward_timeout_s": 0.1},
+            "trainer": {"rollout_data_dir": None},
+        }
     )
     worker.tokenizer = types.SimpleNamespace(decode=lambda tokens, skip_special_tokens: "x" * len(tokens))
     worker.llm_client, worker._source = client_of(*servers), Longest(count, None)
     row = {"global_steps": 3, "raw_prompt": [{"role": "user", "content": "who?"}]}
     worker._unscored = {
-        uid: {n: (types.SimpleNamespace(response_ids=[0] * tokens), row) for n, tokens in answers.items()}
+        uid: {
+            n: (types.SimpleNamespace(response_ids=[0] * tokens, response_mask=[1] * tokens), row | {"session_id": n})
+            for n, tokens in answers.items()
+        }
         for uid, answers in {FIRST: {1: 7, 0: 5}, SECOND: {0: 2, 1: 1}}.items()
     }
     return worker
@@ -340,3 +348,38 @@ def test_groups_are_scored_by_the_replicas_that_answered_them():
 def test_a_group_with_too_few_scores_is_refused():
     with pytest.raises(ValueError, match=r"Longest.score_group gave 1 scores for 2 responses to the prompt 'who\?'"):
         asyncio.run(worker_with_unscored(Server(), count=1).score_groups())
+
+
+def test_scores_that_come_later_are_those_that_a_dump_of_the_step_shows(monkeypatch):
+    kept = {}
+
+    async def put(keys, fields, partition_id):
+        assert partition_id == "train"
+        kept.update(zip(keys, (row.tolist() for row in fields["rm_scores"].unbind()), strict=True))
+
+    monkeypatch.setattr(agent_loop.tq, "async_kv_batch_put", put)
+    asyncio.run(worker_with_unscored(Server(), count=2).score_groups())
+    assert kept == {}  # nothing else reads them
+    worker = worker_with_unscored(Server(), count=2)
+    worker.config.trainer.rollout_data_dir = "dump"
+    asyncio.run(worker.score_groups())
+    expected = {f"{FIRST}_0_0": 5, f"{FIRST}_1_0": 7, f"{SECOND}_0_0": 2, f"{SECOND}_1_0": 1}
+    assert kept == {key: [0.0] * (score - 1) + [score] for key, score in expected.items()}
+
+
+class Hanging(Longest):
+    async def score_group(self, group: Group) -> list[Score]:
+        await asyncio.sleep(0.4)
+        return await super().score_group(group)
+
+
+def test_a_source_that_gives_no_scores_is_given_up_unless_it_limits_itself():
+    worker = worker_with_unscored(Server(), count=2)
+    worker._source = Hanging(2, None)
+    told = r"Hanging.score_group did not return within algorithm.reward_timeout_s=0.1 s for the responses to the prompt"
+    with pytest.raises(RewardError, match=told):
+        asyncio.run(worker.score_groups())
+    worker = worker_with_unscored(Server(), count=2)
+    worker._source = Hanging(2, None)
+    worker._source.limits_itself = True
+    assert len(asyncio.run(worker.score_groups())) == 2

@@ -195,6 +195,17 @@ def test_a_name_is_refused_when_the_hub_must_not_be_asked(run, monkeypatch):
     assert "HF_HUB_OFFLINE" in message and "name a folder" in message
 
 
+@pytest.mark.parametrize("error", [ImportError("socksio is not installed"), ValueError("Unknown scheme for proxy")])
+def test_a_name_is_refused_when_the_way_to_the_hub_cannot_be_taken(run, monkeypatch, error):
+    def ask(name, timeout):
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "model_info", ask)
+    message = run.refusal(f"{PATH}=Qwen/Qwen2.5-0.5B-Instruct")
+    assert message.startswith(f"{PATH}='Qwen/Qwen2.5-0.5B-Instruct'") and str(error) in message
+    assert "ALL_PROXY" in message and "name a folder" in message
+
+
 def test_a_name_in_the_cache_is_not_looked_up(run, monkeypatch):
     def never(name, timeout):
         raise AssertionError("asked")

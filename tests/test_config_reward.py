@@ -206,3 +206,12 @@ def test_a_reward_model_without_a_chat_template(run, classifier, tmp_path):
     file.write_text(json.dumps(kept))
     message = run.refusal(*classifier)
     assert message.startswith(f"{MODEL}.model_path=") and "no chat template" in message
+
+
+def test_a_reward_model_does_not_decide_in_place_of_a_source_that_scores(run, classifier):
+    source = "algorithm.preference_source=test_agent_loop:Longest"
+    message = run.refusal(source, *classifier)
+    assert message.startswith(f"{MODEL}.enable=True: in the policy's pool it scores after {source} and would decide")
+    assert f"{MODEL}.enable_resource_pool=True" in message
+    own = [f"{MODEL}.enable_resource_pool=True", f"{MODEL}.nnodes=1", "ray_kwargs.ray_init.num_cpus=64"]
+    run.check(source, *classifier, *own)

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import shutil
 import threading
 import time
@@ -18,7 +19,7 @@ from worker_harness import compose
 from benchmarks.rule_judge import Handler, RuleJudge, is_sum
 from recipe.spin.preferences import judge_server
 from recipe.spin.preferences.judge import JudgeFailed, JudgeSource, read_verdict
-from recipe.spin.preferences.source import Group, source_class
+from recipe.spin.preferences.source import Group, RewardSource, Score, source_class
 from recipe.spin.run.check import check_config
 from recipe.spin.run.pinned_model import fetch_pinned_model
 
@@ -107,6 +108,15 @@ def test_unreadable_answers_count_as_ties_up_to_a_share(caplog):
         with pytest.raises(JudgeFailed, match=words):
             scores(judge_of(server))
         assert f"judge {server.address}: an answer holds none" in caplog.text
+
+
+def test_an_answer_that_was_cut_off_is_unreadable_whatever_it_holds():
+    body = {"choices": [{"message": {"content": "End with [[A]], or [[C]] if"}, "finish_reason": "length"}]}
+    with Rubbish(JSON, json.dumps(body)) as server:
+        values, metrics = scores(judge_of(server, max_unreadable=1.0), ["1", "2"])
+        assert values == [0.5, 0.5] and metrics["judge/unreadable_rate"] == 1
+        with pytest.raises(JudgeFailed, match=r"2 of a step's 2 answers .*cut off by their length \(2 of them\)"):
+            scores(judge_of(server), ["1", "2"])
 
 
 @pytest.mark.parametrize(
@@ -280,40 +290,59 @@ def test_a_key_that_none_can_be_is_refused_without_being_shown(run, monkeypatch,
     assert "MY_KEY (algorithm.judge.api_key_env) holds signs that no key has" in message and "ret" not in message
 
 
-class Tokenizer:
-    """Tokens are letters."""
+@pytest.fixture
+def asks_policy(tiny_llama):
+    """Scores of two responses by a policy that answers as told, and what it was asked: (prompt, sampling) each."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
 
-    def apply_chat_template(self, messages, **options) -> str:
-        return messages[0]["content"]
+    def ask(answer, *overrides: str) -> tuple[list[float], dict[str, float], list[tuple[str, dict]]]:
+        asked = []
 
-    def encode(self, text: str, **options) -> list[int]:
-        return list(map(ord, text))
+        async def generate(tokens: list[int], sampling: dict) -> list[int]:
+            asked.append((tokenizer.decode(tokens), sampling))
+            return tokenizer.encode(answer(asked[-1][0]))
 
-    def decode(self, tokens: list[int], **options) -> str:
-        return "".join(map(chr, tokens))
+        own = ["algorithm.preference_source=judge", f"actor_rollout_ref.model.path={tiny_llama}", *overrides]
+        source = JudgeSource(compose(*own, device="cpu"), tokenizer)
+        return *scores(source, ["no", "yes, it is"], generate), asked
+
+    return ask
 
 
-def test_the_policy_judges_through_its_own_server():
-    asked, lengths = [], []
+def longer(question: str) -> str:
+    return "[[A]]" if "[Answer A]\nyes, it is\n" in question else "[[B]]"
 
-    async def generate(tokens: list[int], sampling: dict) -> list[int]:
-        question = Tokenizer().decode(tokens)
-        lengths.append(len(question))
-        asked.append(sampling)
-        return Tokenizer().encode("[[A]]" if "[Answer A]\nyes, it is\n" in question else "[[B]]")
 
-    config = compose("algorithm.preference_source=judge", "algorithm.judge.max_tokens=7", device="cpu")
-    values, metrics = scores(JudgeSource(config, Tokenizer()), ["no", "yes, it is"], generate)
-    assert values == [0, 1] and metrics["judge/asked"] == 2
-    assert metrics["judge/tokens"] == sum(lengths) + 2 * len("[[A]]")
-    assert asked == [{"temperature": 0.0, "max_tokens": 7}] * 2
+def test_the_policy_judges_through_its_own_server(asks_policy):
+    values, metrics, asked = asks_policy(
+        lambda question: longer(question) + "<|im_end|>", "algorithm.judge.max_tokens=7"
+    )
+    assert values == [0, 1] and metrics["judge/asked"] == 2 and metrics["judge/tokens"] > 100
+    assert [sampling for _, sampling in asked] == [{"temperature": 0.0, "max_tokens": 7}] * 2
+    assert all(prompt.endswith("<|im_start|>assistant\n") for prompt, _ in asked)
+
+
+def test_an_answer_of_the_policy_that_was_cut_off_is_unreadable(asks_policy):
+    values, metrics, _ = asks_policy(longer, "algorithm.judge.max_unreadable=1.0")
+    assert values == [0.5, 0.5] and metrics["judge/unreadable_rate"] == 1
+
+
+TEMPLATE = "{{ messages[0]['content'] }}{% if enable_thinking is defined %} think: {{ enable_thinking }}{% endif %}"
+
+
+def test_the_policy_is_asked_with_the_runs_options_to_the_chat_template(tiny_llama):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    tokenizer.chat_template = TEMPLATE
+    config = compose("+data.apply_chat_template_kwargs.enable_thinking=False", device="cpu")
+    tokens = JudgeSource(config, tokenizer).prompt_tokens([{"role": "user", "content": "well?"}])
+    assert tokenizer.decode(tokens) == "well? think: False"
 
 
 def test_the_reference_judges_when_all_responses_are_there():
     reference = compose("algorithm.preference_source=judge", "algorithm.judge.servers=[reference]", device="cpu")
     policy = compose("algorithm.preference_source=judge", device="cpu")
-    assert JudgeSource(reference, Tokenizer()).scoring_model == "reference"
-    assert JudgeSource(policy, Tokenizer()).scoring_model == "actor"
+    assert JudgeSource(reference, None).scoring_model == "reference"
+    assert JudgeSource(policy, None).scoring_model == "actor"
 
 
 # ---------------------------------------------------------------------- before Ray starts
@@ -323,7 +352,98 @@ def test_a_server_is_asked_once_before_anything_starts(run):
     with RuleJudge(number) as server:
         run.check(*settings(server))
         run.check(*settings(server, models="rule"))
-        assert server.questions == []
+        assert len(server.questions) == 2 and "What is 1 + 1?" in server.questions[0]
+
+
+class Strict(Handler):
+    """Refuses a parameter, as OpenAI's reasoning models do."""
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.asked.append(body)
+        if "max_tokens" in body:
+            self._send(400, {"error": {"message": "Unsupported parameter: use 'max_completion_tokens'"}})
+        else:
+            message = {"role": "assistant", "content": "[[A]]"}
+            self._send(200, {"choices": [{"message": message, "finish_reason": "stop"}]})
+
+
+def test_parameters_that_a_server_refuses_are_said_before_anything_starts_and_can_be_changed(run):
+    with RuleJudge(number) as server:
+        server.RequestHandlerClass, server.asked = Strict, []
+        message = run.refusal(*settings(server))
+        assert "status 400" in message and "use 'max_completion_tokens'" in message
+        assert "algorithm.judge.extra_body replaces" in message
+        changes = {"extra_body": "{max_tokens:null,max_completion_tokens:9,temperature:null,reasoning:{effort:low}}"}
+        run.check(*settings(server, **changes))
+        scores(judge_of(server, **changes), ["1", "2"])
+    assert [sorted(body) for body in server.asked[1:]] == 3 * [
+        ["max_completion_tokens", "messages", "model", "reasoning"]
+    ]
+    assert server.asked[1]["reasoning"] == {"effort": "low"} and server.asked[0]["temperature"] == 0
+
+
+def test_the_model_that_is_taken_where_none_is_named_is_said(run, capsys):
+    with RuleJudge(number) as server:
+        run.check(*settings(server))
+        assert f"judge {server.address} is asked for rule, the first of the 1 models" in capsys.readouterr().err
+        run.check(*settings(server, models="rule"))
+        assert "is asked for" not in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------- on the way to a server
+
+
+@pytest.fixture
+def proxies(monkeypatch):
+    """Sets the environment's proxies and certificates, and no others."""
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy", "SSL_CERT_FILE"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    return lambda **variables: [monkeypatch.setenv(name, value) for name, value in variables.items()]
+
+
+def test_a_proxy_does_not_lead_to_a_judge_on_this_machine(run, proxies):
+    proxies(HTTP_PROXY="http://127.0.0.1:1", ALL_PROXY="socks://127.0.0.1:1", SSL_CERT_FILE="/absent")
+    with RuleJudge(number) as server:
+        run.check(*settings(server))
+        assert scores(judge_of(server), ["1", "2"])[0] == [0, 1]
+
+
+JUDGE = ["algorithm.preference_source=judge", "algorithm.judge.servers=[http://judge.invalid:8000/v1]"]
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        (
+            {"HTTP_PROXY": "http://me:secret@127.0.0.1:1"},
+            ["cannot be reached through the proxy http://***@127.0.0.1:1", "NO_PROXY"],
+        ),
+        ({"ALL_PROXY": "socks5://127.0.0.1:1"}, ["no connection can be set up (ImportError: ", "ALL_PROXY"]),
+        ({"ALL_PROXY": "socks://me:secret@127.0.0.1:1"}, ["no connection can be set up (ValueError: ", "ALL_PROXY"]),
+        ({"SSL_CERT_FILE": "/absent"}, ["no connection can be set up (FileNotFoundError: ", "SSL_CERT_FILE"]),
+    ],
+    ids=["proxy", "socks5", "socks", "certificates"],
+)
+def test_a_way_to_a_judge_that_cannot_be_taken_is_named(run, proxies, variables, words):
+    proxies(**variables)
+    message = run.refusal(*JUDGE)
+    assert message.startswith("judge http://judge.invalid:8000/v1: ") and "secret" not in message
+    assert [word for word in words if word not in message] == [], message
+
+
+def test_a_password_in_a_judges_address_is_not_shown(run, caplog):
+    with RuleJudge(number, unreadable=1.0) as server:
+        address = server.address.replace("://", "://me:sec%40ret@")
+        named = ["algorithm.preference_source=judge", f"algorithm.judge.servers=['{address}']"]
+        source = JudgeSource(compose(*named, device="cpu"), None)
+        with pytest.raises(JudgeFailed) as caught:
+            scores(source)
+        other = run.refusal(*named, "algorithm.judge.models=other")
+    gone = run.refusal(*named, "algorithm.judge.models=rule")
+    shown = str(caught.value) + caplog.text + other + gone
+    assert "sec%40ret" not in shown and shown.count("http://***@127.0.0.1") >= 3
 
 
 @pytest.mark.parametrize(
@@ -344,6 +464,8 @@ def test_a_server_is_asked_once_before_anything_starts(run):
         ({"retries": -1}, "algorithm.judge.retries=-1"),
         ({"timeout_s": 0}, "algorithm.judge.timeout_s=0"),
         ({"step_timeout_s": "soon"}, "algorithm.judge.step_timeout_s='soon'"),
+        ({"extra_body": "[a]"}, "algorithm.judge.extra_body=['a']: must be a section of keys or null"),
+        ({"extra_body": "{top_p:nan}"}, "algorithm.judge.extra_body: cannot be sent as JSON (Out of range float"),
         ({"max_unreadable": 2}, "algorithm.judge.max_unreadable=2"),
         ({"prompt": "/no/such/file"}, "algorithm.judge.prompt='/no/such/file': cannot be read"),
     ],
@@ -384,6 +506,18 @@ def test_a_policy_that_judges_needs_room_for_the_question(run):
     assert "actor_rollout_ref.rollout.max_model_len=128" in message and "algorithm.judge.max_tokens" in message
     room = "actor_rollout_ref.rollout.max_model_len=512"
     run.check("algorithm.preference_source=judge", room, "algorithm.judge.max_tokens=16")
+
+
+def test_the_room_for_a_question_is_measured_with_the_runs_chat_template(run):
+    def needed(*overrides: str) -> int:
+        return int(re.search(r"up to (\d+) tokens", run.refusal(OWN, *overrides))[1])
+
+    template = "actor_rollout_ref.model.custom_chat_template="
+    plain, longer = template + '"{{ messages[0].content }}"', template + '"{{ messages[0].content }} x x x{{ more }}"'
+    more = "+data.apply_chat_template_kwargs.more=' and more'"
+    assert needed(plain) < needed() and needed(plain) < needed(longer) < needed(longer, more)
+    message = run.refusal(OWN, template + "\"{{ raise_exception('never') }}\"", "data.filter_overlong_prompts=True")
+    assert "the chat template does not take a judge's question, one message of the user (never)" in message
 
 
 OWN = "algorithm.preference_source=judge"
@@ -459,6 +593,11 @@ def test_a_source_of_ones_own_is_named_by_its_module():
     assert JudgeSource.scores_groups() and not source_class("reward").scores_groups()
 
 
+class Plain(RewardSource):
+    def score_group(self, group: Group) -> list[Score]:
+        return []
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [
@@ -466,6 +605,7 @@ def test_a_source_of_ones_own_is_named_by_its_module():
         ("no_such_module:Source", "cannot be imported"),
         ("recipe.spin.preferences.judge:NoSuch", "cannot be imported"),
         ("recipe.spin.preferences.judge:Group", "derived from"),
+        ("test_judge:Plain", "score_group is no coroutine function, and is awaited; write async def score_group"),
         (5, "must be a text"),
     ],
 )

@@ -9,15 +9,19 @@ import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
-from tensordict import TensorDict
+from tensordict import NonTensorStack, TensorDict
+from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1 import trainer_base
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils import tensordict_utils as tu
 from worker_harness import compose
 
+from recipe.spin import spin_trainer
+from recipe.spin.core_algos import PreferencePairs
 from recipe.spin.dp_actor import DPOSettings
-from recipe.spin.preferences.source import RewardSource
+from recipe.spin.engine.rows import nest
+from recipe.spin.preferences.source import Pairing, RewardSource
 from recipe.spin.rollout import answers
 from recipe.spin.rollout.agent_loop import GREEDY, SAMPLING_SEED
 from recipe.spin.rollout.held_out import HeldOutRows
@@ -56,7 +60,10 @@ def test_dynamic_sampling_has_a_limit(trainer, enable, limit, fetched, stops):
 
 def test_rewards_are_in_the_metrics_by_their_names():
     info = [{"score": 1.0, "acc": 1.0, "brief": -2, "right": True, "why": "a"}, {"score": 0.0, "brief": -4, "why": ""}]
-    assert answers.named_rewards(info) == {"reward/brief": -3.0}
+    assert answers.named_rewards(info) == {"reward/brief": -3.0, "reward/right": 1.0}
+    numbers = [{"single": np.float32(0.5), "whole": np.int64(2), "same": np.True_}, {"same": np.False_}, {}]
+    assert answers.named_rewards(numbers) == {"reward/same": 0.5, "reward/single": 0.5, "reward/whole": 2.0}
+    assert answers.named_rewards([{"mixed": 1.0}, {"mixed": "one"}]) == {}
     assert answers.named_rewards([{}, {}]) == {}
 
 
@@ -398,3 +405,32 @@ def test_skipped_steps_in_a_row_stop_the_run(step):
         assert step(skipped=skipped)["actor/skipped_steps"] == sum(skipped)
     with pytest.raises(FloatingPointError, match=r"step 7: .* 3 optimizer steps in a row .*max_skipped_steps=3"):
         step(skipped=[True])
+
+
+# ---- a step's pairs --------------------------------------------------------------------------------------------------
+class RejectsItsOwn(RewardSource):
+    """Puts a response of its own behind each prompt's, and prefers the last prompt's first to its others."""
+
+    def pair(self, responses, rewards, mask, step) -> Pairing:
+        pairs = PreferencePairs(torch.tensor([2, 2]), torch.tensor([3, 5]), torch.ones(2), torch.full((2,), 0.5))
+        return Pairing(responses, pairs, torch.tensor([0, 0, 1, 1, 0, 1]))
+
+
+def test_prompts_without_a_pair_are_counted_where_a_source_adds_responses(trainer, monkeypatch):
+    trainer.config = OmegaConf.create(
+        {
+            "actor_rollout_ref": {"rollout": {"n": 2}},
+            "data": {"train_batch_size": 2},
+            "algorithm": {"reward_error": "raise", "missing_eos_penalty": None},
+        }
+    )
+    trainer.source, trainer._end_tokens, trainer._fetched = RejectsItsOwn(trainer.config, None), {9}, (7, 2)
+    monkeypatch.setattr(trainer, "_lay_out", lambda *laid_out: None)
+    ones = nest([torch.ones(2)] * 4)
+    fetched = {name: ones for name in ("prompts", "responses", "response_mask", "rollout_log_probs", "rm_scores")}
+    fetched |= {"extra_fields": NonTensorStack(*[{} for _ in range(4)])}
+    monkeypatch.setattr(spin_trainer.tq, "kv_batch_get", lambda **asked: TensorDict(fetched, batch_size=4))
+    keys = [f"{uid}_{number}_0" for uid in ("a", "b") for number in (0, 1)]
+    metrics: dict[str, float] = {}
+    trainer._prefer(KVBatchMeta(keys=keys, tags=[{}] * 4, partition_id="train"), metrics)
+    assert metrics["pairs/tie_rate"] == 0.5 and metrics["pairs/used"] == 2

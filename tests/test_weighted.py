@@ -11,6 +11,7 @@ from recipe.spin.preferences.weighted import compute_score
 
 REWARDS = """
 import asyncio
+import numpy as np
 
 def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
     right = float(solution_str == ground_truth)
@@ -19,6 +20,12 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kw
 async def compute_brevity(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
     await asyncio.sleep(0)
     return -len(solution_str)
+
+def compute_single(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
+    return {"score": np.float32(0.5)}
+
+def compute_nan(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
+    return float("nan")
 
 def compute_none(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
     return None
@@ -44,9 +51,15 @@ def test_without_an_accuracy_there_is_none(path):
     assert score(brief={"path": path, "name": "compute_brevity"}) == {"score": -5.0, "brief": -5.0}
 
 
-def test_a_function_that_gives_no_number_is_named(path):
-    with pytest.raises(TypeError, match="the reward 'lazy' returned None"):
-        score(lazy={"path": path, "name": "compute_none"})
+def test_numbers_of_numpy_are_scores(path):
+    found = score(half={"path": path, "name": "compute_single", "weight": 2.0})
+    assert found == {"score": 1.0, "half": 0.5} and type(found["half"]) is float
+
+
+@pytest.mark.parametrize("value", ["none", "nan"])
+def test_a_function_that_gives_no_number_is_named(path, value):
+    with pytest.raises(TypeError, match=f"(?i)the reward 'lazy' returned {value}, which is no finite number, give a"):
+        score(lazy={"path": path, "name": f"compute_{value}"})
 
 
 @pytest.mark.parametrize("name", ["score", "acc"])
