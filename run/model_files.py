@@ -186,7 +186,7 @@ def weights_fault(file: Path) -> str | None:
 
 
 def _check_attention(settings: Settings, config: dict) -> None:
-    """Scores that are capped take an attention that caps: on a GPU the recipe's needs flash-attn, and sdpa ignores it."""
+    """Scores that are capped take an attention that caps: the recipe's on a GPU needs flash-attn; sdpa ignores caps."""
     cap = _of_text(config).get("attn_logit_softcapping")
     if not cap:
         return
