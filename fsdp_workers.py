@@ -137,6 +137,7 @@ def mix_parameters(source: torch.nn.Module, target: torch.nn.Module, alpha: floa
     Raises:
         ValueError: when the modules are sharded differently.
     """
+    get_torch_device().synchronize()  # verl does not wait for the copies by which it offloads an actor to the host
     _reshard(source)
     _reshard(target)
     _mix(dict(source.named_parameters()), dict(target.named_parameters()), alpha)
@@ -169,6 +170,10 @@ def _reshard(module: torch.nn.Module) -> None:
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.reshard()
-        # FSDP1 on one rank does not shard, and must not be told to.
-        elif isinstance(part, FSDP) and part._handle is not None and part._handle.uses_sharded_strategy:
+        elif isinstance(part, FSDP) and part._handle is not None and _can_reshard(part._handle):
             part._handle.reshard(True)
+
+
+def _can_reshard(handle) -> bool:
+    """FSDP1 on one rank does not shard, and a model that nothing was asked of yet has gathered nothing."""
+    return handle.uses_sharded_strategy and hasattr(handle.flat_param, "_local_shard")

@@ -107,6 +107,9 @@ class SpinTrainer(OpponentInVLLM, StaleWeights, HeldOutValidation, PPOTrainerSyn
         role = Role.ActorRollout if model.lora_rank > 0 or model.lora_adapter_path else Role.ActorRolloutRef
         self.role_worker_mapping[role] = ray.remote(SpinWorker)
         self.mapping[role] = "global_pool"
+        reward_model = self.config.reward.reward_model
+        if reward_model.enable_resource_pool:  # verl would put it to sleep, and never wake it to score one response
+            reward_model.rollout.free_cache_engine = False
 
     def _init_dataloader(self):
         """verl ends with its epochs however many steps were asked for: here the epochs follow from the steps."""

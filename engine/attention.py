@@ -167,7 +167,8 @@ def _softcapping_kernel(softcap: float) -> Callable[..., Tensor]:
         from flash_attn import flash_attn_varlen_func
     except ImportError as error:
         raise ValueError(
-            f"this model caps its attention scores ({softcap}): install flash-attn 2, or {GO_ON}."
+            f"this model caps its attention scores ({softcap}): install flash-attn 2, or {GO_ON} "
+            "(actor_rollout_ref.model.override_config.attn_implementation=eager, as sdpa knows no caps)."
         ) from error
 
     def kernel(query, key, value, query_bounds, key_bounds, longest_query, longest_key, scaling, back):

@@ -1,4 +1,4 @@
-"""verl's vLLM server and replica, for rounds; a server ends with its engine."""
+"""verl's vLLM servers and replica, for rounds and for reward models; a server ends with its engine."""
 
 import asyncio
 import os
@@ -18,14 +18,8 @@ from recipe.spin.run import heap
 ENGINE_POLL_SECONDS = 1.0
 
 
-class RolloutServer(RoundServing, vLLMHttpServer):
-    """verl's vLLM server with a call for a whole round; its workers take weights from this run alone."""
-
-    def __init__(self, *args, **kwargs):
-        # Requests come through Ray; the HTTP server that verl starts beside it answers nobody without the key
-        os.environ.setdefault("VLLM_API_KEY", secrets.token_hex(16))
-        self._passed: set[str] = set()  # the names of requests that are through verl's gate
-        super().__init__(*args, **kwargs)
+class ModelServer(vLLMHttpServer):
+    """verl's vLLM server, which ends with its engine. A reward model's answers over HTTP, to the reward function."""
 
     def _get_worker_extension_cls(self) -> str:
         return "recipe.spin.rollout.vllm_worker.RolloutWorkerExtension"
@@ -42,6 +36,16 @@ class RolloutServer(RoundServing, vLLMHttpServer):
         sys.stderr.write("vLLM's engine, a process of this server's, died; the server ends with it\n")
         sys.stderr.flush()
         os._exit(1)
+
+
+class RolloutServer(RoundServing, ModelServer):
+    """The policy's, with a call for a whole round."""
+
+    def __init__(self, *args, **kwargs):
+        # Requests come through Ray; the HTTP server that verl starts beside it answers nobody without the key
+        os.environ.setdefault("VLLM_API_KEY", secrets.token_hex(16))
+        self._passed: set[str] = set()  # the names of requests that are through verl's gate
+        super().__init__(*args, **kwargs)
 
     async def generate(self, prompt_ids, sampling_params, request_id, **options) -> TokenOutput:
         """As verl's. vLLM reports each answer once, complete and as tokens: verl asks for neither parts nor text."""
@@ -76,8 +80,8 @@ class RolloutServer(RoundServing, vLLMHttpServer):
 
 
 class RolloutReplica(vLLMReplica):
-    """verl's replica with our server."""
+    """verl's replica with our servers."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.server_class = ray.remote(RolloutServer)
+        self.server_class = ray.remote(ModelServer if self.is_reward_model else RolloutServer)

@@ -29,6 +29,7 @@ RAYS_PROCESSES = {"gcs_server": "Ray's control service (gcs_server)", "raylet": 
 COMPONENTS = {
     "WorkerDict": "the trainer's rank {number}",
     "RolloutServer": "vLLM's server {number}",
+    "ModelServer": "the reward model's server {number}",
     "vLLMHttpServer": "vLLM's server {number}",
     "RolloutWorker": "agent loop worker {number}",
     "RewardWorker": "reward worker {number}",

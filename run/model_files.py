@@ -17,6 +17,7 @@ TOKENIZER_PATH = "actor_rollout_ref.model.tokenizer_path"
 ADAPTER = "actor_rollout_ref.model.lora_adapter_path"
 LORA_RANK = "actor_rollout_ref.model.lora_rank"
 REWARD_MODEL = "reward.reward_model.model_path"
+OVERRIDES = "actor_rollout_ref.model.override_config"
 MODEL_LENGTH = "actor_rollout_ref.rollout.max_model_len"
 BUCKET = "actor_rollout_ref.rollout.checkpoint_engine.update_weights_bucket_megabytes"
 CONFIGURATION = ("config.json",)
@@ -201,15 +202,24 @@ def weights_fault(file: Path) -> str | None:
 
 
 def _check_attention(settings: Settings, config: dict) -> None:
-    """Scores that are capped take a kernel that knows caps, where the recipe's attention runs on a GPU."""
+    """Scores that are capped take an attention that caps: the recipe's on a GPU needs flash-attn; sdpa ignores caps."""
     cap = _of_text(config).get("attn_logit_softcapping")
-    shares = settings["actor_rollout_ref.share_prompt"] and settings["trainer.device"] == "cuda"
+    if not cap:
+        return
+    shares, attention = settings["actor_rollout_ref.share_prompt"], settings[OVERRIDES].get("attn_implementation")
     settings.require(
-        not cap or not shares or has_flash_attention_2(),
+        not shares or settings["trainer.device"] != "cuda" or has_flash_attention_2(),
         PATH,
         f"this model caps its attention scores ({cap}), for which a GPU needs flash-attn 2; install it, or set "
-        "actor_rollout_ref.share_prompt=False: each response then gets a copy of the prompt, and the model's own "
-        "attention",
+        f"actor_rollout_ref.share_prompt=False {OVERRIDES}.attn_implementation=eager: each response then gets a copy "
+        "of the prompt, and the model's own attention",
+    )
+    settings.require(
+        shares or attention != "sdpa",
+        PATH,
+        f"this model caps its attention scores ({cap}), and {OVERRIDES}.attn_implementation=sdpa, which "
+        "actor_rollout_ref.share_prompt=False takes, would leave the caps out without a word; set it to eager, or with "
+        "flash-attn 2 installed to flash_attention_2",
     )
 
 

@@ -9,6 +9,7 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
+from tempfile import gettempdir
 
 import psutil
 import ray
@@ -62,6 +63,8 @@ class RunMonitor:
         self._started = time.monotonic()
         shutil.rmtree(self._log_folder, ignore_errors=True)
         if not self._joins:
+            # Where torch has it unless TMPDIR says otherwise: kernels once compiled serve the next run too
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{gettempdir()}/torchinductor_{os.getuid()}")
             self._folder, self._lock = private_folder.make()
             os.environ.update(TMPDIR=str(self._folder), VLLM_RPC_BASE_PATH=str(self._folder))
         self._thread.start()

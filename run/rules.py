@@ -279,17 +279,27 @@ def ranks_fall_into_groups(settings: Settings) -> None:
 def the_machine_has_the_ranks(settings: Settings) -> None:
     if settings["trainer.nnodes"] > 1:
         return  # a cluster, of which this machine is a part
-    key, asked = "trainer.n_gpus_per_node", settings["trainer.n_gpus_per_node"]
+    key, pool = "trainer.n_gpus_per_node", _reward_pool(settings)
+    asked = settings[key] + pool
+    whom = f"them and the {pool} of the reward model's own pool" if pool else "them"
     if settings["trainer.device"] == "cuda":
         gpus = torch.cuda.device_count()
-        remedy = f"this machine shows {gpus} GPUs; lower it, or use device=cpu on a machine without GPUs"
+        remedy = f"this machine shows {gpus} GPUs for {whom}; lower it, or use device=cpu on a machine without GPUs"
         settings.require(asked <= gpus, key, remedy)
     logical = settings["ray_kwargs.ray_init.num_gpus"]
     settings.require(
         logical is None or asked <= logical,
         key,
-        f"Ray has ray_kwargs.ray_init.num_gpus={logical} places for them, and the rest would wait; make both the same",
+        f"Ray has ray_kwargs.ray_init.num_gpus={logical} places for {whom}, and the rest would wait; set it to {asked}",
     )
+
+
+def _reward_pool(settings: Settings) -> int:
+    """The devices that verl sets aside for a reward model alone."""
+    model = "reward.reward_model"
+    if not settings[f"{model}.enable_resource_pool"]:
+        return 0
+    return settings[f"{model}.nnodes"] * settings[f"{model}.n_gpus_per_node"]
 
 
 def sequence_parallelism_can_work(settings: Settings) -> None:

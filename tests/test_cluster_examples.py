@@ -1,7 +1,10 @@
 """The files in examples/cluster: they parse, and say what the run they start understands."""
 
+import os
 import re
+import signal
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -61,6 +64,120 @@ def test_both_of_kuberays_nodes_are_alike_and_as_many_as_the_run_takes():
     assert mounted == {volume["name"] for volume in head["template"]["spec"]["volumes"]}
     constraints = (FOLDER.parent.parent / "constraints" / "gpu.txt").read_text()
     assert re.search(rf"^ray=={re.escape(cluster['rayVersion'])}$", constraints, re.MULTILINE)
+
+
+# ---- The scripts, with stand-ins for Ray, Slurm and the run ---------------------------------------------------------
+RAY = """
+case "$*" in
+*BROKEN*) ;;
+"start --head"*) touch up; trap 'rm up; exit 1' TERM; while true; do sleep 1; done ;;
+"start --address"*) touch joined; while [[ -e up ]]; do sleep 1; done; exit 1 ;;
+status*) [[ -e up ]] || exit 1; echo " 1 node_a"; if [[ -e joined ]]; then echo " 1 node_b"; fi; exit 0 ;;
+esac
+exit 1
+"""
+STANDINS = {
+    ".venv/bin/ray": RAY,
+    "run_spin.sh": '[[ "$*" == --install ]] || echo "$NNODES $N_GPUS_PER_NODE $RAY_ADDRESS $*" >run',
+    "bin/sleep": "exec /bin/sleep 0.01",
+    "bin/scontrol": "echo first; echo second",
+    "bin/hostname": "echo 10.0.0.1",
+    "bin/srun": 'echo "$SRUN_CPUS_PER_TASK" >>cpus; while [[ "$1" == --* ]]; do shift; done; exec "$@"',
+}
+SLURM = {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NNODES": "2", "SLURM_CPUS_PER_TASK": "64", "SLURM_GPUS_PER_NODE": "8"}
+SKYPILOT = {"SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2", "SKYPILOT_NUM_NODES": "2", "SKYPILOT_NUM_GPUS_PER_NODE": "8"}
+
+
+@pytest.fixture
+def job(tmp_path):
+    """Starts a script of an example in a checkout of stand-ins; ends what it leaves, as Slurm and SkyPilot do."""
+    for name, script in STANDINS.items():
+        file = tmp_path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"#!/bin/bash\n{script}\n")
+        file.chmod(0o755)
+    started = []
+
+    def start(script: str, variables: dict[str, str]) -> subprocess.Popen:
+        path = f"{tmp_path}/bin:{os.environ['PATH']}"
+        options = {"text": True, "stderr": subprocess.PIPE, "start_new_session": True}
+        environment = {"PATH": path, "SLURM_SUBMIT_DIR": str(tmp_path), **variables}
+        started.append(subprocess.Popen(["bash", "-c", script], cwd=tmp_path, env=environment, **options))
+        return started[-1]
+
+    yield start
+    for process in started:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def replace(folder: Path, name: str, old: str, new: str) -> None:
+    text = (folder / name).read_text()
+    assert old in text
+    (folder / name).write_text(text.replace(old, new))
+
+
+def ended(process: subprocess.Popen, status: int) -> str:
+    """What a script said that has ended so."""
+    assert process.wait(timeout=60) == status
+    with suppress(ProcessLookupError):  # what it left would keep its stderr open
+        os.killpg(process.pid, signal.SIGKILL)
+    return process.stderr.read()
+
+
+def start_skypilots_nodes(job) -> list[subprocess.Popen]:
+    script = shell("skypilot.yaml")[1]
+    return [job(script, SKYPILOT | {"SKYPILOT_NODE_RANK": str(rank)}) for rank in (0, 1)]
+
+
+def test_both_of_skypilots_nodes_end_well_after_the_run(job, tmp_path):
+    """SkyPilot's job waits for all nodes, and has failed if one has."""
+    for process in start_skypilots_nodes(job):
+        ended(process, 0)
+    assert (tmp_path / "run").read_text().split() == ["2", "8", "10.0.0.1:6379"]
+    assert not (tmp_path / "up").exists()  # the head's Ray has ended
+
+
+def test_skypilots_job_fails_as_the_run_does(job, tmp_path):
+    replace(tmp_path, "run_spin.sh", ">run", ">run; exit 3")
+    head, worker = start_skypilots_nodes(job)
+    ended(head, 3)
+    ended(worker, 0)
+
+
+@pytest.mark.parametrize("node", ["--head", "--address"])
+def test_skypilots_job_ends_when_ray_does_not_start(job, tmp_path, node):
+    replace(tmp_path, ".venv/bin/ray", '"start ' + node, '"start BROKEN' + node)
+    head, worker = start_skypilots_nodes(job)
+    message = ended(head, 1)
+    assert ("ray start has ended" if node == "--head" else "all_joined still fails") in message
+    ended(worker, 1 if node == "--head" else 0)
+    assert not (tmp_path / "run").exists()
+
+
+def test_slurms_job_runs_with_all_cpus_in_every_step(job, tmp_path):
+    ended(job(shell("slurm.sbatch")[0], SLURM), 0)
+    assert (tmp_path / "run").read_text().split() == ["2", "8", "10.0.0.1:6379"]
+    assert set((tmp_path / "cpus").read_text().split()) == {"64"}
+
+
+@pytest.mark.parametrize("node", ["--head", "--address"])
+def test_slurms_job_ends_when_ray_does_not_start(job, tmp_path, node):
+    replace(tmp_path, ".venv/bin/ray", '"start ' + node, '"start BROKEN' + node)
+    assert "ray start has ended" in ended(job(shell("slurm.sbatch")[0], SLURM), 1)
+    assert not (tmp_path / "run").exists()
+
+
+def test_slurms_job_ends_when_the_others_do_not_join(job, tmp_path):
+    replace(tmp_path, ".venv/bin/ray", "touch joined;", "")
+    assert "all_joined still fails" in ended(job(shell("slurm.sbatch")[0], SLURM), 1)
+
+
+def test_slurms_head_needs_an_address_that_others_reach(job, tmp_path):
+    replace(tmp_path, "bin/hostname", "10.0.0.1", "127.0.1.1")
+    message = ended(job(shell("slurm.sbatch")[0], SLURM), 1)
+    assert "first knows itself as 127.0.1.1" in message and "set ip" in message
 
 
 def test_every_example_stands_in_the_readme():

@@ -142,6 +142,8 @@ def with_gpu(monkeypatch):
 
 
 ONE_GPU = "trainer.n_gpus_per_node=1"
+SEPARATE = "actor_rollout_ref.share_prompt=False"
+ATTENTION = "actor_rollout_ref.model.override_config.attn_implementation"
 
 
 def test_capped_attention_without_its_kernel_is_refused_before_ray(run, folder, with_gpu, monkeypatch):
@@ -152,9 +154,20 @@ def test_capped_attention_without_its_kernel_is_refused_before_ray(run, folder, 
     for words in (f"{PATH}='{folder}'", "caps its attention scores (50.0)", "flash-attn 2", "share_prompt=False"):
         assert words in message
     run.check(path)  # a CPU knows caps
-    run.check(path, ONE_GPU, "actor_rollout_ref.share_prompt=False", device="gpu")
+    run.check(path, ONE_GPU, SEPARATE, f"{ATTENTION}=eager", device="gpu")
     monkeypatch.setattr(model_files, "has_flash_attention_2", lambda: True)
     run.check(path, ONE_GPU, device="gpu")
+
+
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_capped_attention_whose_caps_would_be_left_out_is_refused(run, folder, with_gpu, device):
+    """transformers' sdpa takes a cap and ignores it, and the policy would not be the model that vLLM runs."""
+    change(folder / "config.json", attn_logit_softcapping=50.0)
+    overrides = [f"{PATH}={folder}", ONE_GPU, SEPARATE]
+    message = run.refusal(*overrides, f"{ATTENTION}=sdpa", device=device)
+    for words in (f"{PATH}='{folder}'", "caps its attention scores (50.0)", f"{ATTENTION}=sdpa", "set it to eager"):
+        assert words in message
+    run.check(*overrides, f"{ATTENTION}=eager", device=device)
 
 
 def test_capped_attention_of_a_model_in_the_hubs_cache(run, folder, with_gpu, monkeypatch):

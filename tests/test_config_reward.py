@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from checkable_run import write_classifier
 
 from recipe.spin.run.reward_file import WEIGHTED
@@ -151,7 +152,21 @@ def classifier(run, tmp_path, tiny_llama):
 
 def test_a_reward_model(run, classifier):
     run.check(*classifier)
-    run.check(*classifier, f"{MODEL}.enable_resource_pool=True", f"{MODEL}.nnodes=1", "ray_kwargs.ray_init.num_cpus=64")
+    own = [f"{MODEL}.enable_resource_pool=True", f"{MODEL}.nnodes=1", f"{MODEL}.n_gpus_per_node=1"]
+    run.check(*classifier, *own, "ray_kwargs.ray_init.num_gpus=2")
+
+
+def test_a_reward_models_own_pool_needs_devices_beside_the_trainers(run, classifier, monkeypatch):
+    """verl would refuse them when Ray has started: 8 < 10."""
+    pool = [f"{MODEL}.enable_resource_pool=True", f"{MODEL}.nnodes=1", f"{MODEL}.n_gpus_per_node=2"]
+    message = run.refusal(*classifier, *pool)
+    assert "num_gpus=1 places for them and the 2 of the reward model's own pool" in message and "set it to 3" in message
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr("recipe.spin.run.check.machine_faults", lambda config: [])
+    served = [f"{MODEL}.rollout.name=vllm", f"{MODEL}.rollout.tensor_model_parallel_size=1"]
+    message = run.refusal(*classifier, *pool, *served, "trainer.n_gpus_per_node=8", device="gpu")
+    assert message.startswith("trainer.n_gpus_per_node=8: this machine shows 8 GPUs for them and the 2 of the reward")
+    run.check(*classifier, *pool, *served, "trainer.n_gpus_per_node=6", device="gpu")  # as docs/preferences.md has it
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,12 @@
 
 import json
 import math
+import types
 
 import pytest
 import torch
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from whole_runs import metrics, succeed
 
@@ -58,6 +61,37 @@ def test_a_refreshed_shard_is_rounded_on_the_device_that_it_leaves():
         mix_parameters(actor, reference)
     assert copies.seen == [(torch.bfloat16, torch.bfloat16)] * 2
     assert torch.equal(reference.weight, actor.weight.bfloat16())
+
+
+def test_shards_that_are_still_on_their_way_to_the_host_are_waited_for(monkeypatch):
+    """verl offloads an actor by copies that it does not wait for; a refresh may come right after them."""
+    from recipe.spin import fsdp_workers
+
+    actor, reference = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    arrived = torch.nn.Linear(3, 2)
+    device = types.SimpleNamespace(synchronize=lambda: actor.load_state_dict(arrived.state_dict()))
+    monkeypatch.setattr(fsdp_workers, "get_torch_device", lambda: device)
+    fsdp_workers.mix_parameters(actor, reference)
+    assert torch.equal(reference.weight, arrived.weight)
+
+
+@pytest.fixture
+def two_ranks():
+    """This process is the first of two, of which the other answers nothing."""
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_a_refresh_before_fsdp1_computed_anything(two_ranks):
+    """What resharding goes back to FSDP1 sets with the first forward alone."""
+    from recipe.spin.fsdp_workers import mix_parameters
+
+    torch.manual_seed(0)
+    actor, reference = (FullyShardedDataParallel(torch.nn.Linear(3, 2), device_id=torch.device("cpu")) for _ in "ab")
+    mix_parameters(actor, reference)
+    pairs = zip(actor.parameters(), reference.parameters(), strict=True)
+    assert all(one.numel() == 4 and torch.equal(one, other) for one, other in pairs)  # half of 8
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """What RunMonitor measures of a run's processes, and how seldom it asks for what costs much."""
 
+import os
 import types
 from multiprocessing import shared_memory
 
@@ -40,6 +41,21 @@ def test_memory_is_looked_at_as_often_as_asked_for(monitor, monkeypatch, seconds
     monitor._console = types.SimpleNamespace(waits_for=wait)
     monitor._watch()
     assert len(looked) == looks and set(waits) == {"starting Ray"}
+
+
+@pytest.mark.parametrize(("set_by_user", "joins"), [(None, False), ("/mine", False), (None, True)])
+def test_compiled_kernels_outlive_the_run(tmp_path, monkeypatch, set_by_user, joins):
+    """torch keeps them below TMPDIR, which is the run's own folder and goes with it."""
+    environment = {} if set_by_user is None else {"TORCHINDUCTOR_CACHE_DIR": set_by_user}
+    monkeypatch.setattr(run_monitor.os, "environ", environment)
+    monkeypatch.setattr(RunMonitor, "_watch", lambda self: None)
+    monkeypatch.setattr(run_monitor, "process_tree", lambda: [])  # the processes that it would end
+    monkeypatch.setattr(run_monitor, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(run_monitor.private_folder, "base_folder", lambda: tmp_path)
+    with RunMonitor(tmp_path / "logs", joins=joins):
+        kept = None if joins else f"{tmp_path}/torchinductor_{os.getuid()}"
+        assert environment.get("TORCHINDUCTOR_CACHE_DIR") == (set_by_user or kept)
+        assert joins or environment["TMPDIR"].startswith(f"{tmp_path}/spin-")
 
 
 @pytest.fixture

@@ -154,6 +154,19 @@ def test_vllms_http_server_has_a_key_that_nobody_knows(monkeypatch):
     assert len(keys) == 2 and all(len(key) == 32 for key in keys)
 
 
+@pytest.mark.parametrize(("is_reward_model", "has_key"), [(False, True), (True, False)])
+def test_a_reward_models_http_server_answers_its_reward_function(monkeypatch, is_reward_model, has_key):
+    """The function asks it over HTTP, and knows no key: vLLM would answer /v1/chat/completions with 401."""
+    from recipe.spin.rollout import server
+
+    monkeypatch.setattr(os, "environ", {})
+    monkeypatch.setattr(server.vLLMHttpServer, "__init__", lambda self: None)
+    monkeypatch.setattr(server.vLLMReplica, "__init__", lambda self: setattr(self, "is_reward_model", is_reward_model))
+    monkeypatch.setattr(server.ray, "remote", lambda actor: actor)
+    server.RolloutReplica().server_class()
+    assert ("VLLM_API_KEY" in os.environ) is has_key
+
+
 # ---- TransferQueue ---------------------------------------------------------------------------------------------------
 def test_transfer_queues_actor_is_the_runs_own(monkeypatch):
     """It is looked for and made in the namespace of the run's job, not in one of the whole cluster."""

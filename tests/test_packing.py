@@ -9,6 +9,7 @@ from plain_model import response_logp
 from torch.nn.attention import varlen
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, LlamaConfig, MistralConfig, Qwen3Config
+from verl.utils import tensordict_utils as tu
 
 from recipe.spin.engine import attention
 from recipe.spin.engine.logps import (
@@ -19,6 +20,7 @@ from recipe.spin.engine.logps import (
     token_logps,
 )
 from recipe.spin.engine.packing import common_beginning, copy_prompts, pack_rows, split_copies
+from recipe.spin.engine.row_engine import SeparateEngine
 from recipe.spin.engine.rows import make_rows, nest, row_lists
 
 SIZES = {
@@ -245,6 +247,29 @@ def test_prompts_are_copied_for_models_that_cannot_share():
 )
 def test_common_beginning(prompts, expected):
     assert common_beginning([torch.tensor(prompt) for prompt in prompts]) == expected
+
+
+@pytest.mark.parametrize(("implementation", "same"), [("eager", True), ("sdpa", False)])
+def test_separate_prompts_keep_capped_scores_in_eager_attention_alone(implementation, same):
+    """transformers' sdpa takes a cap and ignores it, which run/model_files.py refuses for that."""
+    config = MODELS[next(name for name in MODELS if "capped" in name)]
+    plain, model = build(config), build(config)
+    model.set_attn_implementation(implementation)
+    prompts, answers = [[5, 6, 7], [8, 9]], [[[3, 4], [9]], [[4], [2, 6, 7]]]
+    engine = SeparateEngine.__new__(SeparateEngine)
+    engine.pad_to_length, engine.use_ulysses_sp, engine.enable_routing_replay = None, False, False
+    rows = as_rows(prompts, answers)
+    rows["input_ids"] = copy_prompts(rows["input_ids"], rows["segments"])
+    tu.assign_non_tensor(rows, temperature=1.0, use_remove_padding=True)
+    inputs, places = engine.prepare_model_inputs(rows)
+    ours = token_logps(model(**inputs, use_cache=False).logits[0], places["labels"]).split([2, 1, 1, 3])
+    expected = [
+        response_logp(plain, prompt, answer, [1] * len(answer), temperature=1.0)
+        for prompt, row in zip(prompts, answers, strict=True)
+        for answer in row
+    ]
+    gap = (torch.stack([one.sum() for one in ours]) - torch.stack(expected)).abs().max()
+    assert gap < 1e-4 if same else gap > 1e-2, gap
 
 
 # ---- What cannot share ----------------------------------------------------------------------------------------------

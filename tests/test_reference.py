@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from plain_model import load_model, response_logp
-from worker_jobs import count_offloads, make_batches, make_long_batch, play, refresh, refuse
+from worker_jobs import count_offloads, make_batches, make_long_batch, play, refresh, refresh_at_once, refuse
 
 pytestmark = pytest.mark.slow
 
@@ -118,6 +118,13 @@ def test_reference_is_saved_only_once_it_was_refreshed(played):
     assert played["folders"]["unrefreshed"] == ["actor"]
     assert same(played["resumed"]["unrefreshed"]["reference"], played["seen"]["loaded"]["reference"])
     assert same(played["resumed"]["unrefreshed"]["actor"], played["seen"]["trained"]["actor"])
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "fsdp2"])
+def test_a_refresh_may_come_first(tiny_models, ranks, strategy):
+    """As with ref_update_freq=1, or after a resume: FSDP1 prepares for resharding with the first forward alone."""
+    seen, *_ = ranks[2].run(refresh_at_once, overrides(tiny_models["llama"], strategy), BATCHES[0])
+    assert same(seen["reference"], seen["actor"])
 
 
 def test_reference_sharded_unlike_the_actor_is_refused(tiny_models, ranks):

@@ -67,6 +67,15 @@ def test_rewards_are_in_the_metrics_by_their_names():
     assert answers.named_rewards([{}, {}]) == {}
 
 
+@pytest.mark.parametrize("own_pool", [True, False])
+def test_a_reward_model_in_its_own_pool_stays_awake(trainer, own_pool):
+    """verl would put it to sleep, and wake it only where it scores a whole batch, in the trainer's pool."""
+    pool = f"reward.reward_model.enable_resource_pool={own_pool}"
+    trainer.config = compose("reward.reward_model.enable=True", pool, "reward.reward_model.nnodes=1", device="gpu")
+    trainer._init_resource_pool_mgr()
+    assert trainer.config.reward.reward_model.rollout.free_cache_engine is not own_pool
+
+
 @pytest.mark.parametrize(("buffer", "seconds"), [(ReplayBuffer, 0.05), (type("Sampler", (ReplayBuffer,), {}), 0.25)])
 def test_a_buffer_that_asks_all_the_time_does_so_four_times_a_second(trainer, monkeypatch, buffer, seconds):
     """The recipe's own waits for the answers and asks once; thousands of keys make a question long."""

@@ -277,6 +277,13 @@ def refresh(rank: int, overrides: list[str], batch: Batch, folder: str) -> dict:
     return seen
 
 
+def refresh_at_once(rank: int, overrides: list[str], batch: Batch) -> dict:
+    """Refreshes before either model was asked for anything; returns log-probs of the batch."""
+    players = Players(overrides, batch)
+    players.worker.refresh_reference()
+    return players.both()
+
+
 def count_offloads(rank: int, overrides: list[str]) -> int:
     """How many of a worker's two models FSDP was told to keep on the host."""
     from unittest import mock
