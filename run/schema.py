@@ -79,8 +79,8 @@ Loggers = Annotated[list[Literal[LOGGERS]], OneOrMore]
 class FilterGroups(Section):
     enable: bool = own(
         False,
-        "dynamic sampling: replace prompts whose responses all score the same, at most `max_num_gen_batches` (10) "
-        "batches",
+        "dynamic sampling: replace prompts whose responses all score the same; the run stops when "
+        "`algorithm.filter_groups.max_num_gen_batches` (10) batches do not fill one",
     )
     max_num_gen_batches: int
 
@@ -198,7 +198,11 @@ class V1(Section):
 
 class Trainer(Section):
     ref_update_freq: int = own(5, "steps between refreshes of the reference; 0: it stays as loaded")
-    ref_update_alpha: TopP = own(1.0, "share of the actor in a refreshed reference (below 1: TR-DPO's soft update)")
+    ref_update_alpha: TopP = own(
+        1.0,
+        "share of the actor in a refreshed reference; below 1 (TR-DPO's soft update) takes "
+        "`actor_rollout_ref.ref.fsdp_config.model_dtype=fp32`",
+    )
     rollout_sync_freq: Count = own(
         1, "steps between which vLLM keeps its weights ([docs/asynchronous.md](docs/asynchronous.md))"
     )
