@@ -16,6 +16,7 @@ from verl.utils.ulysses import gather_outputs_and_unpad, ulysses_pad_and_slice_i
 from verl.workers.engine import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
+from recipe.spin.engine.adapter import AdapterCheckpointManager
 from recipe.spin.engine.attention import NAME as SHARED_PROMPT_ATTENTION
 from recipe.spin.engine.attention import check_model_shares_prompts
 from recipe.spin.engine.logps import (
@@ -45,6 +46,20 @@ class RowEngine(FSDPEngineWithLMHead):
     def __init__(self, model_config, engine_config, optimizer_config, checkpoint_config):
         model_config.model_type = "language_model"  # what verl loads; the engine's own name chose it in the registry
         super().__init__(model_config, engine_config, optimizer_config, checkpoint_config)
+
+    def initialize(self):
+        """Builds everything as verl does; with LoRA checkpoints are saved by adapter.py."""
+        super().initialize()
+        if self._is_lora:
+            self.checkpoint_manager = AdapterCheckpointManager(
+                base=self.model_config.path,
+                model=self.module,
+                optimizer=self.optimizer,
+                lr_scheduler=self.lr_scheduler,
+                processing_class=self.model_config.get_processor(),
+                checkpoint_config=self.checkpoint_config,
+                trust_remote_code=self.model_config.trust_remote_code,
+            )
 
     def _build_lora_module(self, module):
         """An adapter starts from random numbers, here the same in every run."""

@@ -16,6 +16,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
+from peft import PeftModel
+from plain_model import load_model
 from whole_runs import ROOT, Watch, fail, finish, metrics, processes, start, succeed
 
 from benchmarks.rule_judge import RuleJudge
@@ -315,6 +318,15 @@ def test_lora_against_the_base_model(task, tiny_llama, tmp_path):
         assert abs(history[step]["kl/sequence"]) > 0.01
         assert history[step]["rewards/margins"] != 0  # as it is to the bit where the reference is the policy
         assert history[step]["rollout/logp_gap_max"] < 1e-3
+    checkpoint = Path(json.loads((run / "summary.json").read_text())["checkpoint"])
+    merged = load_model(str(checkpoint))
+    base = load_model(str(tiny_llama))
+    adapted = PeftModel.from_pretrained(load_model(str(tiny_llama)), checkpoint.parent / "lora_adapter")
+    tokens = torch.arange(40).view(2, 20)
+    with torch.no_grad():
+        logits, expected, before = (model(input_ids=tokens).logits for model in (merged, adapted, base))
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-4)
+    assert (logits - before).abs().max() > 0.01
 
 
 def test_the_example_of_another_trainer_trains(task, tiny_llama, tmp_path):

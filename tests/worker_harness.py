@@ -125,13 +125,14 @@ def _rank_main(rank, world_size, port, calls, results) -> None:
 
 
 def make_worker(*overrides: str):
-    """The worker with its actor and reference loaded, as the trainer has it but for the rollout."""
+    """The worker with its models loaded, as the trainer has it but for the rollout; with LoRA there is no reference."""
     from recipe.spin.fsdp_workers import SpinWorker
 
     config = compose(*overrides)
     OmegaConf.resolve(config)
-    worker = SpinWorker(config.actor_rollout_ref, role="actor_rollout_ref")
-    worker.role = "actor_ref"  # init_model builds what the role's name contains
+    models = "actor" if config.actor_rollout_ref.model.lora_rank > 0 else "actor_ref"
+    worker = SpinWorker(config.actor_rollout_ref, role=models.replace("actor", "actor_rollout"))
+    worker.role = models  # init_model builds what the role's name contains
     worker.init_model()
     return worker
 

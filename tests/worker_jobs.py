@@ -284,6 +284,21 @@ def refresh_at_once(rank: int, overrides: list[str], batch: Batch) -> dict:
     return players.both()
 
 
+def train_adapter(rank: int, overrides: list[str], batches: list[Batch], folder: str) -> dict:
+    """Trains an adapter, saves and resumes; returns log-probs of the first batch at each stage."""
+    players = Players(overrides, batches[0])
+    seen = {"base": players.reference()}
+    for batch in batches:
+        players.train(batch)
+    seen["trained"] = players.actor()
+    players.worker.save_checkpoint(f"{folder}/actor", global_step=1)
+    seen["saved"] = players.actor()
+    resumed = Players(overrides, batches[0])
+    resumed.worker.load_checkpoint(f"{folder}/actor")
+    seen["resumed"] = resumed.actor()
+    return {"rows": responses_of(players.probe), "seen": seen}
+
+
 def count_offloads(rank: int, overrides: list[str]) -> int:
     """How many of a worker's two models FSDP was told to keep on the host."""
     from unittest import mock
