@@ -22,13 +22,6 @@ def test_the_users_folder_is_put_in_place_of_a_tilde(monkeypatch):
     assert config.reward.custom_reward_function.reward_kwargs.functions.one.path == "/home/me/one.py"
 
 
-def test_other_settings_stay():
-    config = composed("cpu")
-    before = OmegaConf.to_yaml(config)
-    expand_home(config)
-    assert OmegaConf.to_yaml(config) == before
-
-
 def test_a_section_that_is_null_is_left_to_the_check():
     expand_home(OmegaConf.create({"trainer": None, "data": {"train_files": 5}}))
 
