@@ -28,7 +28,7 @@ ARMS: dict[str, list[str]] = {
     "ref_update_freq=1": ["trainer.ref_update_freq=1"],
     "ref_update_freq=2": ["trainer.ref_update_freq=2"],
     "ref_update_freq=0": ["trainer.ref_update_freq=0"],
-    "lr=3e-6": [f"{OPTIMIZER}.lr=3e-6"],
+    "lr=2e-5": [f"{OPTIMIZER}.lr=2e-5"],
     "lr=3e-5": [f"{OPTIMIZER}.lr=3e-5"],
     "eps=1e-6": [f"+{OPTIMIZER}.override_optimizer_config.eps=1e-6"],
     "eps=1e-4": [f"+{OPTIMIZER}.override_optimizer_config.eps=1e-4"],
@@ -48,7 +48,9 @@ def table(found: dict[str, dict]) -> str:
         pairs = (one["pairs"] for name, one in found.items() if arm_and_seed(name)[0] == arm and "failed" not in one)
         lines.append((title, str(reached[arm]["sampled"][2]), *cells, f"{statistics.mean(pairs):.0f}"))
     lines += [(name, "failed", one["failed"], "", "") for name, one in found.items() if "failed" in one]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    missing = [f"`{arm}`" for arm in ARMS if not reached[arm]]
+    rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return rows + (f"\n\nNot run yet: {', '.join(missing)}." if missing else "")
 
 
 def write_document(found: dict[str, dict], document: Path = DOCUMENT) -> None:

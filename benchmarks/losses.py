@@ -67,7 +67,9 @@ def table(found: dict[str, dict]) -> str:
         for label, pick in (("mean of all", statistics.mean), ("worst of all", min)):
             cells = (f"{pick(one['after'][kind] for one in done.values()):.3f}" for kind in KINDS)
             lines.append((f"**{label}**", *cells, "", "", ""))
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    missing = [name for name in ARMS if name not in found]
+    rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return rows + (f"\n\nNot run yet: {'; '.join(missing)}." if missing else "")
 
 
 def write_document(found: dict[str, dict], document: Path = DOCUMENT) -> None:

@@ -53,14 +53,15 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The checkout's commit, with a mark where files differ from it."""
-    found = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude", "*"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    return found.stdout.strip() or "unknown"
+    """The checkout's commit, with a mark where files differ from it; results, and the tables made of them, may."""
+    found = _git("rev-parse", "--short=12", "HEAD").strip()
+    others = [".", ":!benchmarks/results", ":!benchmarks/RESULTS.md", ":!docs"]
+    dirty = found and _git("status", "--porcelain", "--untracked-files=no", "--", *others)
+    return (f"{found}-dirty" if dirty else found) or "unknown"
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout
 
 
 def provenance() -> dict:

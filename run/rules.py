@@ -14,7 +14,7 @@ from recipe.spin.core_algos import LOSSES, LossOptions, beta_at, check_loss_sett
 from recipe.spin.preferences.source import RewardSource, source_class
 from recipe.spin.run.faults import ConfigError, Settings, Unusable
 from recipe.spin.run.schema import Precision
-from recipe.spin.run_folder import nearest_existing
+from recipe.spin.run_folder import TRACKER, nearest_existing
 
 ACTOR, REF, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.ref", "actor_rollout_ref.rollout"
 MODEL, SHARE_PROMPT = "actor_rollout_ref.model", "actor_rollout_ref.share_prompt"
@@ -490,6 +490,17 @@ def the_run_folder_can_be_written(settings: Settings) -> None:
             settings.require(False, key, f"nothing can be written in {existing} ({error}); name another (RUN_DIR)")
 
 
+def an_evaluation_finishes_no_run(settings: Settings) -> None:
+    """It ends with a summary, by which the run of its folder would count as finished."""
+    folder = Path(settings["trainer.default_local_dir"]).expanduser()
+    settings.require(
+        not settings["trainer.val_only"] or not (folder / TRACKER).exists(),
+        "trainer.val_only",
+        f"{folder} holds a training run; name another folder (RUN_DIR), and the checkpoint's actor/huggingface as "
+        "model (MODEL_PATH)",
+    )
+
+
 def a_path_to_resume_from_is_there(settings: Settings) -> None:
     path = settings["trainer.resume_from_path"]
     settings.require(
@@ -528,5 +539,6 @@ RULES: tuple[Callable[[Settings], None], ...] = (
     a_source_that_scores_is_not_overruled,
     loggers_are_installed,
     the_run_folder_can_be_written,
+    an_evaluation_finishes_no_run,
     a_path_to_resume_from_is_there,
 )

@@ -25,14 +25,16 @@ def result(sampled: float) -> dict:
     return {"after": {"sampled": sampled, "greedy": sampled / 2}, "pairs": 40 * sampled}
 
 
-def test_the_table_has_what_reaches_most_first_and_the_failures_last():
+def test_the_table_has_what_reaches_most_first_the_failures_last_and_what_is_missing(monkeypatch):
+    monkeypatch.setattr(defaults, "ARMS", dict.fromkeys(("default", "n=2", "lr=3e-5", "dpo_pairing=all"), []))
     found = {
         "n=2, seed 1": result(0.25),
         "default, seed 1": result(0.5),
         "default, seed 2": result(0.75),
         "lr=3e-5, seed 1": {"failed": "error: the DPO loss is nan"},
     }
-    _, _, *lines = defaults.table(found).splitlines()
+    _, _, *lines, empty, missing = defaults.table(found).splitlines()
+    assert (empty, missing) == ("", "Not run yet: `lr=3e-5`, `dpo_pairing=all`.")
     assert lines == [
         "| default | 2 | 0.625 (0.177) | 0.312 (0.088) | 25 |",
         "| `n=2` | 1 | 0.250 | 0.125 | 10 |",

@@ -28,13 +28,15 @@ def test_every_loss_and_every_option_has_an_arm():
     assert [name for name in vars(LossOptions()) if f"dpo_{name}=" not in arms and name not in silent] == []
 
 
-def test_the_table_has_the_best_first_the_failures_and_mean_and_worst():
+def test_the_table_has_the_best_first_the_failures_mean_and_worst_and_what_is_missing(monkeypatch):
+    monkeypatch.setattr(losses, "ARMS", dict.fromkeys(("weak", "absent", "broken", "good", "gone"), ()))
     found = {
         "weak": result(0.2),
         "broken": {"failed": "error: the DPO loss is nan"},
         "good": result(0.8, warnings=["gap", "likelihood"]),
     }
-    _, _, *lines = losses.table(found).splitlines()
+    _, _, *lines, empty, missing = losses.table(found).splitlines()
+    assert (empty, missing) == ("", "Not run yet: absent; gone.")
     assert lines == [
         "| good | 0.800 | 0.400 | -1.00 -> -0.50 | 14.00 -> 11.00 | gap, likelihood |",
         "| weak | 0.200 | 0.100 | -1.00 -> -0.50 | 14.00 -> 11.00 |  |",

@@ -3,6 +3,7 @@
 import pytest
 
 from recipe.spin.run import rules
+from recipe.spin.run.faults import ConfigError
 
 ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
 QUEUE = "transfer_queue.backend.SimpleStorage.total_storage_size"
@@ -107,3 +108,13 @@ def test_a_logger_whose_package_is_missing(run, monkeypatch):
 )
 def test_settings_that_fit_pass(run, overrides):
     run.check(*overrides.split())
+
+
+def test_an_evaluation_needs_a_folder_without_a_training_run(run, tmp_path):
+    """Its summary would mark that run as finished."""
+    asked = ("trainer.val_only=True", f"trainer.default_local_dir={tmp_path}")
+    run.check(*asked)
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("3")
+    with pytest.raises(ConfigError, match=f"trainer.val_only=True.*{tmp_path}.*RUN_DIR.*MODEL_PATH"):
+        run.check(*asked)
+    run.check(asked[1], "trainer.resume_mode=force")
