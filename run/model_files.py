@@ -6,6 +6,7 @@ import sys
 from functools import cache
 from math import ceil
 from pathlib import Path
+from typing import BinaryIO
 
 from omegaconf import DictConfig
 
@@ -180,22 +181,24 @@ def weights_fault(file: Path) -> str | None:
         return "is missing"
     size = file.stat().st_size
     try:
-        content = open(file, "rb")  # noqa: SIM115 - closed below
+        with open(file, "rb") as content:
+            if file.suffix == ".safetensors":
+                return _safetensors_fault(content, size)
+            return None if size else "is empty"
     except OSError as error:
         return f"cannot be read ({error.strerror}: chmod a+r, by its owner)"
-    if file.suffix != ".safetensors":
-        content.close()
-        return None if size else "is empty"
-    with content:
-        length = int.from_bytes(content.read(8), "little")
-        if size < 8 or length > size - 8:
-            return f"is cut off: it has {size} bytes"
-        try:
-            header = json.loads(content.read(length))
-            ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
-            whole = 8 + length + max(ends, default=0)
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError):
-            return "is no safetensors file"
+
+
+def _safetensors_fault(content: BinaryIO, size: int) -> str | None:
+    length = int.from_bytes(content.read(8), "little")
+    if size < 8 or length > size - 8:
+        return f"is cut off: it has {size} bytes"
+    try:
+        header = json.loads(content.read(length))
+        ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
+        whole = 8 + length + max(ends, default=0)
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+        return "is no safetensors file"
     if not ends:
         return "holds no weights"
     return None if size == whole else f"is cut off or damaged: it has {size} bytes, and its header tells of {whole}"
