@@ -228,5 +228,5 @@ def test_a_reward_model_does_not_decide_in_place_of_a_source_that_scores(run, cl
     message = run.refusal(source, *classifier)
     assert message.startswith(f"{MODEL}.enable=True: in the policy's pool it scores after {source} and would decide")
     assert f"{MODEL}.enable_resource_pool=True" in message
-    own = [f"{MODEL}.enable_resource_pool=True", f"{MODEL}.nnodes=1", "ray_kwargs.ray_init.num_cpus=64"]
-    run.check(source, *classifier, *own)
+    own = [f"{MODEL}.enable_resource_pool=True", f"{MODEL}.nnodes=1", f"{MODEL}.n_gpus_per_node=1"]
+    run.check(source, *classifier, *own, "ray_kwargs.ray_init.num_cpus=64", "ray_kwargs.ray_init.num_gpus=2")

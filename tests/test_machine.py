@@ -401,7 +401,7 @@ def test_a_model_that_is_no_dense_transformer_is_told(tmp_path):
 def test_the_gpu_profile_is_checked_on_the_gpu_that_it_finds(run, gpus, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    monkeypatch.setattr("ray._private.utils.get_num_cpus", lambda **_: 64)
     monkeypatch.setattr(host, "available_memory", lambda: 64e9)
     run.check(ONE, device="gpu")  # the first of them is enough
     message = run.refusal("trainer.n_gpus_per_node=2", device="gpu")
