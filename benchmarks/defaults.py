@@ -1,8 +1,8 @@
-"""What the default run on a CPU learns with one setting changed: the sweep that its defaults are chosen by.
+"""What the default run on a CPU learns with settings changed: the sweep that its defaults are chosen by.
 
     .venv/bin/python -m benchmarks.defaults [ARM ...] [--seeds 1] [--runs outputs/defaults]
 
-Each arm (of ARMS) differs from `bash run_spin.sh` in the one setting that its name says. Every run is added to
+Each arm (of ARMS) differs from `bash run_spin.sh` in the settings that its name says. Every run is added to
 benchmarks/results/defaults.json at once; one that stands there is skipped. Then the table of docs/defaults.md
 is made anew. A run takes 4.5 minutes on two cores, with 8 responses more.
 """
@@ -18,21 +18,32 @@ from benchmarks.scaling import fill
 
 DOCUMENT = ROOT / "docs" / "defaults.md"
 OPTIMIZER = "actor_rollout_ref.actor.optim"
-ARMS: dict[str, list[str]] = {
-    "default": [],
-    "n=2": ["actor_rollout_ref.rollout.n=2"],
-    "n=8": ["actor_rollout_ref.rollout.n=8"],
-    "dpo_pairing=all": ["algorithm.dpo_pairing=all"],
-    "dpo_beta=0.03": ["algorithm.dpo_beta=0.03"],
-    "dpo_beta=0.3": ["algorithm.dpo_beta=0.3"],
-    "ref_update_freq=1": ["trainer.ref_update_freq=1"],
-    "ref_update_freq=2": ["trainer.ref_update_freq=2"],
-    "ref_update_freq=0": ["trainer.ref_update_freq=0"],
-    "lr=2e-5": [f"{OPTIMIZER}.lr=2e-5"],
-    "lr=3e-5": [f"{OPTIMIZER}.lr=3e-5"],
-    "eps=1e-6": [f"+{OPTIMIZER}.override_optimizer_config.eps=1e-6"],
-    "eps=1e-4": [f"+{OPTIMIZER}.override_optimizer_config.eps=1e-4"],
-}
+BEFORE = f"{OPTIMIZER}.lr=1e-5"  # the default when the sweep began
+SETTINGS = [
+    [],
+    [BEFORE],
+    [f"{OPTIMIZER}.lr=3e-5"],
+    ["actor_rollout_ref.rollout.n=2"],
+    ["actor_rollout_ref.rollout.n=8"],
+    ["algorithm.dpo_pairing=all"],
+    ["algorithm.dpo_beta=0.03"],
+    ["algorithm.dpo_beta=0.3"],
+    ["trainer.ref_update_freq=1"],
+    ["trainer.ref_update_freq=0"],
+    [f"+{OPTIMIZER}.override_optimizer_config.eps=1e-4"],
+    [BEFORE, "actor_rollout_ref.rollout.n=2"],
+    [BEFORE, "trainer.ref_update_freq=1"],
+    [BEFORE, "algorithm.dpo_beta=0.3"],
+]
+
+
+def name_of(settings: list[str]) -> str:
+    """An arm's name: its settings without their sections."""
+    pairs = (setting.split("=") for setting in settings)
+    return " ".join(f"{key.rpartition('.')[2]}={value}" for key, value in pairs) or "default"
+
+
+ARMS = {name_of(settings): settings for settings in SETTINGS}
 
 
 def table(found: dict[str, dict]) -> str:
@@ -68,7 +79,7 @@ def sweep(arms: list[str], seeds: list[int], runs: Path, file: Path) -> dict[str
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Accuracy of the default run with one setting changed.")
+    parser = argparse.ArgumentParser(description="Accuracy of the default run with settings changed.")
     parser.add_argument("arms", nargs="*", metavar="ARM", help=f"of {', '.join(ARMS)} (all)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="seeds to run each with (1)")
     parser.add_argument("--runs", type=Path, default=ROOT / "outputs" / "defaults", help="where the runs' folders go")

@@ -50,7 +50,7 @@ def run_ours(*overrides: str) -> Callable[[Path, int], None]:
     return run
 
 
-TRL_SETTINGS = ("actor_rollout_ref.rollout.n=2", "trainer.ref_update_freq=0")
+TRL_SETTINGS = ("actor_rollout_ref.rollout.n=2", "trainer.ref_update_freq=0", "actor_rollout_ref.actor.optim.lr=1e-5")
 # As TRL's process: no recomputation of activations, and micro-batches that memory beyond the profile's 10 GB allows
 TRL_MEMORY = (
     "actor_rollout_ref.model.enable_gradient_checkpointing=False",

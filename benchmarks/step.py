@@ -29,7 +29,7 @@ PROMPTS, RESPONSES = 32, 2
 WARM_UP = 2
 # What TRL's process has too: two responses, no recomputation of activations
 SETTINGS = [f"data.train_batch_size={PROMPTS}", "data.shuffle=False", f"actor_rollout_ref.rollout.n={RESPONSES}"]
-SETTINGS += ["actor_rollout_ref.model.enable_gradient_checkpointing=False"]
+SETTINGS += ["actor_rollout_ref.model.enable_gradient_checkpointing=False", "actor_rollout_ref.actor.optim.lr=1e-5"]
 QUIET = ["trainer.val_before_train=False", "trainer.test_freq=-1", "trainer.save_freq=-1"]
 ARMS = {"same_pairs": ["algorithm.dpo_tie_policy=first"], "ties_dropped": ["algorithm.dpo_tie_policy=drop"]}
 # Names of the phases here and in the recipe's metrics

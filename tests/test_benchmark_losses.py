@@ -6,7 +6,6 @@ import pytest
 from checkable_run import Run
 
 from benchmarks import losses
-from benchmarks.default_run import seeded
 from benchmarks.machine import results_file
 from recipe.spin.core_algos import LOSSES, LossOptions
 
@@ -52,7 +51,7 @@ def test_losses_that_are_there_are_not_run_again(tmp_path, monkeypatch):
     monkeypatch.setattr(losses, "recorded", lambda overrides, folder: ran.append((folder.name, overrides)) or {})
     file = tmp_path / "results" / "losses.json"
     assert losses.sweep([], tmp_path, file) == {"one": {}, "two": {}}
-    assert ran == [("one", seeded(1)), ("two", [*seeded(1), "algorithm.dpo_beta=1"])]
+    assert ran == [("one", losses.SETTINGS), ("two", [*losses.SETTINGS, "algorithm.dpo_beta=1"])]
     assert losses.sweep([], tmp_path, file).keys() == {"one", "two"} and len(ran) == 2
     losses.sweep(["two"], tmp_path, file)
     assert ran[2:] == ran[1:2] and json.loads(file.read_text())["losses"].keys() == {"one", "two"}
