@@ -2,8 +2,8 @@
 
     .venv/bin/python -m benchmarks.losses [--runs outputs/losses] [NAME ...]
 
-One seed and one run a loss, as `bash run_spin.sh` starts it on a CPU, with SETTINGS and those of ARMS. Every run is added to
-benchmarks/results/losses.json at once; a loss that stands there is skipped, so that the command goes on where
+One seed and one run a loss, as `bash run_spin.sh` starts it on a CPU, with SETTINGS and those of ARMS. Every run is
+added to benchmarks/results/losses.json at once; a loss that stands there is skipped, so that the command goes on where
 it was stopped. NAMEs (of ARMS) are run, again if need be, and no others. Then the table of docs/losses.md is made anew.
 A run takes 4.5 minutes on two cores, all of them about two hours.
 """
