@@ -4,6 +4,8 @@ import ipaddress
 import os
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
@@ -72,10 +74,18 @@ class Access:
 
     def __init__(self, address: str, key_variable: str):
         self._address, self._variable = address, key_variable
-        self._judge = f"judge {shown_address(address)}"
+        self.judge = f"judge {shown_address(address)}"
         self._key = os.environ.get(key_variable, "").strip()
         if not (self._key.isascii() and self._key.isprintable()):
-            raise JudgeFailed(f"{self._judge}: {self._source()} holds signs that no key has; correct it")
+            raise JudgeFailed(f"{self.judge}: {self._source()} holds signs that no key has; correct it")
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """Turns what openai's client raises into JudgeFailed."""
+        try:
+            yield
+        except openai.APIError as error:
+            raise JudgeFailed(self.explain(error)) from None
 
     def client(self, kind: type, http_client: type, **options) -> Any:
         """A client of openai's, a kind of it with its kind of httpx's client.
@@ -89,7 +99,7 @@ class Access:
             http = http_client(trust_env=not is_local(self._address))
         except (ImportError, ValueError, OSError, httpx.InvalidURL) as error:
             raise JudgeFailed(
-                f"{self._judge}: no connection can be set up ({type(error).__name__}: {shown_address(str(error))}); "
+                f"{self.judge}: no connection can be set up ({type(error).__name__}: {shown_address(str(error))}); "
                 "proxies are taken from HTTP_PROXY, HTTPS_PROXY and ALL_PROXY, certificates from SSL_CERT_FILE and "
                 "SSL_CERT_DIR: correct them, or name the judge's host in NO_PROXY"
             ) from None
@@ -104,7 +114,7 @@ class Access:
     def _said(self, response) -> str:
         request = response.request
         return (
-            f"{self._judge}: status {response.status_code}, {self._shown(response.text)!r} after {request.method} "
+            f"{self.judge}: status {response.status_code}, {self._shown(response.text)!r} after {request.method} "
             f"{request.url.path}"
         )
 
@@ -126,7 +136,7 @@ class Access:
         """
         served = [model.id for model in self._read(Models, response).data or ()]
         if not served:
-            raise JudgeFailed(f"{self._judge}: serves no model; start it with one")
+            raise JudgeFailed(f"{self.judge}: serves no model; start it with one")
         return served
 
     def _read(self, kind: type[BaseModel], response) -> BaseModel:
@@ -144,15 +154,15 @@ class Access:
         """A failed call in a sentence: the address, the status, what the server said, and the remedy."""
         if isinstance(error, openai.APITimeoutError):
             remedy = "raise algorithm.judge.timeout_s or lower algorithm.judge.concurrency"
-            return f"{self._judge}: no answer in time; {remedy}"
+            return f"{self.judge}: no answer in time; {remedy}"
         if isinstance(error, openai.APIConnectionError):
             cause = self._shown(str(error.__cause__ or error))
             proxy = proxy_to(self._address)
             way = f" through the proxy {proxy} of the environment" if proxy else ""
             remedy = "start it, or correct the address" + (", or name its host in NO_PROXY" if proxy else "")
-            return f"{self._judge}: cannot be reached{way} ({cause}); {remedy}"
+            return f"{self.judge}: cannot be reached{way} ({cause}); {remedy}"
         if not isinstance(error, openai.APIStatusError):
-            return f"{self._judge}: {self._shown(str(error))}"
+            return f"{self.judge}: {self._shown(str(error))}"
         said = self._said(error.response)
         if error.status_code in (401, 403):
             return f"{said}; {self._source()} {'holds a key that it refuses' if self._key else 'has no value'}"
@@ -175,13 +185,11 @@ class Server:
         Raises:
             JudgeFailed: with the server's address and what it said.
         """
-        try:
+        with self._access.explained():
             if self._model is None:
                 self._model = self._access.models(await self._client.models.with_raw_response.list())[0]
             asked = request(self._model, question, self._settings)
             response = await self._client.chat.completions.with_raw_response.create(**asked)
-        except openai.APIError as error:
-            raise JudgeFailed(self._access.explain(error)) from None
         return self._access.completion(response)
 
 
@@ -249,42 +257,38 @@ def probe(address: str, model: str | None, question: str, settings: DictConfig) 
     """
     access = Access(address, settings.api_key_env)
     client = access.client(openai.OpenAI, openai.DefaultHttpxClient, max_retries=0, timeout=PROBE_SECONDS)
-    served = _served(access, client, shown_address(address), model)
+    with access.explained():
+        served = _served(access, client, model)
     if model is None:
         model = served[0]
         sys.stderr.write(
-            f"[spin] judge {shown_address(address)} is asked for {model}, the first of the {len(served)} models that "
-            "it serves; algorithm.judge.models names another\n"
+            f"[spin] {access.judge} is asked for {model}, the first of the {len(served)} models that it serves; "
+            "algorithm.judge.models names another\n"
         )
     elif served is not None and model not in served:
-        raise JudgeFailed(
-            f"judge {shown_address(address)}: serves {', '.join(served)}, and not algorithm.judge.models={model!r}"
-        )
+        raise JudgeFailed(f"{access.judge}: serves {', '.join(served)}, and not algorithm.judge.models={model!r}")
     asking = client.with_options(**patience(settings))
-    try:
-        response = asking.chat.completions.with_raw_response.create(**request(model, question, settings))
-    except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-        raise JudgeFailed(
-            f"{access.explain(error)}; algorithm.judge.extra_body replaces what it is asked with, and removes what is "
-            "null there"
-        ) from None
-    except openai.APIError as error:
-        raise JudgeFailed(access.explain(error)) from None
+    with access.explained():
+        try:
+            response = asking.chat.completions.with_raw_response.create(**request(model, question, settings))
+        except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+            raise JudgeFailed(
+                f"{access.explain(error)}; algorithm.judge.extra_body replaces what it is asked with, and removes what "
+                "is null there"
+            ) from None
     access.completion(response)
 
 
-def _served(access: Access, client: openai.OpenAI, shown: str, model: str | None) -> list[str] | None:
+def _served(access: Access, client: openai.OpenAI, model: str | None) -> list[str] | None:
     """The models that a server lists, one at least; None where it has no list and needs none."""
     try:
         return access.models(client.models.with_raw_response.list())
     except openai.NotFoundError:
         if model is None:
-            raise JudgeFailed(f"judge {shown}: has no list of models; name one in algorithm.judge.models") from None
+            raise JudgeFailed(f"{access.judge}: has no list of models; name one in algorithm.judge.models") from None
         return None
     except openai.APITimeoutError:
         raise JudgeFailed(
-            f"judge {shown}: did not say within {PROBE_SECONDS:g} seconds what it serves; wait until it has started, "
+            f"{access.judge}: did not say within {PROBE_SECONDS:g} seconds what it serves; wait until it has started, "
             "or correct the address"
         ) from None
-    except openai.APIError as error:
-        raise JudgeFailed(access.explain(error)) from None
