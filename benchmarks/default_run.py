@@ -5,6 +5,7 @@ import os
 import shutil
 import statistics
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -74,9 +75,14 @@ def summarize(history: list[dict]) -> dict:
     }
 
 
+def runs_of(found: dict[str, dict], arm: str) -> list[dict]:
+    """An arm's runs, one a seed, but for those that failed."""
+    return [one for name, one in found.items() if arm_and_seed(name)[0] == arm and "failed" not in one]
+
+
 def over_seeds(found: dict[str, dict], arm: str, when: str = "after") -> dict[str, tuple[float, float, int]]:
     """Of each of KINDS an arm's mean and standard deviation over seeds, and their number; failed runs are left out."""
-    runs = [one[when] for name, one in found.items() if arm_and_seed(name)[0] == arm and "failed" not in one]
+    runs = [one[when] for one in runs_of(found, arm)]
     values = {kind: [one[kind] for one in runs if kind in one] for kind in KINDS}
     return {kind: (statistics.mean(ones), spread(ones), len(ones)) for kind, ones in values.items() if ones}
 
@@ -89,3 +95,9 @@ def spread(values: list[float]) -> float:
 def cell(mean: float, deviation: float, number: int) -> str:
     """How a mean over seeds is written in a table."""
     return f"{mean:.3f} ({deviation:.3f})" if number > 1 else f"{mean:.3f}"
+
+
+def markdown(lines: list[Sequence[str]], missing: str = "") -> str:
+    """A table of these lines, and below it the names of runs that it lacks."""
+    rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return rows + (f"\n\nNot run yet: {missing}." if missing else "")

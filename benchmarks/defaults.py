@@ -12,7 +12,17 @@ import re
 import statistics
 from pathlib import Path
 
-from benchmarks.default_run import KINDS, arm_and_seed, arms_with_seeds, cell, over_seeds, recorded, seeded
+from benchmarks.default_run import (
+    KINDS,
+    arm_and_seed,
+    arms_with_seeds,
+    cell,
+    markdown,
+    over_seeds,
+    recorded,
+    runs_of,
+    seeded,
+)
 from benchmarks.machine import ROOT, results_file, run_missing
 from benchmarks.scaling import fill
 
@@ -56,12 +66,10 @@ def table(found: dict[str, dict]) -> str:
     for arm in sorted((arm for arm in ARMS if reached[arm]), key=lambda arm: -reached[arm]["sampled"][0]):
         title = arm if arm == "default" else f"`{arm}`"
         cells = (cell(*reached[arm][kind]) for kind in KINDS)
-        pairs = (one["pairs"] for name, one in found.items() if arm_and_seed(name)[0] == arm and "failed" not in one)
-        lines.append((title, str(reached[arm]["sampled"][2]), *cells, f"{statistics.mean(pairs):.0f}"))
+        pairs = statistics.mean(one["pairs"] for one in runs_of(found, arm))
+        lines.append((title, str(reached[arm]["sampled"][2]), *cells, f"{pairs:.0f}"))
     lines += [(name, "failed", one["failed"], "", "") for name, one in found.items() if "failed" in one]
-    missing = [f"`{arm}`" for arm in ARMS if not reached[arm]]
-    rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return rows + (f"\n\nNot run yet: {', '.join(missing)}." if missing else "")
+    return markdown(lines, missing=", ".join(f"`{arm}`" for arm in ARMS if not reached[arm]))
 
 
 def write_document(found: dict[str, dict], document: Path = DOCUMENT) -> None:

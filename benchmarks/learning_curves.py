@@ -16,6 +16,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks import default_run
+from benchmarks.default_run import markdown, seeded, spread
 from recipe.spin.run.report import held_out_accuracy
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,11 +42,13 @@ def run_ours(*overrides: str) -> Callable[[Path, int], None]:
     """A function that makes one run of the recipe with these overrides, as a user would start it."""
 
     def run(folder: Path, seed: int) -> None:
-        seeds = [f"data.seed={seed}", f"actor_rollout_ref.rollout.seed={seed}"]
         length = [f"trainer.total_training_steps={STEPS}", f"trainer.test_freq={EVERY}", "trainer.save_freq=-1"]
         environment = os.environ | {"RUN_DIR": str(folder), "SPIN_PROFILE": "cpu"}
         subprocess.run(
-            ["bash", str(ROOT / "run_spin.sh"), *seeds, *length, *overrides], check=True, env=environment, cwd=ROOT
+            ["bash", str(ROOT / "run_spin.sh"), *seeded(seed), *length, *overrides],
+            check=True,
+            env=environment,
+            cwd=ROOT,
         )
 
     return run
@@ -86,7 +90,7 @@ def read(folder: Path) -> Curve:
 
 def mean_and_spread(curves: list[Curve], step: int, name: str) -> tuple[float, float]:
     values = [curve[step][name] for curve in curves]
-    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+    return statistics.mean(values), spread(values)
 
 
 def steps_with(curves: list[Curve], name: str) -> list[int]:
@@ -102,14 +106,13 @@ def table(arms: dict[str, list[Curve]]) -> str:
         cells = [cell(curves, step, "sampled") for step in measured]
         seconds = statistics.median(p["seconds"] for curve in curves for p in curve.values() if "seconds" in p)
         lines.append([label, *cells, cell(curves, measured[-1], "greedy"), f"{seconds:.0f}"])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown(lines)
 
 
 def cell(curves: list[Curve], step: int, name: str) -> str:
     if step not in steps_with(curves, name):
         return ""
-    mean, spread = mean_and_spread(curves, step, name)
-    return f"{mean:.3f} ({spread:.3f})" if len(curves) > 1 else f"{mean:.3f}"
+    return default_run.cell(*mean_and_spread(curves, step, name), len(curves))
 
 
 def draw(arms: dict[str, list[Curve]], path: Path) -> None:

@@ -13,7 +13,7 @@ import re
 import statistics
 from pathlib import Path
 
-from benchmarks.default_run import KINDS, recorded, seeded
+from benchmarks.default_run import KINDS, markdown, recorded, seeded
 from benchmarks.machine import ROOT, results_file, run_missing
 from benchmarks.scaling import fill
 
@@ -69,9 +69,7 @@ def table(found: dict[str, dict]) -> str:
         for label, pick in (("mean of all", statistics.mean), ("worst of all", min)):
             cells = (f"{pick(one['after'][kind] for one in done.values()):.3f}" for kind in KINDS)
             lines.append((f"**{label}**", *cells, "", "", ""))
-    missing = [name for name in ARMS if name not in found]
-    rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return rows + (f"\n\nNot run yet: {'; '.join(missing)}." if missing else "")
+    return markdown(lines, missing="; ".join(name for name in ARMS if name not in found))
 
 
 def write_document(found: dict[str, dict], document: Path = DOCUMENT) -> None:

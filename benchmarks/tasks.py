@@ -11,7 +11,7 @@ import argparse
 import re
 from pathlib import Path
 
-from benchmarks.default_run import KINDS, arm_and_seed, arms_with_seeds, cell, over_seeds, recorded, seeded
+from benchmarks.default_run import KINDS, arm_and_seed, arms_with_seeds, cell, markdown, over_seeds, recorded, seeded
 from benchmarks.machine import ROOT, results_file, run_missing
 from benchmarks.scaling import fill
 from recipe.spin.examples.tasks.prepare import TASKS, prepare
@@ -47,7 +47,7 @@ def table(found: dict[str, dict]) -> str:
             cells = (cell(*accuracy[kind]) for kind in KINDS for accuracy in (before, after))
             lines.append((f"`{task}`", SHOWN[task], str(after["sampled"][2]), *cells))
     lines += [(name, one["failed"], "failed", "", "", "", "") for name, one in found.items() if "failed" in one]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown(lines)
 
 
 def write_document(found: dict[str, dict], document: Path = DOCUMENT) -> None:
