@@ -12,9 +12,10 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from recipe.spin.run import heap, resume, signals
-from recipe.spin.run.check import ConfigError, check_config
+from recipe.spin.run.check import check_config
 from recipe.spin.run.console import without_chatter
 from recipe.spin.run.failure import RunFailed
+from recipe.spin.run.faults import ConfigError
 from recipe.spin.run.finding import FAIL
 from recipe.spin.run.gpu import has_flash_attention_2
 from recipe.spin.run.lock import hold_run_folder

@@ -16,6 +16,13 @@ def nearest_existing(folder: Path) -> Path:
     return next(path for path in (folder, *folder.parents) if os.path.lexists(path))
 
 
+def write_whole(file: Path, text: str) -> None:
+    """Writes a file that is there whole or not at all, whenever the process may be killed."""
+    unfinished = file.with_name(f"{file.name}.tmp")
+    unfinished.write_text(text)
+    unfinished.rename(file)
+
+
 def checkpoints(folder: Path) -> dict[int, Path]:
     """The folders that verl names as checkpoints, complete or not, by step. Other names are the user's."""
     found = {}

@@ -5,7 +5,6 @@ refresh the reference -> generate -> score -> prefer -> reference log-probs -> u
 
 import math
 import os
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -20,15 +19,12 @@ from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer, ReplayBufferAsync
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils import tensordict_utils as tu
 from verl.utils.debug import marked_timer
-from verl.utils.metric import reduce_metrics
-from verl.utils.py_functional import rename_dict
 from verl.workers.rollout.replica import RolloutReplicaRegistry
 
 from recipe.spin import run_folder, verl_patches
-from recipe.spin.core_algos import LossOptions, PreferencePairs, beta_at, penalize_missing_eos
-from recipe.spin.dp_actor import DPOSettings
-from recipe.spin.engine.plan import plan_mini_batches
-from recipe.spin.engine.rows import arrange, build_rows, make_rows, nest, pad_rows, pair_totals, trajectory_place
+from recipe.spin.core_algos import beta_at, penalize_missing_eos
+from recipe.spin.dpo_update import DPOUpdate
+from recipe.spin.engine.rows import pad_rows, trajectory_place
 from recipe.spin.fsdp_workers import SpinWorker
 from recipe.spin.preferences.source import RewardSource, load_source
 from recipe.spin.rollout import answers
@@ -58,8 +54,6 @@ class SpinTrainer(OpponentInVLLM, StaleWeights, HeldOutValidation, PPOTrainerSyn
             verl_patches.without_load_balancer()
         self.progress = {"doing": "loading the model into FSDP and vLLM", "step": 0, "total": 0, "metrics": {}}
         self._fetched = (0, 0)  # step, and the prompts fetched in it so far
-        self._reference_equals_actor = False  # to the bit: as loaded, or just refreshed
-        self._skipped_in_a_row = 0  # optimizer steps
         self._without_pairs_in_a_row = 0  # steps
 
     # ------------------------------------------------------------------ setup
@@ -68,6 +62,11 @@ class SpinTrainer(OpponentInVLLM, StaleWeights, HeldOutValidation, PPOTrainerSyn
     def source(self) -> RewardSource:
         """What prefers."""
         return load_source(self.config, self.tokenizer)
+
+    @cached_property
+    def dpo(self) -> DPOUpdate:
+        """What trains the actor on pairs."""
+        return DPOUpdate(self.config, self.actor_rollout_wg)
 
     def _build_replay_buffer(self) -> ReplayBuffer:
         buffer = super()._build_replay_buffer()
@@ -132,7 +131,7 @@ class SpinTrainer(OpponentInVLLM, StaleWeights, HeldOutValidation, PPOTrainerSyn
         if self.global_steps > 0:
             trainer.val_before_train = trainer.val_only or self._validation_is_missing(folder)
         adapter = self.config.actor_rollout_ref.model.lora_adapter_path  # trained before, unlike the reference
-        self._reference_equals_actor = self.global_steps == 0 and not adapter
+        self.dpo.reference_equals_actor = self.global_steps == 0 and not adapter
 
     def _validation_is_missing(self, folder: Path) -> bool:
         history, _ = run_folder.read_history(folder)
@@ -175,9 +174,7 @@ class SpinTrainer(OpponentInVLLM, StaleWeights, HeldOutValidation, PPOTrainerSyn
         return frequency > 0 and self.global_steps % frequency == 0
 
     def _refresh_reference(self) -> None:
-        alpha = self.config.trainer.ref_update_alpha
-        self.actor_rollout_wg.refresh_reference(alpha)
-        self._reference_equals_actor = self._reference_equals_actor or alpha == 1
+        self.dpo.refresh_reference()
         if self.source.rollout_model == "reference":
             self._push_weights("reference")
 
@@ -203,9 +200,9 @@ class SpinTrainer(OpponentInVLLM, StaleWeights, HeldOutValidation, PPOTrainerSyn
 
         if rows is not None:
             with marked_timer("ref", timing_raw, color="olive"):
-                self._compute_ref_logps(rows)
+                self.dpo.add_ref_logps(rows)
             with marked_timer("update_actor", timing_raw, color="red"):
-                self._update_actor(rows, metrics)
+                metrics.update(self.dpo.update_actor(rows, self._beta, self.global_steps))
             self._name_logp_gap(metrics)
         else:
             self.actor_rollout_wg.advance_learning_rate()
@@ -244,7 +241,7 @@ class SpinTrainer(OpponentInVLLM, StaleWeights, HeldOutValidation, PPOTrainerSyn
         if pairs.chosen.numel() == 0:
             return None
         metrics["pairs/score_margin"] = pairs.margin.mean().item()
-        return self._lay_out(responses, pairs, prompt_of)
+        return self.dpo.lay_out(responses, pairs, prompt_of)
 
     def _check_complete(self, prompts: list[str], n: int) -> None:
         uids, counts = np.unique(prompts, return_counts=True)
@@ -253,100 +250,6 @@ class SpinTrainer(OpponentInVLLM, StaleWeights, HeldOutValidation, PPOTrainerSyn
                 f"step {self.global_steps}: {len(uids)} of {self.config.data.train_batch_size} prompts have responses, "
                 f"{int((counts == n).sum())} of them all {n}: generating or scoring the others failed"
             )
-
-    def _lay_out(self, responses: TensorDict, pairs: PreferencePairs, prompt_of: torch.Tensor) -> TensorDict:
-        """The rows of the pairs (engine/rows.py), arranged for ranks and optimizer steps (engine/plan.py)."""
-        actor = self.config.actor_rollout_ref.actor
-        rows = build_rows(responses, pairs, prompt_of)
-        weights, chosen_lengths = pair_totals(rows)
-        plan = plan_mini_batches(
-            prompts=rows["prompt"].tolist(),
-            tokens=rows["input_ids"].offsets().diff().tolist(),
-            weights=weights,
-            chosen_lengths=chosen_lengths,
-            prompts_per_mini_batch=actor.ppo_mini_batch_size,
-            dp_size=self._dp_size,
-            micro_batch_rows=None if actor.use_dynamic_bsz else actor.ppo_micro_batch_size_per_gpu,
-        )
-        rows = arrange(rows, plan)
-        tu.assign_non_tensor_data(rows, "mini_batches", plan.mini_batches)
-        tu.assign_non_tensor_data(rows, "temperature", self.config.actor_rollout_ref.rollout.temperature)
-        return rows
-
-    @cached_property
-    def _dp_size(self) -> int:
-        return max(self.actor_rollout_wg._query_dispatch_info("actor")) + 1
-
-    def _compute_ref_logps(self, rows: TensorDict) -> None:
-        """Adds the reference's log-probs of the rows' responses, except where they are the policy's own.
-
-        While the reference equals the actor to the bit, the first optimizer step's own log-probs serve as its. LD-DPO
-        weighs tokens by pair, so that it takes those of tokens too.
-        """
-        mini_batches = tu.pop(rows, "mini_batches")
-        per_rank = sum(mini_batch.rows_per_rank for mini_batch in mini_batches)
-        own = 0  # of each rank's rows, those of the first optimizer step
-        if self._reference_equals_actor and self._first_step_is_untrained():
-            own = mini_batches[0].rows_per_rank
-            mini_batches = [replace(mini_batches[0], reference_is_policy=True), *mini_batches[1:]]
-        others = [number for number in range(len(rows)) if number % per_rank >= own]
-        by_token = self.config.algorithm.dpo_ld_alpha is not None
-        found = {}
-        if others:
-            data = tu.index_select_tensor_dict(rows, others)
-            average = self.config.algorithm.dpo_average_log_prob
-            tu.assign_non_tensor(data, average_log_prob=average, calculate_token_logps=by_token)
-            found = self.actor_rollout_wg.compute_ref_logps(data)
-        for name in ("logps", "token_logps") if by_token else ("logps",):
-            values = [torch.zeros(0)] * len(rows)
-            for number, one in zip(others, found[name].unbind() if others else (), strict=True):
-                values[number] = one
-            rows[f"ref_{name}"] = nest(values)
-        tu.assign_non_tensor_data(rows, "mini_batches", mini_batches)
-
-    def _first_step_is_untrained(self) -> bool:
-        """Whether the rows of the first optimizer step meet no policy but the one before it.
-
-        A second epoch sees them again after steps, and a batch-coupled loss takes log-probs from a pass of its own.
-        """
-        return self.config.actor_rollout_ref.actor.ppo_epochs == 1 and not self._dpo_settings().batch_coupled
-
-    def _update_actor(self, rows: TensorDict, metrics: dict) -> None:
-        """Runs the step's optimizer steps and records their metrics."""
-        settings = self._dpo_settings()
-        actor = self.config.actor_rollout_ref.actor
-        tu.assign_non_tensor(rows, dpo=settings, epochs=actor.ppo_epochs, calculate_entropy=actor.calculate_entropy)
-        output = self.actor_rollout_wg.update_actor(rows)
-        self._reference_equals_actor = False
-        update = tu.get(output, "metrics")
-        skipped = update.pop("skipped")
-        metrics["actor/skipped_steps"] = sum(skipped)
-        self._check_skipped(skipped)
-        if all(skipped):
-            return
-        update = reduce_metrics(update)
-        metrics.update(rename_dict({k: v for k, v in update.items() if "/" not in k}, "actor/"))
-        metrics.update({k: v for k, v in update.items() if "/" in k})
-        metrics["kl/token"] = metrics["kl/sequence"] / (
-            (metrics["response_length/chosen"] + metrics["response_length/rejected"]) / 2
-        )
-        metrics["logps/chosen_token"] = metrics["logps/chosen"]
-        if not settings.average_log_prob:
-            metrics["logps/chosen_token"] /= max(metrics["response_length/chosen"], 1)
-        metrics["response_length/gap"] = metrics["response_length/chosen"] - metrics["response_length/rejected"]
-        metrics["actor/beta"] = settings.beta
-
-    def _check_skipped(self, skipped: list[bool]) -> None:
-        """Stops a run whose optimizer steps are skipped one after the other, none of them having a finite gradient."""
-        limit = self.config.trainer.max_skipped_steps
-        for one in skipped:
-            self._skipped_in_a_row = self._skipped_in_a_row + 1 if one else 0
-            if self._skipped_in_a_row >= limit:
-                raise FloatingPointError(
-                    f"step {self.global_steps}: the loss or the gradient of {limit} optimizer steps in a row was not "
-                    f"finite (trainer.max_skipped_steps={limit}); they were skipped. Lower "
-                    "actor_rollout_ref.actor.optim.lr or check the model's weights"
-                )
 
     def _check_pairs(self, found: bool) -> None:
         """A step without a pair trains nothing; stops a run in which they follow each other."""
@@ -359,29 +262,13 @@ class SpinTrainer(OpponentInVLLM, StaleWeights, HeldOutValidation, PPOTrainerSyn
                 "responses (actor_rollout_ref.rollout.n), or take prompts that are neither too hard nor too easy"
             )
 
-    def _dpo_settings(self) -> DPOSettings:
-        algorithm = self.config.algorithm
-        losses, weights = algorithm.dpo_loss_type, algorithm.dpo_loss_weights
-        return DPOSettings(
-            beta=beta_at(algorithm.dpo_beta, self.global_steps, self.total_training_steps, self.steps_per_epoch),
-            loss_type=(losses,) if isinstance(losses, str) else tuple(losses),
-            loss_weights=tuple(weights) if weights else None,
-            label_smoothing=algorithm.dpo_label_smoothing,
-            reference_free=algorithm.dpo_reference_free,
-            average_log_prob=algorithm.dpo_average_log_prob,
-            options=LossOptions.of(algorithm),
-        )
+    @property
+    def _beta(self) -> float:
+        """The beta of this step, which may follow a schedule."""
+        beta = self.config.algorithm.dpo_beta
+        return beta_at(beta, self.global_steps, self.total_training_steps, self.steps_per_epoch)
 
     # ------------------------------------------------------------------ around the step
-
-    def _actor_logps(self, prompts: list[torch.Tensor], responses: list[torch.Tensor]) -> torch.Tensor:
-        """Log-probs (N,) of N responses at temperature 1 under the actor."""
-        padding = -len(prompts) % self._dp_size
-        alone = [[response] for response in responses + responses[:1] * padding]
-        rows = make_rows(prompts + prompts[:1] * padding, alone)
-        tu.assign_non_tensor_data(rows, "temperature", 1.0)
-        tu.assign_non_tensor(rows, average_log_prob=False)
-        return self.actor_rollout_wg.compute_actor_logps(rows)["logps"].values()[: len(prompts)]
 
     @property
     def _fetched_now(self) -> int:

@@ -100,19 +100,18 @@ def pairs_of(case: Case):
 
 def measure(case: Case, overrides: list[str], rounds: int) -> list[dict[str, float]]:
     """Seconds of the reference pass and of the update, round by round; runs in a process of its own."""
-    from worker_harness import make_trainer
-    from worker_jobs import lay_out
+    from worker_harness import make_update
+    from worker_jobs import lay_out, optimize
 
-    trainer = make_trainer(*overrides)
+    dpo = make_update(*overrides)
     batch, found = pairs_of(case), []
     for step in range(1, rounds + 2):
-        trainer.global_steps = step
-        trainer._reference_equals_actor = False  # or there would be no reference pass in the first step
-        rows = lay_out(trainer, batch)
+        dpo.reference_equals_actor = False  # or there would be no reference pass in the first step
+        rows = lay_out(dpo, batch)
         times = [time.perf_counter()]
-        trainer._compute_ref_logps(rows)
+        dpo.add_ref_logps(rows)
         times.append(time.perf_counter())
-        trainer._update_actor(rows, metrics={})
+        optimize(dpo, rows, step)
         times.append(time.perf_counter())
         found.append({"ref": times[1] - times[0], "update": times[2] - times[1]})
     return found[1:]

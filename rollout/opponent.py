@@ -30,7 +30,7 @@ class OpponentInVLLM:
         metrics = super()._validate()
         if others:
             self.checkpoint_manager.sleep_replicas()
-        metrics |= self.source.held_out_metrics(self.val_dataloader, self._actor_logps)
+        metrics |= self.source.held_out_metrics(self.val_dataloader, self.dpo.actor_logps)
         if others:
             self._send_weights(self.source.rollout_model)
         return metrics

@@ -14,8 +14,6 @@ from recipe.spin.run.reward_file import check_reward
 from recipe.spin.run.rules import RULES, the_source_can_use_the_model
 from recipe.spin.run.schema import check_kinds
 
-__all__ = ["ConfigError", "check_config", "check_settings"]
-
 
 def check_settings(config: DictConfig) -> None:
     """Raises ConfigError with what settings and the reward alone show, before a model is fetched for the run."""

@@ -45,29 +45,39 @@ def explained(logs: Path, workers_logs: str | None = None) -> Iterator[None]:
     except (RunFailed, ConfigError):
         raise
     except Exception as error:
+        records = _failed_prompts_of(error)
         lines = [
-            cause_of(error),
+            cause_of(error, records),
             *full_disks(logs),
             GO_ON,
             f"logs: {workers_logs or logs} (the whole error: {logs / WHOLE_ERROR})",
         ]
         try:
             logs.mkdir(parents=True, exist_ok=True)
-            (logs / WHOLE_ERROR).write_text("".join(traceback.format_exception(error)) + _failures_of_prompts(error))
+            (logs / WHOLE_ERROR).write_text(_whole(error, records))
         except OSError as unwritable:
             lines[-1] = f"logs: none, {logs} cannot be written ({unwritable})"
         raise RunFailed("\n".join(lines)) from error
 
 
-def cause_of(error: Exception) -> str:
-    """The line that says why a run failed, the last words of a process that died below it."""
+def cause_of(error: Exception, records: list[str]) -> str:
+    """The line that says why a run failed, the last words of a process that died below it.
+
+    Of prompts that failed the workers' records tell; else it is the innermost exception.
+    """
     import ray
 
     if isinstance(error, ComponentDied):
         return str(error)
     if isinstance(error, ray.exceptions.RayError):
-        return first_cause(str(error), ray_logs(), job_id())
+        return _last_exception(records[0] if records else str(error))
     return "".join(traceback.format_exception_only(error)).strip()
+
+
+def _whole(error: Exception, records: list[str]) -> str:
+    """An error with its traceback, and what the workers logged of the prompts behind it, a user's reward among it."""
+    told = [f"\n{record.strip()}\n" for record in records[:MOST_RECORDS]]
+    return "".join([*traceback.format_exception(error), *told])
 
 
 def ray_logs() -> Path | None:
@@ -85,31 +95,19 @@ def job_id() -> str:
     return worker.global_worker.current_job_id.hex() if ray.is_initialized() else "*"
 
 
-def first_cause(error: str, logs: Path | None, job: str) -> str:
-    """The innermost exception of a run's error, or where it says that prompts failed what made them fail.
+def _failed_prompts_of(error: Exception) -> list[str]:
+    """What this machine's workers logged of the prompts that a run's error tells of; the one that counts first.
 
     verl's agent loop logs the exception of a failed prompt and goes on, so it stands in the workers' logs alone. A
-    training prompt that fails ends the run, so the first is told; of held-out ones, of which some may fail
-    (`trainer.max_failed_validation`), the last.
+    training prompt that fails ends the run, so the first counts; of held-out ones, of which some may fail
+    (`trainer.max_failed_validation`), the last. None of another error.
     """
-    records = _failed_prompts_of(error, logs, job)
-    return _last_exception(records[0] if records else error)
-
-
-def _failures_of_prompts(error: Exception) -> str:
-    """What the workers logged of the prompts that made a run fail, with the lines of a user's reward or source."""
-    records = _failed_prompts_of(str(error), ray_logs(), job_id())[:MOST_RECORDS]
-    return "".join(f"\n{record.strip()}\n" for record in records)
-
-
-def _failed_prompts_of(error: str, logs: Path | None, job: str) -> list[str]:
-    """The records of the prompts that a run's error tells of, the one that counts first; none of another error."""
-    said = _last_exception(error)
+    said, logs = _last_exception(str(error)), ray_logs()
     held_out = HELD_OUT_FAILED in said
     if logs is None or not (held_out or any(words in said for words in PROMPTS_FAILED)):
         return []
     others = TRAINING_PROMPT if held_out else HELD_OUT_PROMPT
-    records = [record for record in _failed_prompts(logs, job) if not others.search(record)]
+    records = [record for record in _failed_prompts(logs, job_id()) if not others.search(record)]
     return records[::-1] if held_out else records
 
 

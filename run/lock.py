@@ -4,7 +4,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from recipe.spin.run.check import ConfigError
+from recipe.spin.run.faults import ConfigError
 
 LOCK = ".lock"
 

@@ -6,9 +6,9 @@ import sys
 from functools import cache
 from math import ceil
 from pathlib import Path
-from typing import BinaryIO
 
 from omegaconf import DictConfig
+from safetensors import SafetensorError, safe_open
 
 from recipe.spin.run.faults import ConfigError, Settings
 from recipe.spin.run.gpu import has_flash_attention_2
@@ -176,32 +176,20 @@ def _shards(settings: Settings, key: str, folder: Path) -> list[Path]:
 
 
 def weights_fault(file: Path) -> str | None:
-    """What is wrong with a file of weights, by its header and size alone."""
+    """What is wrong with a file of weights; of safetensors without reading more than the header."""
     if not file.is_file():
         return "is missing"
     size = file.stat().st_size
     try:
-        with open(file, "rb") as content:
-            if file.suffix == ".safetensors":
-                return _safetensors_fault(content, size)
+        if file.suffix != ".safetensors":
+            file.open("rb").close()
             return None if size else "is empty"
+        with safe_open(file, "np") as weights:
+            return None if weights.keys() else "holds no weights"
+    except SafetensorError as error:
+        return f"is cut off, damaged or no safetensors file: it has {size} bytes ({error})"
     except OSError as error:
         return f"cannot be read ({error.strerror}: chmod a+r, by its owner)"
-
-
-def _safetensors_fault(content: BinaryIO, size: int) -> str | None:
-    length = int.from_bytes(content.read(8), "little")
-    if size < 8 or length > size - 8:
-        return f"is cut off: it has {size} bytes"
-    try:
-        header = json.loads(content.read(length))
-        ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
-        whole = 8 + length + max(ends, default=0)
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError):
-        return "is no safetensors file"
-    if not ends:
-        return "holds no weights"
-    return None if size == whole else f"is cut off or damaged: it has {size} bytes, and its header tells of {whole}"
 
 
 def _check_attention(settings: Settings, config: dict) -> None:

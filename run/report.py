@@ -6,7 +6,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from recipe.spin.run_folder import TRACKER, read_history
+from recipe.spin.run_folder import checkpoints, read_history, tracked_step, write_whole
 
 PLOT = "learning_curve.png"
 # Metrics of a validation that should be 0, in words
@@ -34,10 +34,7 @@ def write(config: DictConfig, seconds: float, peak_memory_gb: float | None) -> d
         "checkpoint": latest_checkpoint(folder),
         "unreadable_metrics_lines": unreadable,
     }
-    # At once: the summary marks a finished run
-    unfinished = folder / "summary.json.tmp"
-    unfinished.write_text(json.dumps(summary, indent=2) + "\n")
-    unfinished.rename(folder / "summary.json")
+    write_whole(folder / "summary.json", json.dumps(summary, indent=2) + "\n")  # it marks a finished run
     print_summary(summary, folder, picture=_draw(history, folder / PLOT))
     return summary
 
@@ -102,11 +99,9 @@ def summarize(history: History) -> dict:
 
 def latest_checkpoint(folder: Path) -> str | None:
     """The newest complete checkpoint in the Hugging Face format, None when none was saved."""
-    tracker = folder / TRACKER
-    if not tracker.exists():
-        return None
-    model = folder / f"global_step_{tracker.read_text().strip()}" / "actor" / "huggingface"
-    return str(model) if any(model.glob("*.safetensors")) else None
+    newest = checkpoints(folder).get(tracked_step(folder))
+    model = newest and newest / "actor" / "huggingface"
+    return str(model) if model and any(model.glob("*.safetensors")) else None
 
 
 def plot(history: History, path: Path) -> None:

@@ -9,10 +9,10 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from recipe.spin.run.check import ConfigError
 from recipe.spin.run.contents import contents_of
+from recipe.spin.run.faults import ConfigError
 from recipe.spin.run.secret_names import is_secret
-from recipe.spin.run_folder import TRACKER, checkpoints, is_complete, metrics_files, tracked_step
+from recipe.spin.run_folder import TRACKER, checkpoints, is_complete, metrics_files, tracked_step, write_whole
 
 SETTINGS = "settings.yaml"
 CONTENTS = "contents"  # a section there: what the files held
@@ -245,9 +245,7 @@ def without_secrets(value, key: str = ""):
 
 def _store(settings: dict, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    unfinished = folder / f"{SETTINGS}.tmp"
-    unfinished.write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
-    unfinished.rename(folder / SETTINGS)
+    write_whole(folder / SETTINGS, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
 
 
 def _read(file: Path) -> dict:

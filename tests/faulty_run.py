@@ -10,6 +10,7 @@ import os
 import signal
 import threading
 import time
+from functools import cached_property
 from pathlib import Path
 
 import psutil
@@ -94,9 +95,17 @@ def faulty(trainer: type) -> type:
             self._strike("refresh")
             super()._refresh_reference()
 
-        def _update_actor(self, rows, metrics):
-            self._strike("update")
-            super()._update_actor(rows, metrics)
+        @cached_property
+        def dpo(self):
+            dpo = super().dpo
+            update = dpo.update_actor
+
+            def struck(*args):
+                self._strike("update")
+                return update(*args)
+
+            dpo.update_actor = struck
+            return dpo
 
         def _save_checkpoint(self):
             self._strike("checkpoint")

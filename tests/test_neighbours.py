@@ -19,7 +19,7 @@ from verl.workers.rollout.vllm_rollout import bucketed_weight_transfer as transf
 
 from recipe.spin import verl_patches
 from recipe.spin.rollout.weights import RUN_NAME, has_own_sockets, own_socket
-from recipe.spin.run.check import ConfigError
+from recipe.spin.run.faults import ConfigError
 from recipe.spin.run.lock import hold_run_folder
 from recipe.spin.tools.device_probe import free_port
 

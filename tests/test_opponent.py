@@ -21,6 +21,7 @@ class Trainer(OpponentInVLLM, Verl):
         self.source, self.global_steps, self.val_dataloader, self.calls = source, 7, ["a batch"], []
         note = self.calls.append
         self.actor_rollout_wg = types.SimpleNamespace(choose_rollout_model=note)
+        self.dpo = types.SimpleNamespace(actor_logps=self._actor_logps)
         self.checkpoint_manager = types.SimpleNamespace(
             sleep_replicas=lambda: note("sleep"), update_weights=lambda step: note(f"send {step}")
         )

@@ -7,7 +7,7 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from omegaconf import OmegaConf
 
 from recipe.spin.run import pinned_model
-from recipe.spin.run.check import ConfigError
+from recipe.spin.run.faults import ConfigError
 from recipe.spin.run.pinned_model import fetch_pinned_model
 
 

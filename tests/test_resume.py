@@ -15,8 +15,8 @@ from omegaconf import OmegaConf, open_dict
 from worker_harness import ROOT, compose, cpu_environment
 
 from recipe.spin.run import resume
-from recipe.spin.run.check import ConfigError
 from recipe.spin.run.contents import contents_of
+from recipe.spin.run.faults import ConfigError
 from recipe.spin.run.reward_file import WEIGHTED
 from recipe.spin.run.secret_names import is_secret
 from recipe.spin.run_folder import TRACKER, checkpoints

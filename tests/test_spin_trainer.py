@@ -19,7 +19,7 @@ from worker_harness import compose
 
 from recipe.spin import spin_trainer
 from recipe.spin.core_algos import PreferencePairs
-from recipe.spin.dp_actor import DPOSettings
+from recipe.spin.dpo_update import DPOUpdate
 from recipe.spin.engine.rows import nest
 from recipe.spin.preferences.source import Pairing, RewardSource
 from recipe.spin.rollout import answers
@@ -107,23 +107,22 @@ def step(trainer):
 
     Returns the step's metrics.
     """
-    limits = {"max_steps_without_pairs": 2, "max_skipped_steps": 3}
-    actor = {"ppo_epochs": 1, "calculate_entropy": False}
-    config = {"trainer": {"ref_update_freq": 0, **limits}, "actor_rollout_ref": {"actor": actor}}
-    trainer.config = OmegaConf.create(config)
-    trainer._without_pairs_in_a_row = trainer._skipped_in_a_row = 0
-    trainer._dpo_settings = lambda: DPOSettings(beta=0.1)
+    limits = ("trainer.max_steps_without_pairs=2", "trainer.max_skipped_steps=3")
+    trainer.config = compose("trainer.ref_update_freq=0", *limits, device="cpu")
+    trainer.total_training_steps, trainer.steps_per_epoch = 12, 12
+    trainer._without_pairs_in_a_row = 0
     trainer.replay_buffer = types.SimpleNamespace(sample=lambda **asked: ("the batch", {}))
     trainer.reward_loop_manager = types.SimpleNamespace(reward_loop_worker_handles=["a worker"])
     trainer.on_sample_begin = trainer.on_sample_end = lambda: None
     trainer._measure_staleness = lambda batch: {}
-    trainer._compute_ref_logps = lambda rows: None
+    trainer.dpo = DPOUpdate(trainer.config, workers=None)
+    trainer.dpo.add_ref_logps = lambda rows: None
 
     def take(pairs: bool = True, skipped: tuple[bool, ...] = (False,)) -> dict:
         rows = TensorDict({}, batch_size=1) if pairs else None
         trainer._prefer = lambda batch, metrics: rows
         output = tu.get_tensordict({}, non_tensor_dict={"metrics": UPDATE | {"skipped": list(skipped)}})
-        trainer._actor_rollout_wg = types.SimpleNamespace(
+        trainer._actor_rollout_wg = trainer.dpo.workers = types.SimpleNamespace(
             update_actor=lambda rows: output,
             advance_learning_rate=lambda: take.advanced.append(trainer.global_steps),
         )
@@ -138,7 +137,7 @@ def step(trainer):
 @pytest.mark.parametrize(("average", "per_token"), [(False, -0.5), (True, -6.0)])
 def test_metrics_that_show_likelihood_and_length_going(step, trainer, average, per_token):
     """The log-prob a token, which the mean is already, and by how much the chosen responses are longer."""
-    trainer._dpo_settings = lambda: DPOSettings(beta=0.1, average_log_prob=average)
+    trainer.config.algorithm.dpo_average_log_prob = average
     metrics = step()
     assert metrics["logps/chosen_token"] == per_token and metrics["logps/chosen"] == -6.0
     assert metrics["response_length/gap"] == 3.0 and metrics["kl/token"] == pytest.approx(0.2)
@@ -234,7 +233,7 @@ class EmptySteps(SpinTrainer):
     """Trains for nothing: 3 steps an epoch, each a pair of metrics."""
 
     trainer_mode, prev_step_profile, parameter_sync_step = "sync", False, 1
-    source = RewardSource(None, None)
+    source, _actor_rollout_wg = RewardSource(None, None), None
     checkpoint_manager = types.SimpleNamespace(update_weights=lambda step: None)
 
     def __init__(self, config):
@@ -330,7 +329,7 @@ def test_a_beta_for_each_epoch_is_that_of_the_epoch(trainer):
     trainer.steps_per_epoch, trainer.total_training_steps = 3, 8
     betas = []
     for trainer.global_steps in range(1, 9):
-        betas.append(trainer._dpo_settings().beta)
+        betas.append(trainer._beta)
     assert betas == [0.3] * 3 + [0.2] * 5
 
 
@@ -434,7 +433,8 @@ def test_prompts_without_a_pair_are_counted_where_a_source_adds_responses(traine
         }
     )
     trainer.source, trainer._end_tokens, trainer._fetched = RejectsItsOwn(trainer.config, None), {9}, (7, 2)
-    monkeypatch.setattr(trainer, "_lay_out", lambda *laid_out: None)
+    trainer.dpo = DPOUpdate(trainer.config, workers=None)
+    monkeypatch.setattr(trainer.dpo, "lay_out", lambda *laid_out: None)
     ones = nest([torch.ones(2)] * 4)
     fetched = {name: ones for name in ("prompts", "responses", "response_mask", "rollout_log_probs", "rm_scores")}
     fetched |= {"extra_fields": NonTensorStack(*[{} for _ in range(4)])}

@@ -180,18 +180,13 @@ def _of_all_ranks(value) -> list:
     return values
 
 
-def make_trainer(*overrides: str):
-    """A SpinTrainer around a worker of this process: enough of it to lay out pairs, score and train on them."""
-    from recipe.spin.spin_trainer import SpinTrainer
+def make_update(*overrides: str):
+    """The trainer's DPOUpdate, with a worker of this process in place of its worker group."""
+    from recipe.spin.dpo_update import DPOUpdate
 
-    trainer = SpinTrainer.__new__(SpinTrainer)
-    trainer.config = compose(*overrides)
-    OmegaConf.resolve(trainer.config)
-    trainer.actor_rollout_wg = LocalWorkerGroup(make_worker(*overrides))
-    trainer.global_steps, trainer.total_training_steps, trainer.steps_per_epoch = 1, 100, 100
-    trainer._reference_equals_actor, trainer._skipped_in_a_row = True, 0
-    trainer.tokenizer = None  # the sources that need one are run end to end
-    return trainer
+    config = compose(*overrides)
+    OmegaConf.resolve(config)
+    return DPOUpdate(config, LocalWorkerGroup(make_worker(*overrides)), reference_equals_actor=True)
 
 
 def nest(rows: list[list] | list[torch.Tensor]) -> torch.Tensor:

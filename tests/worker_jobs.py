@@ -4,7 +4,7 @@ import random
 from dataclasses import dataclass
 
 from ulysses_on_gloo import ulysses_on_gloo
-from worker_harness import full_parameters, make_trainer, response_batch
+from worker_harness import full_parameters, make_update, response_batch
 
 STEPS, PROMPTS, MAX_PROMPT, MAX_RESPONSE = 5, 6, 8, 10
 
@@ -53,8 +53,8 @@ def make_batches(n: int = 2, seed: int = 0) -> list[Batch]:
     return batches
 
 
-def lay_out(trainer, batch: Batch):
-    """The pairs of a batch as the trainer arranges them."""
+def lay_out(dpo, batch: Batch):
+    """The rows of a batch's pairs."""
     import torch
 
     from recipe.spin.core_algos import PreferencePairs
@@ -66,7 +66,14 @@ def lay_out(trainer, batch: Batch):
         torch.tensor(batch.weights),
     )
     prompt_of = torch.arange(len(batch.prompts)) // batch.n
-    return trainer._lay_out(response_batch(batch.prompts, batch.responses, batch.masks), pairs, prompt_of)
+    return dpo.lay_out(response_batch(batch.prompts, batch.responses, batch.masks), pairs, prompt_of)
+
+
+def optimize(dpo, rows, step: int = 1) -> dict:
+    """The optimizer steps of a training step of 100, with its metrics."""
+    from recipe.spin.core_algos import beta_at
+
+    return dpo.update_actor(rows, beta_at(dpo.config.algorithm.dpo_beta, step, 100, 100), step)
 
 
 def train(rank: int, overrides: list[str], batches: list[Batch], reference_passes: bool = False) -> dict:
@@ -74,37 +81,35 @@ def train(rank: int, overrides: list[str], batches: list[Batch], reference_passe
 
     reference_passes: also where the reference equals the actor, whose own log-probs would do.
     """
-    trainer = make_trainer(*overrides)
+    dpo = make_update(*overrides)
+    frequency = dpo.config.trainer.ref_update_freq
     for step, batch in enumerate(batches, start=1):
-        trainer.global_steps = step
-        rows = lay_out(trainer, batch)
-        if trainer._reference_is_due():
-            trainer._refresh_reference()
+        rows = lay_out(dpo, batch)
+        if frequency > 0 and step % frequency == 0:
+            dpo.refresh_reference()
         if reference_passes:
-            trainer._reference_equals_actor = False
-        trainer._compute_ref_logps(rows)
-        trainer._update_actor(rows, metrics={})
-    group = trainer.actor_rollout_wg
+            dpo.reference_equals_actor = False
+        dpo.add_ref_logps(rows)
+        optimize(dpo, rows, step)
+    group = dpo.workers
     return {"steps": group.updates, "parameters": full_parameters(group.worker.actor.engine)}
 
 
 def train_over_a_bad_step(rank: int, overrides: list[str], batches: list[Batch], bad: float | None) -> dict:
     """Trains on a few batches; gives the second a reference log-prob that is `bad`.
 
-    Returns the trainer's metrics of each step, and the parameters after each.
+    Returns the metrics of each step, and the parameters after each.
     """
-    trainer = make_trainer(*overrides)
-    trainer._reference_equals_actor = False
+    dpo = make_update(*overrides)
+    dpo.reference_equals_actor = False
     seen, parameters = [], []
     for number, batch in enumerate(batches):
-        rows = lay_out(trainer, batch)
-        trainer._compute_ref_logps(rows)
+        rows = lay_out(dpo, batch)
+        dpo.add_ref_logps(rows)
         if number == 1 and bad is not None:
             rows["ref_logps"].values()[0] = bad
-        metrics = {}
-        trainer._update_actor(rows, metrics)
-        seen.append(metrics)
-        parameters.append(full_parameters(trainer.actor_rollout_wg.worker.actor.engine))
+        seen.append(optimize(dpo, rows))
+        parameters.append(full_parameters(dpo.workers.worker.actor.engine))
     return {"metrics": seen, "parameters": parameters}
 
 
@@ -139,18 +144,20 @@ def train_on_scores(rank: int, overrides: list[str], steps: list[Scored]) -> lis
     """From scores to the update, as SpinTrainer goes; returns the metrics of each step."""
     import torch
 
-    trainer = make_trainer(*overrides)
+    from recipe.spin.preferences.source import load_source
+
+    dpo = make_update(*overrides)
+    source = load_source(dpo.config, tokenizer=None)  # the sources that need one are run end to end
     for step, scored in enumerate(steps, start=1):
-        trainer.global_steps = step
         masks = [[1] * len(response) for response in scored.responses]
         mask = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in masks], batch_first=True)
         rewards = torch.zeros(mask.shape)
         rewards[range(len(masks)), mask.sum(-1) - 1] = torch.tensor(scored.scores)
         batch = response_batch(scored.prompts, scored.responses, masks)
-        rows = trainer._lay_out(*trainer.source.pair(batch, rewards, mask, step))
-        trainer._compute_ref_logps(rows)
-        trainer._update_actor(rows, metrics={})
-    return trainer.actor_rollout_wg.updates
+        rows = dpo.lay_out(*source.pair(batch, rewards, mask, step))
+        dpo.add_ref_logps(rows)
+        optimize(dpo, rows, step)
+    return dpo.workers.updates
 
 
 # ---- Reference -------------------------------------------------------------------------------------------------------
@@ -167,13 +174,13 @@ def responses_of(rows) -> list[tuple[list[int], list[int], list[int]]]:
 
 
 class Players:
-    """A trainer's actor and reference, whose log-probs of one fixed batch of pairs are watched."""
+    """Actor and reference, whose log-probs of one fixed batch of pairs are watched."""
 
     def __init__(self, overrides: list[str], probe: Batch):
-        self.trainer = make_trainer(*overrides)
-        self.group = self.trainer.actor_rollout_wg
+        self.dpo = make_update(*overrides)
+        self.group = self.dpo.workers
         self.worker = self.group.worker
-        self.probe = lay_out(self.trainer, probe)
+        self.probe = lay_out(self.dpo, probe)
 
     def _inputs(self):
         from verl.utils import tensordict_utils as tu
@@ -202,10 +209,10 @@ class Players:
 
     def train(self, batch: Batch):
         """One optimizer step; both models have done forward passes before it and hold what FSDP gathered for them."""
-        rows = lay_out(self.trainer, batch)
-        self.trainer._reference_equals_actor = False
-        self.trainer._compute_ref_logps(rows)
-        self.trainer._update_actor(rows, metrics={})
+        rows = lay_out(self.dpo, batch)
+        self.dpo.reference_equals_actor = False
+        self.dpo.add_ref_logps(rows)
+        optimize(self.dpo, rows)
 
     def actor_parameters(self):
         return full_parameters(self.worker.actor.engine)
@@ -317,7 +324,7 @@ def count_offloads(rank: int, overrides: list[str]) -> int:
 
 def refuse(rank: int, overrides: list[str]) -> str:
     """The message with which a reference is refused that is sharded unlike the actor."""
-    worker = make_trainer(*overrides).actor_rollout_wg.worker
+    worker = make_update(*overrides).workers.worker
     try:
         worker.refresh_reference()
     except ValueError as error:

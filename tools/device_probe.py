@@ -142,13 +142,13 @@ def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 class Worker:
-    """The recipe's worker, actor and reference on one device, driven by its trainer without Ray."""
+    """The recipe's worker, actor and reference on one device, driven as by the trainer, without Ray."""
 
     def __init__(self, device: str, model: str, probe: Probe):
         from omegaconf import OmegaConf
 
+        from recipe.spin.dpo_update import DPOUpdate
         from recipe.spin.fsdp_workers import SpinWorker
-        from recipe.spin.spin_trainer import SpinTrainer
         from recipe.spin.tools.doctor import compose
 
         self.device, self.model, self.probe = device, model, probe
@@ -169,11 +169,7 @@ class Worker:
         self.worker = SpinWorker(config.actor_rollout_ref, role="actor_rollout_ref")
         self.worker.role = "actor_ref"  # no rollout: that starts vLLM
         self.worker.init_model()
-        self.trainer = SpinTrainer.__new__(SpinTrainer)
-        self.trainer.config = config
-        self.trainer.actor_rollout_wg = OneRank(self.worker)
-        self.trainer.global_steps, self.trainer.total_training_steps, self.trainer.steps_per_epoch = 1, 100, 100
-        self.trainer._reference_equals_actor, self.trainer._skipped_in_a_row = False, 0
+        self.dpo = DPOUpdate(config, OneRank(self.worker))
 
     def rows(self, prompts: int, prompt: int, response: int):
         """Rows of random tokens, the first of two responses preferred; and the prompts and responses themselves."""
@@ -195,13 +191,11 @@ class Worker:
         )
         chosen = torch.arange(prompts) * 2
         pairs = PreferencePairs(chosen, chosen + 1, torch.ones(prompts), torch.ones(prompts))
-        return self.trainer._lay_out(batch, pairs, torch.arange(2 * prompts) // 2), questions, answers
+        return self.dpo.lay_out(batch, pairs, torch.arange(2 * prompts) // 2), questions, answers
 
     def update(self, rows) -> dict:
-        metrics: dict = {}
-        self.trainer._compute_ref_logps(rows)
-        self.trainer._update_actor(rows, metrics)
-        return metrics
+        self.dpo.add_ref_logps(rows)
+        return self.dpo.update_actor(rows, BETA, step=1)
 
     def update_beside_plain_pytorch(self) -> Finding:
         """Loss and gradient norm of the first update, and of plain PyTorch on one sequence at a time in fp32."""
@@ -244,8 +238,8 @@ class Worker:
         rows, questions, answers = self.rows(self.probe.prompts, self.probe.prompt, self.probe.response)
         if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        reference = timed(self.device, lambda: self.trainer._compute_ref_logps(rows))
-        seconds = [timed(self.device, lambda: self.trainer._update_actor(rows.copy(), {})) for _ in range(2)][-1]
+        reference = timed(self.device, lambda: self.dpo.add_ref_logps(rows))
+        seconds = [timed(self.device, lambda: self.dpo.update_actor(rows.copy(), BETA, step=1)) for _ in range(2)][-1]
         labels = sum(map(len, answers))
         tokens = sum(map(len, questions)) + labels
         shape = self.shape()
