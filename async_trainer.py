@@ -4,10 +4,9 @@ With `trainer.v1.trainer_mode=colocate_async` more prompts are being answered th
 are, the others are stopped, vLLM gives the device to the update, and with the new weights they go on where they were.
 """
 
-import transfer_queue as tq
 from verl.trainer.ppo.v1.trainer_base import _count_tq_prompt_groups
 
-from recipe.spin.engine.rows import trajectory_place
+from recipe.spin.rollout import queue
 from recipe.spin.rollout.agent_loop import ResumingClient
 from recipe.spin.spin_trainer import SpinTrainer
 
@@ -48,16 +47,12 @@ class AsyncSpinTrainer(SpinTrainer):
 
         verl saves before it clears that, and a resumed run would keep it for good.
         """
-        tags = (tq.kv_list(partition_id) or {}).get(partition_id, {})
+        tags = queue.tags(partition_id)
         waiting = {key for key, tag in tags.items() if tag.get("is_prompt")}
-        trained_on = [key for key in tags if key not in waiting and trajectory_place(key)[0] not in waiting]
+        trained_on = [key for key in tags if key not in waiting and queue.trajectory_place(key)[0] not in waiting]
         if trained_on:
-            tq.kv_clear(keys=trained_on, partition_id=partition_id)
+            queue.remove(trained_on, partition_id)
         failed = [key for key in waiting if tags[key]["status"] == "failure"]
         if failed:
-            tq.kv_batch_put(
-                keys=failed,
-                partition_id=partition_id,
-                tags=[{**tags[key], "status": "pending"} for key in failed],
-            )
+            queue.retag({key: tags[key] | {"status": "pending"} for key in failed}, partition_id)
         return super()._reissue_inflight_prompts(partition_id)

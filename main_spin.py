@@ -11,11 +11,12 @@ import hydra
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from recipe.spin.run import heap, resume, signals
+from recipe.spin.common import heap
+from recipe.spin.common.settings import ConfigError
+from recipe.spin.run import resume, signals
 from recipe.spin.run.check import check_config
 from recipe.spin.run.console import without_chatter
 from recipe.spin.run.failure import RunFailed
-from recipe.spin.run.faults import ConfigError
 from recipe.spin.run.finding import FAIL
 from recipe.spin.run.gpu import has_flash_attention_2
 from recipe.spin.run.lock import hold_run_folder
@@ -56,13 +57,13 @@ class TaskRunner:
 
     def run(self, config: DictConfig) -> None:
         """Trains as the config says; returns when the run is complete."""
-        import transfer_queue as tq
         from verl.utils.logging_utils import configure_verl_logging
 
+        from recipe.spin.rollout import queue
         from recipe.spin.rollout.agent_loop import RolloutManager
 
         def start_agent_loop() -> RolloutManager:
-            tq.init(config.transfer_queue)
+            queue.start(config.transfer_queue)
             return RolloutManager.start(config)  # its workers look for TransferQueue
 
         configure_verl_logging()
@@ -81,7 +82,7 @@ class TaskRunner:
         finally:
             if hasattr(self.trainer, "logger"):
                 self.trainer.logger.finish(exit_code=0 if succeeded else 1)
-            tq.close()
+            queue.stop()
 
     def progress(self) -> dict | None:
         """What the trainer is doing, the last finished step and its metrics; None before there is a trainer."""

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import ray
 import torch
-import transfer_queue as tq
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.utils import Role
@@ -24,10 +23,10 @@ from verl.workers.rollout.replica import RolloutReplicaRegistry
 from recipe.spin import run_folder, verl_patches
 from recipe.spin.core_algos import beta_at, penalize_missing_eos
 from recipe.spin.dpo_update import DPOUpdate
-from recipe.spin.engine.rows import pad_rows, trajectory_place
+from recipe.spin.engine.rows import pad_rows
 from recipe.spin.fsdp_workers import SpinWorker
 from recipe.spin.preferences.source import RewardSource, load_source
-from recipe.spin.rollout import answers
+from recipe.spin.rollout import answers, queue
 from recipe.spin.rollout.agent_loop import SAMPLING_SEED, RolloutClient
 from recipe.spin.rollout.buffers import OldestFirst, WholeRounds
 from recipe.spin.rollout.held_out import HeldOutValidation
@@ -156,10 +155,6 @@ class SpinTrainer(OpponentInVLLM, StaleWeights, HeldOutValidation, PPOTrainerSyn
     def on_train_begin(self):
         self.progress["doing"] = "training"
 
-    @cached_property
-    def _end_tokens(self) -> set[int]:
-        return answers.end_tokens(self.config.actor_rollout_ref.model.path, self.tokenizer)
-
     # ------------------------------------------------------------------ one step
 
     def prepare_step(self) -> dict:
@@ -211,12 +206,12 @@ class SpinTrainer(OpponentInVLLM, StaleWeights, HeldOutValidation, PPOTrainerSyn
     def _prefer(self, batch: KVBatchMeta, metrics: dict) -> TensorDict | None:
         """Picks the pairs of the batch and lays them out; None when no prompt has a better and a worse response."""
         n = self.config.actor_rollout_ref.rollout.n
-        batch = batch.select_keys(sorted(batch.keys, key=trajectory_place))  # not the order of their completion
-        prompts = [trajectory_place(key)[0] for key in batch.keys]
+        batch = batch.select_keys(sorted(batch.keys, key=queue.trajectory_place))  # not the order of their completion
+        prompts = [queue.trajectory_place(key)[0] for key in batch.keys]
         self._check_complete(prompts, n)
 
         fields = [*RESPONSE_FIELDS, "rm_scores", "extra_fields", *self.source.fields]
-        responses = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
+        responses = queue.read(batch.keys, batch.partition_id, fields)
         extra = responses.pop("extra_fields").tolist()
         rewards = pad_rows(responses.pop("rm_scores"))
         mask = pad_rows(responses["response_mask"])
@@ -224,7 +219,7 @@ class SpinTrainer(OpponentInVLLM, StaleWeights, HeldOutValidation, PPOTrainerSyn
             scores = self._ask_reference(list(dict.fromkeys(prompts)))
             rewards.zero_()[:, 0] = torch.tensor([score.value for score in scores])
             extra = [one | {"preference": score.info} for one, score in zip(extra, scores, strict=True)]
-        ended = answers.ended(responses["responses"].unbind(), self._end_tokens)
+        ended = answers.ended(responses["responses"].unbind(), self.source.end_tokens)
         if self.config.algorithm.reward_error == "skip":
             metrics["score/missing"] = answers.count_missing(rewards, extra)
         metrics.update(answers.response_metrics(rewards, mask, ended, responses, extra))

@@ -13,6 +13,8 @@ from types import SimpleNamespace
 
 import hydra
 
+from recipe.spin.common.secrets import without_secrets
+
 WEIGHTS_WAIT_SECONDS = 300.0  # a bucket of gigabytes is gathered, or loaded, in far less
 
 
@@ -54,8 +56,6 @@ def without_load_balancer() -> None:
 def secrets_kept_from_loggers() -> Iterator[None]:
     """verl hands the loggers of metrics (wandb, MLflow and others) all settings, the secrets among them."""
     from verl.trainer.ppo.v1 import trainer_base
-
-    from recipe.spin.run.resume import without_secrets
 
     tracking = trainer_base.Tracking
 

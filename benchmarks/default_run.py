@@ -10,8 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks.machine import ROOT, Finished, provenance, run_measured
+from recipe.spin.rollout.validation_metrics import held_out_accuracy
 from recipe.spin.run.drift import find_drift
-from recipe.spin.run.report import held_out_accuracy
 
 KINDS = ("sampled", "greedy")
 

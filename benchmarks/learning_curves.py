@@ -18,7 +18,7 @@ from pathlib import Path
 
 from benchmarks import default_run
 from benchmarks.default_run import markdown, seeded, spread
-from recipe.spin.run.report import held_out_accuracy
+from recipe.spin.rollout.validation_metrics import held_out_accuracy
 
 ROOT = Path(__file__).resolve().parents[1]
 PICTURE = ROOT / "docs" / "learning_curves.png"

@@ -43,12 +43,6 @@ def pad_parts(values: torch.Tensor, lengths: list[int]) -> torch.Tensor:
     return torch.nn.utils.rnn.pad_sequence(list(values.split(lengths)), batch_first=True)
 
 
-def trajectory_place(key: str) -> tuple[str, int, int]:
-    """Sorts verl's keys `uid_response_turn` of trajectories by prompt and response."""
-    uid, response, turn = key.rsplit("_", 2)
-    return uid, int(response), int(turn)
-
-
 def make_rows(prompts: list[torch.Tensor], responses: list[list[torch.Tensor]]) -> TensorDict:
     """Rows of N prompts with their responses, token ids each; every response token counts, and there are no pairs."""
     positions = [

@@ -26,8 +26,9 @@ from verl.workers.engine_workers import ActorRolloutRefWorker
 
 from recipe.spin import verl_patches
 from recipe.spin.core_algos import compute_online_dpo_loss, compute_onlineDPO_pref, sequence_logps
-from recipe.spin.engine.rows import nest, pad_rows, trajectory_place
+from recipe.spin.engine.rows import nest, pad_rows
 from recipe.spin.main_spin import FOLDER, TaskRunner
+from recipe.spin.rollout.queue import trajectory_place
 from recipe.spin.run import cluster
 
 verl_patches.ignore_trl()

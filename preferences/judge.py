@@ -11,13 +11,15 @@ import json
 import logging
 import re
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from string import Template
 
 from omegaconf import DictConfig
 
+from recipe.spin.common.secrets import shown_address
+from recipe.spin.common.settings import Settings, Unusable
 from recipe.spin.preferences.judge_server import (
     SHOWN,
     Answer,
@@ -26,17 +28,14 @@ from recipe.spin.preferences.judge_server import (
     extra_body,
     is_address,
     probe,
-    shown_address,
 )
 from recipe.spin.preferences.source import Group, RewardSource, Score
-from recipe.spin.run.faults import ConfigError, Settings, Unusable
-from recipe.spin.run.model_files import MODEL_LENGTH, load_tokenizer
 
 # As a server's address: the policy's own vLLM server, with the policy's weights or the reference's
 POLICY, REFERENCE = OWN = ("policy", "reference")
 # What a server is asked about before a run
 EXAMPLE = {"request": "user: What is 1 + 1? Answer with the number only.", "first": "2", "second": "3"}
-CHAT_TEMPLATE = "actor_rollout_ref.model.custom_chat_template"
+MODEL_LENGTH = "actor_rollout_ref.rollout.max_model_len"
 VERDICT = re.compile(r"\[\[([ABC])\]\]")
 VERDICTS = {"A": ("first", 1), "B": ("second", -1), "C": ("neither", 0)}
 
@@ -130,9 +129,9 @@ class JudgeSource(RewardSource):
                 raise ValueError(str(error)) from error
 
     @classmethod
-    def check_model(cls, settings: Settings) -> None:
+    def check_model(cls, settings: Settings, prompt_length: Callable[[list[dict]], int | None]) -> None:
         if not set(OWN).isdisjoint(settings["algorithm.judge.servers"]):
-            check_length(settings)
+            check_length(settings, prompt_length)
 
     # ------------------------------------------------------------------ scores of one prompt's responses
 
@@ -331,7 +330,7 @@ def check_reference(config: DictConfig) -> None:
         )
 
 
-def check_length(settings: Settings) -> None:
+def check_length(settings: Settings, prompt_length: Callable[[list[dict]], int | None]) -> None:
     """Notes a fault when the policy's own vLLM server has no room for a question about two long responses."""
     length = settings[MODEL_LENGTH]
     if length is None:
@@ -340,34 +339,17 @@ def check_length(settings: Settings) -> None:
         template = read_template(settings["algorithm.judge.prompt"])
     except ValueError as error:  # JudgeSource.check says which
         raise Unusable("algorithm.judge.prompt") from error
-    tokens = settings["data.max_prompt_length"] + 2 * settings["data.max_response_length"]
-    tokens += settings["algorithm.judge.max_tokens"]
-    tokenizer = load_tokenizer(settings)
-    if tokenizer is None:
+    question = prompt_length([{"role": "user", "content": template.substitute(dict.fromkeys(EXAMPLE, ""))}])
+    if question is None:
         return
-    text = _rendered(template.substitute(dict.fromkeys(EXAMPLE, "")), tokenizer, settings)
-    tokens += len(tokenizer.encode(text, add_special_tokens=False))
+    tokens = settings["data.max_prompt_length"] + 2 * settings["data.max_response_length"]
+    tokens += settings["algorithm.judge.max_tokens"] + question
     settings.require(
         tokens <= length,
         MODEL_LENGTH,
         f"as its own judge the policy reads and writes up to {tokens} tokens; raise it, or lower "
         "algorithm.judge.max_tokens",
     )
-
-
-def _rendered(question: str, tokenizer, settings: Settings) -> str:
-    """A question as the policy's own server gets it. Raises ConfigError where the chat template does not take it."""
-    options = dict(settings["data.apply_chat_template_kwargs"])
-    own = settings[CHAT_TEMPLATE]
-    options |= {"chat_template": own} if own else {}
-    asked = [{"role": "user", "content": question}]
-    try:
-        return tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False, **options)
-    except Exception as error:  # a template is a program, which may raise what it likes
-        raise ConfigError(
-            f"{CHAT_TEMPLATE}={own!r}: the chat template does not take a judge's question, one message of the user "
-            f"({error}); set one that does"
-        ) from error
 
 
 def _sign(value: int) -> int:

@@ -2,7 +2,6 @@
 
 import ipaddress
 import os
-import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,8 @@ import httpx
 import openai
 from omegaconf import DictConfig, OmegaConf
 from pydantic import BaseModel, Field, ValidationError
+
+from recipe.spin.common.secrets import shown_address
 
 NO_KEY = "none"  # servers without a key take any
 PROBE_SECONDS = 10.0
@@ -221,11 +222,6 @@ def is_address(text: str) -> bool:
         return parts.scheme in ("http", "https") and bool(httpx.URL(text).host) and parts.port != 0
     except (ValueError, httpx.InvalidURL):
         return False
-
-
-def shown_address(text: str) -> str:
-    """A text with addresses as messages show it: without a user and password in them."""
-    return re.sub(r"://[^/\s]+@", "://***@", text)
 
 
 def is_local(address: str) -> bool:

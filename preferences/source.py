@@ -11,8 +11,8 @@ import torch
 from omegaconf import DictConfig
 from tensordict import TensorDict
 
+from recipe.spin.common.settings import Settings
 from recipe.spin.core_algos import PreferencePairs, compute_onlineDPO_pref, has_score
-from recipe.spin.run.faults import Settings
 
 SOURCES = {
     "reward": "recipe.spin.preferences.source:RewardSource",
@@ -91,8 +91,11 @@ class RewardSource:
         """
 
     @classmethod
-    def check_model(cls, settings: Settings) -> None:
-        """Looks, once the model is there and has been looked at, at what this source asks of it; notes the faults."""
+    def check_model(cls, settings: Settings, prompt_length: Callable[[list[dict]], int | None]) -> None:
+        """Looks, once the model is there and has been looked at, at what this source asks of it; notes the faults.
+
+        prompt_length: the tokens of a prompt of these messages; None where they cannot be counted before the run.
+        """
 
     @classmethod
     def takes_reference(cls, config: DictConfig) -> bool:
@@ -111,10 +114,12 @@ class RewardSource:
 
     @cached_property
     def end_tokens(self) -> set[int]:
-        """The tokens at which the policy's own vLLM server ends an answer."""
-        from recipe.spin.rollout.answers import end_tokens  # imports verl, which checks before a run do without
+        """The tokens at which generation stops: those of the model's generation config and the tokenizer's."""
+        from verl.utils.model import get_generation_config  # checks before a run do without verl
 
-        return end_tokens(self.config.actor_rollout_ref.model.path, self.tokenizer)
+        tokens = getattr(get_generation_config(self.config.actor_rollout_ref.model.path), "eos_token_id", None)
+        tokens = tokens if isinstance(tokens, list) else [tokens]
+        return {token for token in [*tokens, self.tokenizer.eos_token_id] if token is not None}
 
     async def score_group(self, group: Group) -> list[Score]:
         """A score for each of the responses to a prompt, which takes the place of the reward in pairing them.

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from recipe.spin.rollout.reward_error import NoScore, finite_number
+from recipe.spin.preferences.reward_error import NoScore, finite_number
 
 OWN_NAMES = ("score", "acc")  # of what is returned, beside the functions' scores by their names
 

@@ -10,23 +10,22 @@ from uuid import uuid4
 
 import ray
 import torch
-import transfer_queue as tq
 from ray.actor import ActorHandle
 from verl.experimental.agent_loop.agent_loop import AgentLoopOutput
 from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
 from verl.utils.rollout_trace import rollout_trace_op
-from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 from verl.workers.rollout.llm_server import FullyAsyncLLMServerClient, LLMServerClient
 from verl.workers.rollout.replica import TokenOutput
 
 from recipe.spin import verl_patches
+from recipe.spin.common import heap
+from recipe.spin.preferences.reward_error import NoScore, RewardError
 from recipe.spin.preferences.source import Group, RewardSource, Score, load_source
+from recipe.spin.rollout import queue
 from recipe.spin.rollout.groups import GroupScoring, checked
-from recipe.spin.rollout.reward_error import NoScore, RewardError
 from recipe.spin.rollout.rounds import Request, Round, Session
 from recipe.spin.rollout.scoring import Scoring, prompt_name
-from recipe.spin.run import heap
 
 verl_patches.own_transfer_queue()
 
@@ -277,8 +276,7 @@ class RolloutWorker(Scoring, VerlWorker):
                 token_scores = torch.zeros(len(output.response_mask))
                 token_scores[-1] = score.value
                 rows[f"{uid}_{row['session_id']}_0"] = {"rm_scores": token_scores}
-        fields = list_of_dict_to_tensordict(list(rows.values()))
-        await tq.async_kv_batch_put(keys=list(rows), fields=fields, partition_id="train")
+        await queue.write(rows)
 
     async def _generate(self, prompt_ids: list[int], sampling_params: dict[str, Any]) -> list[int]:
         request = uuid4().hex

@@ -8,17 +8,8 @@ from tensordict import TensorDict
 
 from recipe.spin.core_algos import has_score
 from recipe.spin.engine.rows import pad_rows
-from recipe.spin.rollout.reward_error import RewardError
+from recipe.spin.preferences.reward_error import RewardError
 from recipe.spin.rollout.scoring import FAULT
-
-
-def end_tokens(model: str, tokenizer) -> set[int]:
-    """The tokens at which generation stops: those of the model's generation config and the tokenizer's."""
-    from verl.utils.model import get_generation_config
-
-    tokens = getattr(get_generation_config(model), "eos_token_id", None)
-    tokens = tokens if isinstance(tokens, list) else [tokens]
-    return {token for token in [*tokens, tokenizer.eos_token_id] if token is not None}
 
 
 def ended(responses: list[torch.Tensor], end_tokens: set[int]) -> torch.Tensor:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer, ReplayBufferAsync
 
-from recipe.spin.engine.rows import trajectory_place
+from recipe.spin.rollout.queue import trajectory_place
 from recipe.spin.rollout.scored_groups import ScoredGroups
 
 WAIT_SECONDS = 60.0

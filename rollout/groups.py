@@ -6,8 +6,8 @@ from collections.abc import Awaitable, Callable
 from numbers import Real
 from typing import Any
 
+from recipe.spin.preferences.reward_error import NoScore, finite_number
 from recipe.spin.preferences.source import Group, Score
-from recipe.spin.rollout.reward_error import NoScore, finite_number
 from recipe.spin.rollout.scoring import prompt_name
 
 

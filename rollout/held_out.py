@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from recipe.spin.rollout.agent_loop import GREEDY, SAMPLING_SEED
-from recipe.spin.run.report import held_out_faults
+from recipe.spin.rollout.validation_metrics import held_out_faults
 
 
 class HeldOutValidation:

@@ -5,8 +5,8 @@ import asyncio
 from verl.experimental.reward_loop import reward_loop
 from verl.utils import hf_tokenizer
 
-from recipe.spin.rollout.reward_error import NoScore, Patience, RewardError, reward_name
-from recipe.spin.run import heap
+from recipe.spin.common import heap
+from recipe.spin.preferences.reward_error import NoScore, Patience, RewardError, reward_name
 
 VerlWorker = reward_loop.RewardLoopWorker
 

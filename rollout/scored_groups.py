@@ -3,11 +3,10 @@
 import math
 from collections import defaultdict
 
-import transfer_queue as tq
 from verl.trainer.ppo.v1.replay_buffer import FILTER_GROUPS_REWARD_METRIC
 
-from recipe.spin.engine.rows import trajectory_place
-from recipe.spin.rollout.reward_error import RewardError
+from recipe.spin.preferences.reward_error import RewardError
+from recipe.spin.rollout import queue
 from recipe.spin.rollout.scoring import FAULT
 
 WITHOUT_SCORE = "training/filter_groups/responses_without_score"
@@ -55,7 +54,7 @@ class ScoredGroups:
         known = self._dapo_classification_cache[partition_id]
         groups = defaultdict(list)
         for key, reward, extra in self._rewards_of(partition_id, self.finished_keys[partition_id] - known.keys()):
-            groups[trajectory_place(key)[0]].append((reward, extra))
+            groups[queue.trajectory_place(key)[0]].append((reward, extra))
         for uid, group in groups.items():
             values = [self._value(reward, extra) for reward, extra in group if not math.isnan(reward)]
             if uid not in self._counted:  # verl forgets what it knows of prompts that wait for a refill (WholeRounds)
@@ -66,10 +65,10 @@ class ScoredGroups:
 
     def _rewards_of(self, partition_id: str, uids: set[str]) -> list[tuple[str, float, dict]]:
         """The key, the reward and the extra fields of each response to these prompts."""
-        keys = [key for key in self.partitions[partition_id] if trajectory_place(key)[0] in uids]
+        keys = [key for key in self.partitions[partition_id] if queue.trajectory_place(key)[0] in uids]
         if not keys:
             return []
-        data = tq.kv_batch_get(keys=keys, partition_id=partition_id, select_fields=["rm_scores", "extra_fields"])
+        data = queue.read(keys, partition_id, ["rm_scores", "extra_fields"])
         rewards = [row.sum().item() for row in data["rm_scores"]]
         return list(zip(keys, rewards, (getattr(one, "data", one) for one in data["extra_fields"]), strict=True))
 

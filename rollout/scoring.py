@@ -6,7 +6,7 @@ from functools import cached_property
 import ray
 from verl.experimental.agent_loop.agent_loop import AgentLoopOutput
 
-from recipe.spin.rollout.reward_error import NoScore, Patience, RewardError, finite_number, reward_name
+from recipe.spin.preferences.reward_error import NoScore, Patience, RewardError, finite_number, reward_name
 
 FAULT = "reward_error"  # of the responses' extra fields: why one has no score
 SHOWN_CHARACTERS = 80

@@ -12,8 +12,8 @@ from verl.workers.rollout.replica import TokenOutput
 from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, vLLMReplica
 from vllm.sampling_params import RequestOutputKind
 
+from recipe.spin.common import heap
 from recipe.spin.rollout.rounds import ADMISSION_POLL_SECONDS, RoundServing
-from recipe.spin.run import heap
 
 ENGINE_POLL_SECONDS = 1.0
 

@@ -6,8 +6,8 @@ data_files.py look at the files that the settings name. machine.py looks at what
 
 from omegaconf import DictConfig
 
+from recipe.spin.common.settings import ConfigError, Settings
 from recipe.spin.run.data_files import check_data
-from recipe.spin.run.faults import ConfigError, Settings
 from recipe.spin.run.machine import machine_faults
 from recipe.spin.run.model_files import check_model
 from recipe.spin.run.reward_file import check_reward

@@ -1,7 +1,6 @@
 """The Ray cluster of a run: one of its own on this machine, or one that it joins."""
 
 import os
-import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,14 +10,13 @@ from uuid import uuid4
 
 from omegaconf import DictConfig, open_dict
 
+from recipe.spin.common.secrets import has_password, is_secret
+from recipe.spin.common.settings import ConfigError
 from recipe.spin.rollout.weights import ONE_MACHINE, RUN_NAME
-from recipe.spin.run.faults import ConfigError
-from recipe.spin.run.secret_names import is_secret
 
 # What processes on other nodes need of the driver's environment; those of this machine inherit it
 PASSED_ON = ("GLOO_", "HF_", "MALLOC_", "NCCL_", "OMP_", "PYTORCH_", "TORCH_", "TRANSFORMERS_", "VERL_", "VLLM_")
 OF_A_NODE = ("VLLM_HOST_IP",)
-PASSWORD_IN_ADDRESS = re.compile(r"://[^/@\s]+@")
 # What the services want that metrics are logged to; only the process that drives the run talks to them
 LOGGING = ("CLEARML_", "MLFLOW_", "MLP_", "SWANLAB_", "TENSORBOARD_", "TRACKIO_", "VOLC_", "WANDB_")
 # A package of vLLM's sets the root logger and its handlers to this level, ERROR without it, in every process that
@@ -86,7 +84,7 @@ def check_secrets(config: DictConfig) -> None:
             "environment: of this command, for a run on one machine and for the keys of "
             f"{', '.join(f'{name}*' for name in LOGGING)}; else on each node before `ray start` (docs/clusters.md)"
         )
-    if PASSWORD_IN_ADDRESS.search(str(config.trainer.get("wandb_proxy"))):
+    if has_password(str(config.trainer.get("wandb_proxy"))):
         raise ConfigError(
             "trainer.wandb_proxy holds a password, which would be logged with the settings: take it out, and set "
             "WANDB_HTTPS_PROXY in this command's environment"

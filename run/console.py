@@ -12,7 +12,7 @@ from typing import TextIO
 
 from tqdm import tqdm
 
-from recipe.spin.run.report import in_words
+from recipe.spin.rollout.validation_metrics import in_words
 
 SHOWN = {"accuracy": "score/accuracy", "score": "score/mean", "margin": "rewards/margins", "pairs": "pairs/used"}
 STILL_SECONDS = 60.0  # between two lines about the same thing

@@ -9,8 +9,8 @@ from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 
-from recipe.spin.run.faults import ConfigError, Settings
-from recipe.spin.run.model_files import load_tokenizer
+from recipe.spin.common.settings import ConfigError, Settings
+from recipe.spin.run.model_files import CHAT_TEMPLATE, load_tokenizer, rendered
 from recipe.spin.run.reward_file import KEY
 from recipe.spin.run.rules import ROLLOUT, is_self_play, require_queue, scores_groups
 
@@ -278,16 +278,11 @@ def _require_short(settings: Settings, tokenizer, prompts: Prompts) -> None:
 
 def _lengths(settings: Settings, tokenizer, prompts: Prompts) -> Iterator[int]:
     """Tokens of each prompt, written as the rollout does."""
-    options = dict(settings["data.apply_chat_template_kwargs"])
-    template = settings["actor_rollout_ref.model.custom_chat_template"]
-    options |= {"chat_template": template} if template else {}
     for start in range(0, len(prompts.messages), CHUNK):
         texts = []
         for row, messages in enumerate(prompts.messages[start : start + CHUNK], start=start):
             try:
-                text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **options)
-            except Exception as error:  # a template is a program, which may raise what it likes
-                remedy = "change them, or set actor_rollout_ref.model.custom_chat_template"
-                raise prompts.fault(row, f"the chat template does not take the messages ({error}); {remedy}") from error
-            texts.append(text)
+                texts.append(rendered(settings, tokenizer, messages))
+            except ValueError as error:
+                raise prompts.fault(row, f"{error}; change them, or set {CHAT_TEMPLATE}") from error
         yield from map(len, tokenizer(texts, add_special_tokens=False)["input_ids"])

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from recipe.spin.run.faults import ConfigError
+from recipe.spin.common.settings import ConfigError
 from recipe.spin.run_folder import nearest_existing
 
 WHOLE_ERROR = "error.txt"  # among the logs

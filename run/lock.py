@@ -4,7 +4,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from recipe.spin.run.faults import ConfigError
+from recipe.spin.common.settings import ConfigError
 
 LOCK = ".lock"
 

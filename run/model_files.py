@@ -10,7 +10,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 from safetensors import SafetensorError, safe_open
 
-from recipe.spin.run.faults import ConfigError, Settings
+from recipe.spin.common.settings import ConfigError, Settings
 from recipe.spin.run.gpu import has_flash_attention_2
 
 PATH = "actor_rollout_ref.model.path"
@@ -20,6 +20,7 @@ LORA_RANK = "actor_rollout_ref.model.lora_rank"
 REWARD_MODEL = "reward.reward_model.model_path"
 OVERRIDES = "actor_rollout_ref.model.override_config"
 MODEL_LENGTH = "actor_rollout_ref.rollout.max_model_len"
+CHAT_TEMPLATE = "actor_rollout_ref.model.custom_chat_template"
 BUCKET = "actor_rollout_ref.rollout.checkpoint_engine.update_weights_bucket_megabytes"
 CONFIGURATION = ("config.json",)
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -279,13 +280,44 @@ def load_tokenizer(settings: Settings):
         return None
     trust = settings["actor_rollout_ref.model.trust_remote_code"]
     tokenizer = _tokenizer(str(folder) if folder.is_dir() else path, trust, here)
-    template = settings["actor_rollout_ref.model.custom_chat_template"]
+    template = settings[CHAT_TEMPLATE]
     if not tokenizer.chat_template and not template:
         raise ConfigError(
             f"{PATH}={path!r}: the tokenizer has no chat template, by which messages become a prompt; take a model "
             "that was trained on chats, or set actor_rollout_ref.model.custom_chat_template"
         )
     return tokenizer
+
+
+def rendered(settings: Settings, tokenizer, messages: list[dict]) -> str:
+    """A prompt as the rollout writes it. Raises ValueError where the chat template does not take the messages."""
+    options = dict(settings["data.apply_chat_template_kwargs"])
+    template = settings[CHAT_TEMPLATE]
+    options |= {"chat_template": template} if template else {}
+    try:
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **options)
+    except Exception as error:  # a template is a program, which may raise what it likes
+        raise ValueError(f"the chat template does not take the messages ({error})") from error
+
+
+def prompt_length(settings: Settings, messages: list[dict]) -> int | None:
+    """Tokens of a prompt that a preference source writes; None where the hub may have the tokenizer and is silent.
+
+    Raises:
+        ConfigError: when the tokenizer cannot be read, or its chat template does not take the messages.
+    """
+    tokenizer = load_tokenizer(settings)
+    if tokenizer is None:
+        return None
+    try:
+        text = rendered(settings, tokenizer, messages)
+    except ValueError as error:
+        roles = ", ".join(message["role"] for message in messages)
+        raise ConfigError(
+            f"{CHAT_TEMPLATE}={settings[CHAT_TEMPLATE]!r}: {error} of the preference source, by: {roles}; set one that "
+            "does"
+        ) from error
+    return len(tokenizer.encode(text, add_special_tokens=False))
 
 
 @cache

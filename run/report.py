@@ -1,20 +1,22 @@
 """What a run leaves for its user: metrics.jsonl, summary.json, a plot, and a few lines on the console."""
 
 import json
-import math
 from pathlib import Path
 
 from omegaconf import DictConfig
 
+from recipe.spin.rollout.validation_metrics import (
+    HELD_OUT_FAULTS,
+    History,
+    held_out_accuracy,
+    held_out_faults,
+    held_out_measure,
+    in_words,
+    is_number,
+)
 from recipe.spin.run_folder import checkpoints, read_history, tracked_step, write_whole
 
 PLOT = "learning_curve.png"
-# Metrics of a validation that should be 0, in words
-HELD_OUT_FAULTS = {
-    "val-failed/answers": "{:.1%} of the held-out answers failed",
-    "val-aux/prompts_without_score": "{:g} held-out prompts have a response without a score",
-}
-History = dict[int, dict[str, float | None]]  # metrics by step; None is no number
 
 
 def write(config: DictConfig, seconds: float, peak_memory_gb: float | None) -> dict:
@@ -46,40 +48,6 @@ def _draw(history: History, path: Path) -> str:
     except Exception as error:
         return f"none could be made ({type(error).__name__}: {error})"
     return str(path)
-
-
-def held_out_accuracy(metrics: dict[str, float | None]) -> dict[str, float | None]:
-    """Greedy and sampled accuracy (the reward where there is none) of one step, averaged over data sources.
-
-    None where a source's is no number: the mean of the others would be another measure.
-    """
-    found = {}
-    for name, prefix in (("greedy", "val-greedy-core/"), ("sampled", "val-core/")):
-        values = [value for key, value in metrics.items() if key.startswith(prefix) and "/mean@" in key]
-        if values:
-            found[name] = sum(values) / len(values) if all(map(_is_number, values)) else None
-    return found
-
-
-def held_out_measure(history: History) -> str:
-    """What `held_out_accuracy` finds: "accuracy", or "score" where the reward gives no `acc`."""
-    names = [
-        name for metrics in history.values() for name in metrics if name.startswith(("val-core/", "val-greedy-core/"))
-    ]
-    return "accuracy" if any("/acc/" in name for name in names) else "score"
-
-
-def held_out_faults(metrics: dict[str, float | None]) -> dict[str, float]:
-    """What a validation had of HELD_OUT_FAULTS."""
-    return {name: metrics[name] for name in HELD_OUT_FAULTS if _is_number(metrics.get(name)) and metrics[name] > 0}
-
-
-def in_words(faults: dict[str, float]) -> str:
-    return "; ".join(HELD_OUT_FAULTS[name].format(value) for name, value in faults.items())
-
-
-def _is_number(value) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def summarize(history: History) -> dict:
@@ -114,7 +82,7 @@ def plot(history: History, path: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
 
     def curve(axes, values: dict[int, float | None], label: str, style: str) -> None:
-        values = {step: value for step, value in values.items() if _is_number(value)}
+        values = {step: value for step, value in values.items() if is_number(value)}
         if values:
             axes.plot(list(values), list(values.values()), style, label=label)
 

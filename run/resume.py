@@ -1,6 +1,5 @@
 """Whether a run may go on from what its folder holds: its settings compared, and what is in the way set aside."""
 
-import re
 import sys
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -9,9 +8,9 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
+from recipe.spin.common.secrets import without_secrets
+from recipe.spin.common.settings import ConfigError
 from recipe.spin.run.contents import contents_of
-from recipe.spin.run.faults import ConfigError
-from recipe.spin.run.secret_names import is_secret
 from recipe.spin.run_folder import TRACKER, checkpoints, is_complete, metrics_files, tracked_step, write_whole
 
 SETTINGS = "settings.yaml"
@@ -101,7 +100,6 @@ PATHS = (
     "data.val_files",
     "reward.custom_reward_function.path",
 )
-ENVIRONMENT = "env_vars"  # of Ray's workers; whatever the user puts there
 ABSENT = "(not set)"
 
 Difference = tuple[str, Any, Any]
@@ -230,17 +228,6 @@ def _absolute(value):
         return [_absolute(entry) for entry in value]
     exists = isinstance(value, str) and Path(value).expanduser().exists()
     return str(Path(value).expanduser().absolute()) if exists else value
-
-
-def without_secrets(value, key: str = ""):
-    """Leaves out what is named like a secret, and a password within an address."""
-    if isinstance(value, dict):
-        named = {name: f"{key}.{name}".lstrip(".") for name in value}
-        shown = [name for name in value if name != ENVIRONMENT and not is_secret(named[name])]
-        return {name: without_secrets(value[name], named[name]) for name in shown}
-    if isinstance(value, list):
-        return [without_secrets(entry, key) for entry in value]
-    return re.sub(r"(://)[^/@\s]+@", r"\1", value) if isinstance(value, str) else value
 
 
 def _store(settings: dict, folder: Path) -> None:

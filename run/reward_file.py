@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from recipe.spin.run.faults import ConfigError, Settings
+from recipe.spin.common.settings import ConfigError, Settings
 from recipe.spin.run.model_files import check_reward_model
 
 KEY = "reward.custom_reward_function"

@@ -4,15 +4,17 @@ import math
 import tempfile
 from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 
+from recipe.spin.common.settings import ConfigError, Settings, Unusable
 from recipe.spin.core_algos import LOSSES, LossOptions, beta_at, check_loss_settings
 from recipe.spin.preferences.source import RewardSource, source_class
-from recipe.spin.run.faults import ConfigError, Settings, Unusable
+from recipe.spin.run.model_files import prompt_length
 from recipe.spin.run.schema import Precision
 from recipe.spin.run_folder import TRACKER, nearest_existing
 
@@ -56,7 +58,7 @@ def a_source_prefers(settings: Settings) -> None:
 
 def the_source_can_use_the_model(settings: Settings) -> None:
     """Not among the RULES: the model has been looked at before."""
-    _source(settings).check_model(settings)
+    _source(settings).check_model(settings, partial(prompt_length, settings))
 
 
 def _source(settings: Settings) -> type[RewardSource]:

@@ -10,9 +10,9 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
+from recipe.spin.common.settings import Settings
 from recipe.spin.core_algos import PAIRINGS, TIE_POLICIES
 from recipe.spin.losses import F_DIVERGENCES
-from recipe.spin.run.faults import Settings
 
 LOGGERS = (
     "console",

@@ -14,8 +14,9 @@ from verl.trainer.ppo.v1 import agent_loop_tq
 from verl.utils import tensordict_utils as tu
 from verl.workers.rollout.replica import TokenOutput
 
+from recipe.spin.preferences.reward_error import RewardError
 from recipe.spin.preferences.source import Group, RewardSource, Score
-from recipe.spin.rollout import agent_loop
+from recipe.spin.rollout import agent_loop, queue
 from recipe.spin.rollout.agent_loop import (
     GREEDY,
     SAMPLING_SEED,
@@ -24,7 +25,6 @@ from recipe.spin.rollout.agent_loop import (
     SpinAgentLoop,
     VerlWorker,
 )
-from recipe.spin.rollout.reward_error import RewardError
 from recipe.spin.rollout.rounds import Round
 from recipe.spin.run.data_files import TAKEN
 
@@ -357,7 +357,7 @@ def test_scores_that_come_later_are_those_that_a_dump_of_the_step_shows(monkeypa
         assert partition_id == "train"
         kept.update(zip(keys, (row.tolist() for row in fields["rm_scores"].unbind()), strict=True))
 
-    monkeypatch.setattr(agent_loop.tq, "async_kv_batch_put", put)
+    monkeypatch.setattr(queue.tq, "async_kv_batch_put", put)
     asyncio.run(worker_with_unscored(Server(), count=2).score_groups())
     assert kept == {}  # nothing else reads them
     worker = worker_with_unscored(Server(), count=2)

@@ -112,7 +112,7 @@ def test_a_resumed_run_sends_what_failed_again_and_clears_what_was_trained_on(mo
         def kv_batch_put(keys, partition_id, tags):
             assert (keys, tags) == (["2-1"], [failed | {"status": "pending"}])
 
-    monkeypatch.setattr("recipe.spin.async_trainer.tq", Queue)
+    monkeypatch.setattr("recipe.spin.rollout.queue.tq", Queue)
     monkeypatch.setattr(SpinTrainer, "_reissue_inflight_prompts", lambda self, partition: "verl's")
     assert async_trainer(3)._reissue_inflight_prompts() == "verl's"
     assert list(tags) == ["1-1", "1-1_0_0", "2-0", "2-1"]

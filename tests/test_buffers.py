@@ -8,8 +8,8 @@ import torch
 from verl.trainer.ppo.v1 import replay_buffer
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 
+from recipe.spin.preferences.reward_error import RewardError
 from recipe.spin.rollout.buffers import OldestFirst, WholeRounds
-from recipe.spin.rollout.reward_error import RewardError
 from recipe.spin.rollout.scoring import FAULT
 from recipe.spin.rollout.staleness import staleness
 

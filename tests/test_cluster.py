@@ -20,11 +20,11 @@ from verl.trainer.ppo.v1 import trainer_base
 from verl.utils import tracking
 
 from recipe.spin import fsdp_workers
+from recipe.spin.common.settings import ConfigError
 from recipe.spin.main_spin import TaskRunner
 from recipe.spin.rollout.weights import ONE_MACHINE, RUN_NAME
 from recipe.spin.run import cluster, report
 from recipe.spin.run import monitor as run_monitor
-from recipe.spin.run.faults import ConfigError
 from recipe.spin.run.monitor import RunMonitor
 from recipe.spin.spin_trainer import SpinTrainer
 

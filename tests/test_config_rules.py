@@ -2,8 +2,8 @@
 
 import pytest
 
+from recipe.spin.common.settings import ConfigError
 from recipe.spin.run import rules
-from recipe.spin.run.faults import ConfigError
 
 ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
 QUEUE = "transfer_queue.backend.SimpleStorage.total_storage_size"

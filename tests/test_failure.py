@@ -12,10 +12,10 @@ from checkable_run import composed, override
 from omegaconf import OmegaConf
 from ray.exceptions import RayTaskError
 
+from recipe.spin.common.settings import ConfigError
 from recipe.spin.main_spin import _check_by_verl
 from recipe.spin.run import failure, signals
 from recipe.spin.run.failure import RunFailed, explained
-from recipe.spin.run.faults import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -2,7 +2,7 @@
 
 from types import SimpleNamespace
 
-from recipe.spin.run import heap
+from recipe.spin.common import heap
 
 
 def test_freed_memory_is_handed_back_by_glibc(monkeypatch):

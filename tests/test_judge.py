@@ -517,7 +517,7 @@ def test_the_room_for_a_question_is_measured_with_the_runs_chat_template(run):
     more = "+data.apply_chat_template_kwargs.more=' and more'"
     assert needed(plain) < needed() and needed(plain) < needed(longer) < needed(longer, more)
     message = run.refusal(OWN, template + "\"{{ raise_exception('never') }}\"", "data.filter_overlong_prompts=True")
-    assert "the chat template does not take a judge's question, one message of the user (never)" in message
+    assert "the chat template does not take the messages (never) of the preference source, by: user" in message
 
 
 OWN = "algorithm.preference_source=judge"

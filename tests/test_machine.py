@@ -110,8 +110,8 @@ def test_what_a_cluster_has(monkeypatch, nodes, overrides, words):
 
 
 def test_a_run_on_a_cluster_with_too_little_ends_before_its_task_runner_starts(monkeypatch):
+    from recipe.spin.common.settings import ConfigError
     from recipe.spin.main_spin import TaskRunnerClass
-    from recipe.spin.run.faults import ConfigError
 
     cluster(monkeypatch, (4, 8))
     monkeypatch.setattr("signal.signal", lambda *args: None)

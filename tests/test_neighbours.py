@@ -18,8 +18,8 @@ from transfer_queue import interface
 from verl.workers.rollout.vllm_rollout import bucketed_weight_transfer as transfer
 
 from recipe.spin import verl_patches
+from recipe.spin.common.settings import ConfigError
 from recipe.spin.rollout.weights import RUN_NAME, has_own_sockets, own_socket
-from recipe.spin.run.faults import ConfigError
 from recipe.spin.run.lock import hold_run_folder
 from recipe.spin.tools.device_probe import free_port
 

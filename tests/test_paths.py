@@ -5,7 +5,7 @@ from checkable_run import composed, override
 from omegaconf import OmegaConf
 
 from recipe.spin import main_spin
-from recipe.spin.run.faults import ConfigError
+from recipe.spin.common.settings import ConfigError
 from recipe.spin.run.paths import PATHS, expand_home
 
 

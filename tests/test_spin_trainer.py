@@ -17,15 +17,14 @@ from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils import tensordict_utils as tu
 from worker_harness import compose
 
-from recipe.spin import spin_trainer
 from recipe.spin.core_algos import PreferencePairs
 from recipe.spin.dpo_update import DPOUpdate
 from recipe.spin.engine.rows import nest
+from recipe.spin.preferences.reward_error import RewardError
 from recipe.spin.preferences.source import Pairing, RewardSource
-from recipe.spin.rollout import answers
+from recipe.spin.rollout import answers, queue
 from recipe.spin.rollout.agent_loop import GREEDY, SAMPLING_SEED
 from recipe.spin.rollout.held_out import HeldOutRows
-from recipe.spin.rollout.reward_error import RewardError
 from recipe.spin.rollout.scoring import FAULT
 from recipe.spin.run import report
 from recipe.spin.run_folder import TRACKER, checkpoints, tracked_step
@@ -432,13 +431,14 @@ def test_prompts_without_a_pair_are_counted_where_a_source_adds_responses(traine
             "algorithm": {"reward_error": "raise", "missing_eos_penalty": None},
         }
     )
-    trainer.source, trainer._end_tokens, trainer._fetched = RejectsItsOwn(trainer.config, None), {9}, (7, 2)
+    trainer.source, trainer._fetched = RejectsItsOwn(trainer.config, None), (7, 2)
+    trainer.source.end_tokens = {9}
     trainer.dpo = DPOUpdate(trainer.config, workers=None)
     monkeypatch.setattr(trainer.dpo, "lay_out", lambda *laid_out: None)
     ones = nest([torch.ones(2)] * 4)
     fetched = {name: ones for name in ("prompts", "responses", "response_mask", "rollout_log_probs", "rm_scores")}
     fetched |= {"extra_fields": NonTensorStack(*[{} for _ in range(4)])}
-    monkeypatch.setattr(spin_trainer.tq, "kv_batch_get", lambda **asked: TensorDict(fetched, batch_size=4))
+    monkeypatch.setattr(queue.tq, "kv_batch_get", lambda **asked: TensorDict(fetched, batch_size=4))
     keys = [f"{uid}_{number}_0" for uid in ("a", "b") for number in (0, 1)]
     metrics: dict[str, float] = {}
     trainer._prefer(KVBatchMeta(keys=keys, tags=[{}] * 4, partition_id="train"), metrics)

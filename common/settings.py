@@ -1,4 +1,4 @@
-"""Faults of a run's settings and files, collected so that all of them are told at once."""
+"""A run's settings as checks read them, and the faults of settings and files, told all at once."""
 
 from collections.abc import Callable
 from typing import Any

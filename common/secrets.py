@@ -1,0 +1,39 @@
+"""Secrets among settings, among variables of the environment and in addresses: which they are, and texts without."""
+
+import re
+
+NAMED = re.compile(
+    r"(?i)(?:(?:^|[._-])(?:key|token|secret|password|passwd|credentials?|authorization)|(?:api|access|private)key)$"
+)
+# Settings of verl's that name a column of the data or a teacher by it
+COLUMNS = re.compile(r"(?:^|\.)(?:prompt|reward_fn|image|video|audio|teacher)_key$")
+
+# A user's name and password in an address; a password may hold an @, and no slash
+ACCESS = re.compile(r"(?<=://)[^/\s]+@")
+ENVIRONMENT = "env_vars"  # of Ray's workers; whatever the user puts there
+
+
+def is_secret(name: str) -> bool:
+    """Whether a setting or variable of that name, with or without its sections, holds a secret."""
+    return bool(NAMED.search(name)) and not COLUMNS.search(name)
+
+
+def has_password(text: str) -> bool:
+    """Whether a text holds an address with a user's name or password."""
+    return bool(ACCESS.search(text))
+
+
+def shown_address(text: str) -> str:
+    """A text with addresses as messages show it: without the names and passwords in them."""
+    return ACCESS.sub("***@", text)
+
+
+def without_secrets(value, key: str = ""):
+    """Settings without what is named like a secret, and without the name and password in an address."""
+    if isinstance(value, dict):
+        named = {name: f"{key}.{name}".lstrip(".") for name in value}
+        shown = [name for name in value if name != ENVIRONMENT and not is_secret(named[name])]
+        return {name: without_secrets(value[name], named[name]) for name in shown}
+    if isinstance(value, list):
+        return [without_secrets(entry, key) for entry in value]
+    return ACCESS.sub("", value) if isinstance(value, str) else value
