@@ -1,10 +1,12 @@
 """Reward files that cannot work are refused before Ray starts, by one message with the remedy; none is run."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
-from checkable_run import write_classifier
+from checkable_run import row, write_classifier, write_rows
 
 from recipe.spin.run.reward_file import WEIGHTED
 
@@ -166,7 +168,22 @@ def test_a_reward_models_own_pool_needs_devices_beside_the_trainers(run, classif
     served = [f"{MODEL}.rollout.name=vllm", f"{MODEL}.rollout.tensor_model_parallel_size=1"]
     message = run.refusal(*classifier, *pool, *served, "trainer.n_gpus_per_node=8", device="gpu")
     assert message.startswith("trainer.n_gpus_per_node=8: this machine shows 8 GPUs for them and the 2 of the reward")
-    run.check(*classifier, *pool, *served, "trainer.n_gpus_per_node=6", device="gpu")  # as docs/preferences.md has it
+    run.check(*classifier, *pool, *served, "trainer.n_gpus_per_node=6", device="gpu")
+
+
+def test_the_documentations_command_for_eight_gpus_is_accepted(run, classifier, tmp_path, monkeypatch):
+    """With the GPU profile's batch, of prompts that nothing is compared with."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr("recipe.spin.run.check.machine_faults", lambda config: [])
+    text = (Path(__file__).resolve().parents[1] / "docs" / "preferences.md").read_text()
+    gpus, command = re.search(r"^N_GPUS_PER_NODE=(\d) \S+ \S+ bash run_spin.sh (.*?)```", text, re.M | re.S).groups()
+    settings = [setting for setting in command.replace("\\\n", " ").split() if "model_path=" not in setting]
+    own = [f"trainer.n_gpus_per_node={gpus}", f"{MODEL}.model_path={tmp_path}/classifier", "data.train_batch_size=64"]
+    for part, count in (("train", 64), ("val", 4)):
+        prompts = [{"prompt": row(number)["prompt"]} for number in range(count)]
+        own.append(f"data.{part}_files={write_rows(tmp_path / f'{part}.jsonl', prompts)}")
+    run.check(*settings, *own, device="gpu")
+    assert "2 of the reward model's own pool" in run.refusal(*settings, *own, own[0].replace(gpus, "7"), device="gpu")
 
 
 @pytest.mark.parametrize(

@@ -394,6 +394,26 @@ def test_the_readmes_lines_for_another_recipe_work(scores: list[float], pairs: i
         assert names["loss"].item() == pytest.approx(0.6931472)  # log 2, as the policy is the reference
 
 
+def test_the_lines_for_users_of_the_older_recipe_give_its_mask_and_log_probs() -> None:
+    """Of two equal scores the first is chosen; a label of -100 does not count."""
+    import torch
+
+    text = (EXAMPLES.parent / "docs" / "from_trl.md").read_text()
+    (code,) = re.findall(r"## From verl's older SPIN recipe\n.*?```python\n(.*?)```", text, re.DOTALL)
+    logits = torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(0))
+    names = {
+        "token_level_rewards": torch.tensor([[0.0, 1.0], [2.0, 0.0], [3.0, 0.0], [1.0, 2.0]]),
+        "response_mask": torch.ones(4, 2),
+        "logits": logits,
+        "labels": torch.tensor([[1, -100, 2, 3], [4, 0, -100, -100]]),
+    }
+    exec(code, names)
+    assert names["chosen"].tolist() == [False, True, True, False]
+    logps = logits.log_softmax(-1)
+    expected = [logps[0, 1, 2] + logps[0, 2, 3], logps[1, 0, 0]]
+    assert torch.allclose(names["logps"], torch.stack(expected))
+
+
 def test_preference_advantages_give_ppo_the_gradient_of_dpo() -> None:
     import torch
 

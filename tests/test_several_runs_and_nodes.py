@@ -68,7 +68,7 @@ def test_two_runs_on_one_cluster(shared_cluster, task, tiny_llama, tmp_path, mon
 
 
 def run_spin(task: Path, model: Path, run: Path, address: str, steps: int) -> str:
-    """run_spin.sh as the README has it for two nodes, from a folder that is not the checkout."""
+    """run_spin.sh as docs/clusters.md has it for two nodes, from a folder that is not the checkout."""
     overrides = [
         "data.train_batch_size=4",
         "data.max_response_length=8",
