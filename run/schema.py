@@ -243,6 +243,9 @@ class Data(Section):
     max_response_length: Count
     filter_overlong_prompts: bool
     prompt_key: Text
+    image_key: Text
+    video_key: Text
+    audio_key: Text
     reward_fn_key: Annotated[
         unused("data_source"), verl("verl's reward managers read data_source alone; give the column that name")
     ]
