@@ -147,6 +147,15 @@ def test_nothing_is_measured_with_another_verl(monkeypatch):
     assert (last.name, last.verdict) == ("device", WARN)
 
 
+def test_the_doctor_looks_where_the_run_would(monkeypatch):
+    """Not into a folder called ~."""
+    monkeypatch.setenv("HOME", "/home/me")
+    checked = []
+    monkeypatch.setattr(doctor, "findings", lambda config: checked.append(config) or [Finding("driver", FAIL, "none")])
+    list(doctor.examine("cpu", ["trainer.default_local_dir='~/run'"], quick=True))
+    assert [config.trainer.default_local_dir for config in checked] == ["/home/me/run"]
+
+
 def test_cores_and_memory_are_checked_for_the_gpus_that_are_there(monkeypatch):
     """As run_spin.sh counts them; verl's own default is 8."""
     monkeypatch.setattr(doctor.torch.cuda, "device_count", lambda: 2)
