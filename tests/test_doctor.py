@@ -43,7 +43,7 @@ def test_the_quick_doctor(tmp_path, tiny_models):
     result, report = run_doctor(tmp_path, "--quick", model, timeout=240)
     found = verdicts(report)
     assert result.returncode == 0, result.stdout
-    assert list(found) == ["machine", "versions", "ports", "CPU cores", "shared memory", "disk", *PROBED]
+    assert list(found) == ["machine", "versions", "ports", "CPU cores", "shared memory", "disk", "host memory", *PROBED]
     assert FAIL not in found.values() and f"all {len(found)} passed" in result.stdout
     assert [line[:4].strip() for line in result.stdout.splitlines()[: len(found)]] == list(found.values())
     figures = {finding["name"]: finding["figures"] for finding in report["findings"]}
