@@ -262,6 +262,9 @@ class Model(Section):
     trust_remote_code: bool
     override_config: dict
     use_remove_padding: bool
+    use_fused_kernels: Annotated[
+        unused(False), verl("verl's fused forward gives no logits, of which SPIN makes log-probs; set it to False")
+    ]
     enable_gradient_checkpointing: bool
     lora_rank: LoraRank = own(
         0, "with LoRA the reference is the base model, the adapter off; takes `trainer.ref_update_freq=0`"
