@@ -6,6 +6,7 @@ from recipe.spin.run import rules
 from recipe.spin.run.faults import ConfigError
 
 ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
+SCORED_BY_REFERENCE = "algorithm.preference_source=reference_source:ReferenceSays"
 QUEUE = "transfer_queue.backend.SimpleStorage.total_storage_size"
 
 BAD = [
@@ -26,11 +27,11 @@ BAD = [
     ),
     (
         f"{ACTOR}.fsdp_config.mixed_precision.param_dtype=fp16",
-        [f"{ACTOR}.fsdp_config.mixed_precision=", "param_dtype: fp16 overflows", "use bf16 or fp32"],
+        [f"{ACTOR}.fsdp_config.mixed_precision=", "param_dtype: fp16 is not supported", "use bf16 or fp32"],
     ),
     (
         f"{ACTOR}.fsdp_config.mixed_precision.reduce_dtype=float16",
-        [f"{ACTOR}.fsdp_config.mixed_precision=", "reduce_dtype: fp16 overflows"],
+        [f"{ACTOR}.fsdp_config.mixed_precision=", "reduce_dtype: fp16 is not supported", "in no checkpoint"],
     ),
     (f"{ACTOR}.fsdp_config.model_dtype=fp16", [f"{ACTOR}.fsdp_config.model_dtype='fp16'", "use bf16 or fp32"]),
     (f"{ROLLOUT}.max_model_len=1000", [f"{ROLLOUT}.max_model_len=1000", "512 tokens at most"]),
@@ -55,6 +56,14 @@ BAD = [
     (
         "algorithm.filter_groups.enable=True algorithm.dpo_min_margin=0.1",
         ["algorithm.dpo_min_margin=0.1", "algorithm.filter_groups.enable=True", "set 0"],
+    ),
+    (
+        f"algorithm.filter_groups.enable=True {SCORED_BY_REFERENCE}",
+        ["algorithm.filter_groups.enable=True: which prompts tie", SCORED_BY_REFERENCE, "too late to replace them"],
+    ),
+    (
+        f"actor_rollout_ref.model.lora_rank=8 trainer.ref_update_freq=0 {SCORED_BY_REFERENCE}",
+        [SCORED_BY_REFERENCE, "with LoRA", "lora_rank=8", "no second model"],
     ),
     (
         f"trainer.rollout_sync_freq=4 {ROLLOUT}.free_cache_engine=False trainer.save_freq=6 trainer.test_freq=4",
