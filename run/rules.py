@@ -4,6 +4,7 @@ import math
 import tempfile
 from collections.abc import Callable
 from dataclasses import fields
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
@@ -126,7 +127,20 @@ def beta_is_a_number_or_a_schedule(settings: Settings) -> None:
         raise ConfigError(f"algorithm.dpo_*: {error}") from error
 
 
+def the_users_module_is_imported(settings: Settings) -> None:
+    """verl imports it in its own processes, too late for the rules: it may register losses."""
+    key = f"{MODEL}.external_lib"
+    if settings[key] is None:
+        return
+    try:
+        import_module(settings[key])
+    except Exception as error:  # a module is a program, which may raise what it likes
+        fault = f"{type(error).__name__}: {error}"
+        settings.require(False, key, f"cannot be imported ({fault}); correct it, and let PYTHONPATH lead to it")
+
+
 def losses_are_known(settings: Settings) -> None:
+    settings[f"{MODEL}.external_lib"]  # leaves, where a module that may register some has a fault
     try:
         losses = check_loss_settings(
             settings["algorithm.dpo_loss_type"],
@@ -545,6 +559,7 @@ RULES: tuple[Callable[[Settings], None], ...] = (
     a_pair_has_two_responses,
     prompts_are_filtered_by_what_pairs_are_made_of,
     beta_is_a_number_or_a_schedule,
+    the_users_module_is_imported,
     losses_are_known,
     lora_has_no_second_model,
     small_steps_need_fp32,

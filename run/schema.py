@@ -261,6 +261,7 @@ class Model(Section):
     custom_chat_template: Text | None
     trust_remote_code: bool
     override_config: dict
+    external_lib: Text | None
     use_remove_padding: bool
     use_fused_kernels: Annotated[
         unused(False), verl("verl's fused forward gives no logits, of which SPIN makes log-probs; set it to False")
