@@ -5,9 +5,11 @@ import re
 NAMED = re.compile(
     r"(?i)(?:(?:^|[._-])(?:key|token|secret|password|passwd|credentials?|authorization)|(?:api|access|private)key)$"
 )
-# Settings of verl's that name a column of the data or a teacher by it
-COLUMNS = re.compile(r"(?:^|\.)(?:prompt|reward_fn|image|video|audio|teacher)_key$")
-
+# Settings that name a column of the data, or a teacher by it; and a variable that names a file
+HARMLESS = re.compile(
+    r"(?:^|\.)(?:prompt|question|messages|response|answer|completion|chosen|rejected|label|reward_fn|image|video|audio"
+    r"|teacher)_key$|(?i:application_credentials)$"
+)
 # A user's name and password in an address; a password may hold an @, and no slash
 ACCESS = re.compile(r"(?<=://)[^/\s]+@")
 ENVIRONMENT = "env_vars"  # of Ray's workers; whatever the user puts there
@@ -15,7 +17,7 @@ ENVIRONMENT = "env_vars"  # of Ray's workers; whatever the user puts there
 
 def is_secret(name: str) -> bool:
     """Whether a setting or variable of that name, with or without its sections, holds a secret."""
-    return bool(NAMED.search(name)) and not COLUMNS.search(name)
+    return bool(NAMED.search(name)) and not HARMLESS.search(name)
 
 
 def has_password(text: str) -> bool:

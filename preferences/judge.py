@@ -99,7 +99,7 @@ class JudgeSource(RewardSource):
         workers = config.actor_rollout_ref.rollout.agent.num_workers
         self._calls = asyncio.Semaphore(max(1, self._settings.concurrency // workers))
         self._began: dict[int, float] = {}  # of the step that is judged, when its first question was asked
-        if self.takes_reference(config):
+        if self.scores_with_reference(config):
             self.scoring_model = "reference"
         names = models(self._settings)
         self._servers = [
@@ -108,7 +108,7 @@ class JudgeSource(RewardSource):
         ]
 
     @classmethod
-    def takes_reference(cls, config: DictConfig) -> bool:
+    def scores_with_reference(cls, config: DictConfig) -> bool:
         return REFERENCE in config.algorithm.judge.servers
 
     @classmethod
@@ -117,8 +117,6 @@ class JudgeSource(RewardSource):
         settings = config.algorithm.judge
         check_settings(settings)
         check_step_limit(config)
-        if cls.takes_reference(config):
-            check_reference(config)
         question = read_template(settings.prompt).substitute(EXAMPLE)
         for address, name in zip(settings.servers, models(settings), strict=True):
             if address in OWN:
@@ -311,22 +309,6 @@ def check_step_limit(config: DictConfig) -> None:
         raise ValueError(
             f"algorithm.judge.step_timeout_s={limit}: with asynchronous generation the comparisons of a step's prompts "
             "are spread over several steps; leave it null, algorithm.judge.timeout_s limits each call"
-        )
-
-
-def check_reference(config: DictConfig) -> None:
-    """Raises ValueError where the reference, which judges when all of a step's responses are there, cannot."""
-    model, servers = config.actor_rollout_ref.model, config.algorithm.judge.servers
-    key = f"algorithm.judge.servers={list(map(shown_address, servers))!r}"
-    if model.lora_rank > 0 or model.lora_adapter_path:
-        raise ValueError(
-            f"{key} with LoRA: there is no second model whose weights vLLM could take; serve the base model and give "
-            "its address, or train without LoRA"
-        )
-    if config.algorithm.filter_groups.enable:
-        raise ValueError(
-            f"{key} with algorithm.filter_groups.enable=True: which prompts tie is known only when all of a step's are "
-            "judged, too late to replace them; set it to False"
         )
 
 

@@ -30,8 +30,9 @@ class Group:
         step: number of the training step.
         messages: the prompt, as chat messages.
         responses: the responses' text, without special tokens.
-        rewards: what the reward function or the reward model gave each; None where the settings name neither: verl's
-            own rewards, by `data_source`, score held-out prompts alone.
+        rewards: what the reward function or the reward model gave each; None where the settings name neither, as
+            verl's own rewards, by `data_source`, score held-out prompts alone; and of a reward model in the policy's
+            pool, which scores later.
         row: the columns of the prompt's row in the data.
         generate: answers prompt tokens with the policy's own vLLM server and the weights of the source's
             `scoring_model`; awaitable, gives the answer's tokens.
@@ -100,7 +101,12 @@ class RewardSource:
     @classmethod
     def takes_reference(cls, config: DictConfig) -> bool:
         """Whether vLLM takes the reference's weights at times, and is not the policy's all the while."""
-        return "reference" in (cls.rollout_model, cls.scoring_model)
+        return cls.rollout_model == "reference" or cls.scores_with_reference(config)
+
+    @classmethod
+    def scores_with_reference(cls, config: DictConfig) -> bool:
+        """Whether that is so while `score_group` is asked."""
+        return cls.scoring_model == "reference"
 
     @classmethod
     def scores_groups(cls) -> bool:

@@ -234,7 +234,8 @@ class RolloutWorker(Scoring, VerlWorker):
     async def _score_group(self, answers: list[tuple[AgentLoopOutput, dict]]) -> list[Score]:
         outputs, row = [output for output, _ in answers], answers[0][1]
         texts = [self.tokenizer.decode(output.response_ids, skip_special_tokens=True) for output in outputs]
-        rewards = [output.reward_score for output in outputs] if self._has_reward() else None
+        given = self._has_reward() and outputs[0].reward_score is not None  # a model in the policy's pool scores later
+        rewards = [output.reward_score for output in outputs] if given else None
         group = Group(row["global_steps"], list(row["raw_prompt"]), texts, rewards, row, self._generate)
         scores = self._source.score_group(group)
         if not self._source.limits_itself:

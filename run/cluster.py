@@ -125,7 +125,7 @@ def import_paths(pythonpath: str) -> list[str]:
 
 @contextmanager
 def without_folder_of_the_call() -> Iterator[None]:
-    """Lets workers import by `import_paths` alone while `ray.init` runs.
+    """Lets workers import by `import_paths` alone. Held around verl's run_ppo, which calls `ray.init`.
 
     It would put the folder of the call before all others, and a `recipe/spin` in there, which older trees of verl have,
     would be run in place of this one. Ray leaves it out where it is told of a working folder, and has no other switch.

@@ -28,7 +28,7 @@ TAKEN = {
     "response_mask",
 }
 TAKEN |= {"loss_mask", "input_ids", "position_ids", "rm_scores", "rollout_log_probs", "num_turns", "metrics"}
-TAKEN |= {"extra_fields", "multi_modal_inputs", "output", "sampling_params", "priority", "self", "index"}
+TAKEN |= {"extra_fields", "multi_modal_inputs", "output", "sampling_params", "priority", "self"}
 TAKEN |= {"__rollout_n__", "__do_sample__"}
 # Whose rows verl has a reward for (verl/utils/reward_score); besides, those that begin with aime
 REWARDED = {"openai/gsm8k", "hiyouga/geometry3k", "math", "math_dapo", "math_dapo_reasoning"}
@@ -37,7 +37,10 @@ REWARDED |= {f"numina_{name}" for name in ("aops_forum", "synthetic_math", "amc_
 REWARDED |= {"numina_olympiads", "codecontests", "apps", "codeforces", "taco"}
 REWARDED |= {f"searchR1_{name}" for name in ("nq", "triviaqa", "popqa", "hotpotqa", "2wikimultihopqa", "musique")}
 REWARDED |= {"searchR1_bamboogle"}
+YOURS = f"name a file with yours in {KEY}.path (REWARD_PATH)"
 UNSCORED = ", or leave held-out prompts unanswered (trainer.val_before_train=False trainer.test_freq=-1)"
+MEDIA = ("data.image_key", "data.video_key", "data.audio_key")
+TEXT_ALONE = "vLLM would see it, and this recipe trains on text alone; take prompts of text"
 CHUNK = 256  # prompts that are measured at once
 MANY = 10_000  # prompts whose measuring takes seconds, which is said
 
@@ -147,10 +150,13 @@ def _row_fault(row: dict, settings: Settings) -> str | None:
         return f"no column {prompt_key!r} (it has {columns}); name the prompts' column in data.prompt_key"
     messages = row[prompt_key]
     if not isinstance(messages, list) or not messages:
-        return f"{prompt_key!r} must be a list of chat messages, not {str(messages)[:60]!r}"
+        remedy = "write a text as [{'role': 'user', 'content': TEXT}]"
+        return f"{prompt_key!r} must be a list of chat messages, not {str(messages)[:60]!r}; {remedy}"
     for message in messages:
         if not _is_message(message):
             return f"{prompt_key!r} holds {str(message)[:60]!r}; a message is {{'role': ..., 'content': text}}"
+        if others := _other_parts(message):
+            return f"{prompt_key!r} holds a part of the type {others[0]!r}; {TEXT_ALONE}"
     if is_self_play(settings):
         last = messages[-1]
         if (
@@ -164,16 +170,23 @@ def _row_fault(row: dict, settings: Settings) -> str | None:
     taken = sorted(TAKEN & row.keys())
     if taken:
         return f"the column {taken[0]!r} has a name that the rollout uses itself; rename or drop it"
-    return None
+    media = [settings[key] for key in MEDIA if row.get(settings[key])]
+    return f"the column {media[0]!r} is not empty; {TEXT_ALONE}, and drop the column" if media else None
 
 
 def _is_message(message) -> bool:
-    """With a role and a text, or the parts of text and images that models of both take."""
+    """With a role and a text, or the parts of text that models of text and images take."""
     if not isinstance(message, dict) or not isinstance(message.get("role"), str) or not message["role"]:
         return False
     content = message.get("content")
     parts = content if isinstance(content, list) and content else [None]
     return isinstance(content, str) or all(isinstance(part, dict) and "type" in part for part in parts)
+
+
+def _other_parts(message: dict) -> list:
+    """The types of a message's parts that are no text."""
+    content = message["content"]
+    return [] if isinstance(content, str) else [part["type"] for part in content if part["type"] != "text"]
 
 
 def _is_scored(settings: Settings, key: str) -> bool:
@@ -187,16 +200,18 @@ def _is_scored(settings: Settings, key: str) -> bool:
 
 def _reward_fault(row: dict, settings: Settings) -> str | None:
     reward_model = row.get("reward_model")
-    if not isinstance(reward_model, dict) or reward_model.get("ground_truth") is None:
+    if not isinstance(reward_model, dict) or "ground_truth" not in reward_model:
         return "no reward_model.ground_truth, which the reward function is called with; add the column"
     source = row.get("data_source")
     if source is None:
-        return "no 'data_source', which the reward function is called with; add the column"
-    if not _verl_scores(settings) or str(source) in REWARDED or str(source).startswith("aime"):
+        return "no 'data_source', or null, which the reward function is called with; add the column"
+    if not _verl_scores(settings):
         return None
-    return (
-        f"verl has no reward of its own for data_source={source!r}; name a file with yours in {KEY}.path (REWARD_PATH)"
-    )
+    if reward_model["ground_truth"] is None:
+        return f"reward_model.ground_truth is null, which verl's own reward cannot compare with; fill it in, or {YOURS}"
+    if str(source) in REWARDED or str(source).startswith("aime"):
+        return None
+    return f"verl has no reward of its own for data_source={source!r}; {YOURS}"
 
 
 def _verl_scores(settings: Settings) -> bool:

@@ -210,7 +210,10 @@ def _advice(config: DictConfig, model: Model, layout: Layout, device: Device) ->
     fit = fitting(model, layout, device.total, row, device.free)
     if fit is None:
         larger = f"{ROLLOUT}.tensor_model_parallel_size={2 * layout.rollout_devices}"
-        return f"no setting makes it fit: use more GPUs (and {larger}), larger ones or a smaller model"
+        return (
+            f"no setting makes it fit: use more GPUs (and {larger}), larger ones or a smaller model; or for a small "
+            "model SPIN_PROFILE=cpu, which trains without GPUs"
+        )
     settings, new = fit
     together = f"{' '.join(settings)} makes it {gigabytes(highest(model, new, device.total))} GB"
     return f"{together}; by themselves: {', '.join(single)}; trainer.check_memory=False leaves the estimate out"

@@ -33,13 +33,21 @@ def _read(file: str) -> str:
 
 
 def check_host_memory(config: DictConfig, model: Model) -> Finding:
-    """Of this machine, while its ranks load the model, or with what waits on the host."""
-    ranks = config.trainer.n_gpus_per_node
-    needed, there = memory.host_bytes(model, layout_of(config), ranks), available_memory()
+    """Of this machine, while its ranks load the model, or with what waits on the host; without GPUs with all that runs.
+
+    Too little for the latter is a warning: it is a measurement of one run, carried over to others.
+    """
+    ranks, cpu = config.trainer.n_gpus_per_node, config.trainer.device == "cpu"
+    needed = memory.cpu_bytes(model, ranks) if cpu else memory.host_bytes(model, layout_of(config), ranks)
+    there = available_memory()
     figures = {"needed": needed, "there": there}
-    text = f"{gigabytes(there)} GB of host memory are free, and {ranks} ranks take an estimated {gigabytes(needed)} GB"
+    who = f"{ranks} rank{'s' * (ranks > 1)} take{'s' * (ranks == 1)}"
+    text = f"{gigabytes(there)} GB of host memory are free, and {who} an estimated {gigabytes(needed)} GB"
     if needed <= there:
         return Finding("host memory", OK, text, figures)
+    if cpu:
+        remedy = "Ray ends processes when memory runs short; close other programs, or take a smaller model"
+        return Finding("host memory", WARN, f"{text}; {remedy}", figures)
     why = " (each loads the whole model in fp32, for its embeddings are tied)" if model.tied and ranks > 1 else ""
     remedy = "use a machine with more memory or fewer GPUs of it (trainer.n_gpus_per_node)"
     return Finding("host memory", FAIL, f"{text}{why}; {remedy}", figures)

@@ -55,8 +55,10 @@ def _estimates(config: DictConfig, gpus: list[Device] | None) -> Iterator[Findin
         yield Finding("model's size", WARN, f"memory and disk were not checked: {doubt}")
         return
     yield check_disk(config, model)
-    if config.trainer.device == "cuda" and not _is_only_a_head(config):
-        yield check_host_memory(config, model)
+    if _is_only_a_head(config):
+        return
+    yield check_host_memory(config, model)
+    if config.trainer.device == "cuda":
         yield check_device_memory(config, model, gpus or [])
 
 

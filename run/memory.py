@@ -15,6 +15,8 @@ ROLLOUT_WORKSPACE = 1.5e9
 CUDA_GRAPHS = 1e9
 # Host memory of a rank with its vLLM, and of everything else that runs on a node (assumed)
 RANK_PROCESSES, NODE_PROCESSES = 6e9, 6e9
+# Host memory of a run without GPUs beside its weights: the README's 9.3 GB less the 3.2 GB that cpu_bytes counts there
+CPU_PROCESSES = 6.1e9
 
 
 @dataclass(frozen=True)
@@ -187,6 +189,12 @@ def host_bytes(model: Model, layout: Layout, ranks: int) -> float:
     moved += FP32 if layout.param_offload or layout.offload_policy else 0
     moved += 2 * FP32 if layout.optimizer_offload or layout.offload_policy else 0
     return max(loading, shard * moved * ranks) + ranks * RANK_PROCESSES + NODE_PROCESSES
+
+
+def cpu_bytes(model: Model, ranks: int) -> float:
+    """Bytes of a machine that trains without GPUs: in fp32 weights, gradients, AdamW's moments and the reference, which
+    the ranks share, and a copy of the weights in each rank's vLLM. Measured for one model alone (README)."""
+    return model.parameters * FP32 * (5 + ranks) + CPU_PROCESSES
 
 
 def checkpoint_bytes(model: Model, contents: list[str], reference_bytes: int) -> float:

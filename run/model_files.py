@@ -62,9 +62,10 @@ def _check_adapter(settings: Settings) -> None:
         rank = _read_json(settings, ADAPTER, folder / "adapter_config.json").get("r")
     own = settings[LORA_RANK]
     settings.require(
-        own > 0 and rank in (None, own),
+        own >= max(1, rank if isinstance(rank, int) else 1),
         LORA_RANK,
-        f"verl loads an adapter, and vLLM makes room for it, by this rank; set the adapter's{f', {rank}' * bool(rank)}",
+        "verl loads an adapter where this is above 0, and vLLM makes room for this rank; set at least the adapter's"
+        f"{f', {rank}' * bool(rank)}",
     )
 
 

@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
@@ -14,6 +15,7 @@ import torch
 from recipe.spin.common.settings import ConfigError, Settings, Unusable
 from recipe.spin.core_algos import LOSSES, LossOptions, beta_at, check_loss_settings
 from recipe.spin.preferences.source import RewardSource, source_class
+from recipe.spin.run import cluster
 from recipe.spin.run.model_files import prompt_length
 from recipe.spin.run.schema import Precision
 from recipe.spin.run_folder import TRACKER, nearest_existing
@@ -68,6 +70,22 @@ def _source(settings: Settings) -> type[RewardSource]:
         raise Unusable("algorithm.preference_source") from error
 
 
+def _sound_source(settings: Settings) -> type[RewardSource]:
+    """The source where it may be asked about `algorithm`, whose settings are all of the right kind."""
+    source = _source(settings)
+    if not settings.is_sound("algorithm"):
+        raise Unusable("algorithm")
+    return source
+
+
+def _takes_reference(settings: Settings) -> bool:
+    return _sound_source(settings).takes_reference(settings.config)
+
+
+def _scores_with_reference(settings: Settings) -> bool:
+    return _sound_source(settings).scores_with_reference(settings.config)
+
+
 def a_pair_has_two_responses(settings: Settings) -> None:
     n = settings[f"{ROLLOUT}.n"]
     settings.require(n >= 2 or is_self_play(settings), f"{ROLLOUT}.n", "a pair needs at least 2 responses to a prompt")
@@ -90,6 +108,12 @@ def prompts_are_filtered_by_what_pairs_are_made_of(settings: Settings) -> None:
             f"{key}=True tells prompts apart by the rewards without it, and would keep and replace others than those "
             f"that give pairs; set {off}, or let the reward itself do that",
         )
+    settings.require(
+        not _scores_with_reference(settings),
+        key,
+        f"which prompts tie is known only when algorithm.preference_source={settings['algorithm.preference_source']} "
+        "has scored all of a step's responses with the reference's weights, too late to replace them; set False",
+    )
 
 
 def beta_is_a_number_or_a_schedule(settings: Settings) -> None:
@@ -105,7 +129,20 @@ def beta_is_a_number_or_a_schedule(settings: Settings) -> None:
         raise ConfigError(f"algorithm.dpo_*: {error}") from error
 
 
+def the_users_module_is_imported(settings: Settings) -> None:
+    """verl imports it in its own processes, too late for the rules: it may register losses."""
+    key = f"{MODEL}.external_lib"
+    if settings[key] is None:
+        return
+    try:
+        import_module(settings[key])
+    except Exception as error:  # a module is a program, which may raise what it likes
+        fault = f"{type(error).__name__}: {error}"
+        settings.require(False, key, f"cannot be imported ({fault}); correct it, and let PYTHONPATH lead to it")
+
+
 def losses_are_known(settings: Settings) -> None:
+    settings[f"{MODEL}.external_lib"]  # leaves, where a module that may register some has a fault
     try:
         losses = check_loss_settings(
             settings["algorithm.dpo_loss_type"],
@@ -139,10 +176,11 @@ def lora_has_no_second_model(settings: Settings) -> None:
     rank = settings[f"{MODEL}.lora_rank"]
     if rank == 0 and not settings[f"{MODEL}.lora_adapter_path"]:
         return
-    if is_self_play(settings):
+    if _takes_reference(settings):
         raise ConfigError(
-            f"algorithm.preference_source=self_play with LoRA ({MODEL}.lora_rank={rank}): the opponent in vLLM is the "
-            "reference, and with LoRA there is no such model to send; train without LoRA"
+            f"algorithm.preference_source={settings['algorithm.preference_source']} with LoRA ({MODEL}.lora_rank="
+            f"{rank}): vLLM is to take the reference's weights, and with LoRA there is no second model to send; train "
+            "without LoRA, or where it is to judge serve the base model and give its address (algorithm.judge.servers)"
         )
     frequency = settings["trainer.ref_update_freq"]
     if frequency > 0:
@@ -177,9 +215,9 @@ def precisions_are_known(settings: Settings) -> None:
 
 
 def the_actor_trains_without_fp16(settings: Settings) -> None:
-    """verl scales an fp16 loss from 65536 down until gradients hold, and keeps the scale in no checkpoint."""
+    """verl scales an fp16 loss by a factor that it adapts from step to step, and keeps that in no checkpoint."""
     key = f"{ACTOR}.fsdp_config"
-    reason = "fp16 overflows in training, and each overflow counts in trainer.max_skipped_steps; use bf16 or fp32"
+    reason = "fp16 is not supported, as the scale of its gradients is in no checkpoint; use bf16 or fp32"
     settings.require(settings[f"{key}.model_dtype"] not in FP16, f"{key}.model_dtype", reason)
     asked = [name for name, value in (settings[f"{key}.mixed_precision"] or {}).items() if value in FP16]
     settings.require(not asked, f"{key}.mixed_precision", f"{', '.join(asked)}: {reason}")
@@ -279,8 +317,8 @@ def ranks_fall_into_groups(settings: Settings) -> None:
 
 
 def the_machine_has_the_ranks(settings: Settings) -> None:
-    if settings["trainer.nnodes"] > 1:
-        return  # a cluster, of which this machine is a part
+    if _joins_a_cluster(settings):
+        return  # which is looked at once it is joined
     key, pool = "trainer.n_gpus_per_node", _reward_pool(settings)
     asked = settings[key] + pool
     whom = f"them and the {pool} of the reward model's own pool" if pool else "them"
@@ -294,6 +332,12 @@ def the_machine_has_the_ranks(settings: Settings) -> None:
         key,
         f"Ray has ray_kwargs.ray_init.num_gpus={logical} places for {whom}, and the rest would wait; set it to {asked}",
     )
+
+
+def _joins_a_cluster(settings: Settings) -> bool:
+    for key in ("trainer.nnodes", "ray_kwargs.ray_init"):
+        settings[key]  # leaves, where it has a fault
+    return cluster.joins(settings.config)
 
 
 def _reward_pool(settings: Settings) -> int:
@@ -406,13 +450,6 @@ def weights_stay_where_they_are_not_sent(settings: Settings) -> None:
     )
 
 
-def _takes_reference(settings: Settings) -> bool:
-    source = _source(settings)
-    if not settings.is_sound("algorithm"):
-        raise Unusable("algorithm")
-    return source.takes_reference(settings.config)
-
-
 def an_asynchronous_run_shares_its_engine_with_nobody(settings: Settings) -> None:
     """Its requests are under way at every moment, when vLLM would get another's weights or have to give way."""
     if settings[MODE] != "colocate_async":
@@ -458,10 +495,16 @@ def a_reward_model_has_devices(settings: Settings) -> None:
 
 
 def a_source_that_scores_is_not_overruled(settings: Settings) -> None:
-    """verl writes the scores of a reward model in the trainer's pool over those that a source gave before."""
+    """verl writes the scores of a reward model in the trainer's pool over those that a source gave before.
+
+    One that scores with the reference's weights does so later, and the reward model is for held-out answers alone.
+    """
     model = "reward.reward_model"
     settings.require(
-        not settings[f"{model}.enable"] or settings[f"{model}.enable_resource_pool"] or not scores_groups(settings),
+        not settings[f"{model}.enable"]
+        or settings[f"{model}.enable_resource_pool"]
+        or not scores_groups(settings)
+        or _scores_with_reference(settings),
         f"{model}.enable",
         "in the policy's pool it scores after algorithm.preference_source="
         f"{settings['algorithm.preference_source']} and would decide in its place; set False, or give it its own "
@@ -518,6 +561,7 @@ RULES: tuple[Callable[[Settings], None], ...] = (
     a_pair_has_two_responses,
     prompts_are_filtered_by_what_pairs_are_made_of,
     beta_is_a_number_or_a_schedule,
+    the_users_module_is_imported,
     losses_are_known,
     lora_has_no_second_model,
     small_steps_need_fp32,

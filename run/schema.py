@@ -243,6 +243,9 @@ class Data(Section):
     max_response_length: Count
     filter_overlong_prompts: bool
     prompt_key: Text
+    image_key: Text
+    video_key: Text
+    audio_key: Text
     reward_fn_key: Annotated[
         unused("data_source"), verl("verl's reward managers read data_source alone; give the column that name")
     ]
@@ -258,7 +261,11 @@ class Model(Section):
     custom_chat_template: Text | None
     trust_remote_code: bool
     override_config: dict
+    external_lib: Text | None
     use_remove_padding: bool
+    use_fused_kernels: Annotated[
+        unused(False), verl("verl's fused forward gives no logits, of which SPIN makes log-probs; set it to False")
+    ]
     enable_gradient_checkpointing: bool
     lora_rank: LoraRank = own(
         0, "with LoRA the reference is the base model, the adapter off; takes `trainer.ref_update_freq=0`"

@@ -350,6 +350,25 @@ def test_a_group_with_too_few_scores_is_refused():
         asyncio.run(worker_with_unscored(Server(), count=1).score_groups())
 
 
+def test_a_reward_model_that_scores_later_has_given_a_source_no_rewards():
+    rewards = []
+
+    class Noting(Longest):
+        async def score_group(self, group: Group) -> list[Score]:
+            rewards.append(group.rewards)
+            return await super().score_group(group)
+
+    for given, expected in (([1.0, 2.0], [[1.0, 2.0], [1.0, 2.0]]), ([None, None], [None, None])):
+        worker = worker_with_unscored(Server(), count=2)
+        worker.config.reward.reward_model.enable, worker._source = True, Noting(2, None)
+        for answers in worker._unscored.values():
+            for number, (output, _) in answers.items():
+                output.reward_score = given[number]
+        asyncio.run(worker.score_groups())
+        assert rewards == expected
+        rewards.clear()
+
+
 def test_scores_that_come_later_are_those_that_a_dump_of_the_step_shows(monkeypatch):
     kept = {}
 

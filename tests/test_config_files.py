@@ -106,7 +106,7 @@ def without(key: str) -> dict:
     ("bad", "words"),
     [
         (without("prompt"), ["'prompt'", "it has data_source, reward_model", "data.prompt_key"]),
-        (row(2) | {"prompt": "What is 2 + 1?"}, ["'prompt'", "list of chat messages", "What is 2 + 1?"]),
+        (row(2) | {"prompt": "What is 2 + 1?"}, ["'prompt'", "chat messages", "What is 2 + 1?", "'content': TEXT}]"]),
         (row(2) | {"prompt": []}, ["'prompt'", "list of chat messages"]),
         (row(2) | {"prompt": [{"content": "What?"}]}, ["'role'", "'content'"]),
         (row(2) | {"prompt": ["What is 2 + 1?"]}, ["'role'", "'content'"]),
@@ -139,6 +139,15 @@ def test_faulty_row_is_named(run, tmp_path, bad, words):
 
 REWARD = "reward.custom_reward_function.path"
 REWARD_MODEL = ["reward.reward_model.enable=True"]
+
+
+def test_a_ground_truth_of_null_is_for_ones_own_reward(run, tmp_path):
+    """Which may do without; verl's own would compare with nothing."""
+    rows = [row(n) | {"data_source": "math", "reward_model": {"ground_truth": None}} for n in range(4)]
+    files = [f"data.train_files={write_rows(tmp_path / 'data.jsonl', rows)}"]
+    run.check(*files)
+    message = run.refusal(*files, f"{REWARD}=null", f"data.val_files={named(tmp_path, 'math')[1].partition('=')[2]}")
+    assert "row 0: reward_model.ground_truth is null" in message and "(REWARD_PATH)" in message
 
 
 def test_ground_truth_is_not_asked_for_with_a_reward_model(run, tmp_path, tiny_llama):
@@ -247,11 +256,38 @@ def test_broken_json_array(run, tmp_path):
     assert message.startswith(f"data.train_files='{path}'") and "not JSON in UTF-8" in message
 
 
-@pytest.mark.parametrize("column", ["session_id", "responses", "output", "index"])
+@pytest.mark.parametrize("column", ["session_id", "responses", "output"])
 def test_a_column_that_the_rollout_adds_is_refused(run, tmp_path, column):
     path = write_rows(tmp_path / "data.jsonl", [row(number) | {column: "x"} for number in range(4)])
     message = run.refusal(f"data.val_files={path}")
     assert message.startswith(f"data.val_files='{path}', row 0: ") and f"'{column}'" in message and "rename" in message
+
+
+def test_a_column_that_verl_sets_itself_passes(run, tmp_path):
+    """pandas' reset_index() makes it; verl takes `extra_info.index`."""
+    run.check(f"data.train_files={write_rows(tmp_path / 'data.parquet', [row(n) | {'index': n} for n in range(4)])}")
+
+
+@pytest.mark.parametrize("column", ["images", "videos", "audios"])
+def test_rows_with_more_than_text_are_refused(run, tmp_path, column):
+    """vLLM would be shown them, and the update would know nothing of it."""
+    rows = [row(number) | {column: []} for number in range(4)]
+    run.check(f"data.train_files={write_rows(tmp_path / 'text.jsonl', rows)}")
+    path = write_rows(tmp_path / "data.jsonl", [*rows[:2], row(2) | {column: ["a.file"]}, rows[3]])
+    message = run.refusal(f"data.train_files={path}")
+    assert message.startswith(f"data.train_files='{path}', row 2: the column '{column}' is not empty")
+    assert "trains on text alone" in message and "drop the column" in message
+
+
+@pytest.mark.parametrize("source", ["reward", "self_play"])
+def test_a_message_with_more_than_text_is_refused(run, tmp_path, source):
+    parts = [{"type": "text", "text": "What is this?"}, {"type": "image_url", "image_url": {"url": "https://a/b"}}]
+    key = {"reward": "prompt", "self_play": "real"}[source]
+    rows = [row(number) | {key: [{"role": "user", "content": parts}]} for number in range(4)]
+    path = write_rows(tmp_path / "data.jsonl", rows)
+    message = run.refusal(f"data.train_files={path}", f"algorithm.preference_source={source}", f"data.prompt_key={key}")
+    assert f"data.train_files='{path}', row 0: '{key}' holds a part of the type 'image_url'" in message
+    assert "trains on text alone" in message
 
 
 @pytest.mark.parametrize("content", [3, [], [3], ["text"], {"text": "x"}, True])

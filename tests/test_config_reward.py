@@ -240,6 +240,21 @@ def test_a_reward_model_without_a_chat_template(run, classifier, tmp_path):
     assert message.startswith(f"{MODEL}.model_path=") and "no chat template" in message
 
 
+def test_the_devices_of_a_cluster_are_not_those_of_this_machine(run, classifier, monkeypatch):
+    """One node of a cluster with the trainer's, another with the reward model's."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr("recipe.spin.run.check.machine_faults", lambda config: [])
+    pool = [f"{MODEL}.enable_resource_pool=True", f"{MODEL}.nnodes=1", f"{MODEL}.n_gpus_per_node=8"]
+    asked = [*classifier, *pool, f"{MODEL}.rollout.name=vllm", f"{MODEL}.rollout.tensor_model_parallel_size=1"]
+    asked += ["trainer.n_gpus_per_node=8"]
+    assert "this machine shows 8 GPUs" in run.refusal(*asked, device="gpu")
+    run.check(*asked, "+ray_kwargs.ray_init.address=head:6379", device="gpu")
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    run.check(*asked, device="gpu")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)  # the head
+    run.check(*asked, device="gpu")
+
+
 def test_a_reward_model_does_not_decide_in_place_of_a_source_that_scores(run, classifier):
     source = "algorithm.preference_source=test_agent_loop:Longest"
     message = run.refusal(source, *classifier)
@@ -247,3 +262,4 @@ def test_a_reward_model_does_not_decide_in_place_of_a_source_that_scores(run, cl
     assert f"{MODEL}.enable_resource_pool=True" in message
     own = [f"{MODEL}.enable_resource_pool=True", f"{MODEL}.nnodes=1", f"{MODEL}.n_gpus_per_node=1"]
     run.check(source, *classifier, *own, "ray_kwargs.ray_init.num_cpus=64", "ray_kwargs.ray_init.num_gpus=2")
+    run.check("algorithm.preference_source=reference_source:ReferenceSays", *classifier)  # which scores last

@@ -1,11 +1,16 @@
 """Settings that do not fit together are refused before Ray starts, each by a message with the remedy."""
 
+import sys
+
 import pytest
 
 from recipe.spin.common.settings import ConfigError
+from recipe.spin.core_algos import LOSSES
 from recipe.spin.run import rules
 
 ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
+SCORED_BY_REFERENCE = "algorithm.preference_source=reference_source:ReferenceSays"
+EXTERNAL = "actor_rollout_ref.model.external_lib"
 QUEUE = "transfer_queue.backend.SimpleStorage.total_storage_size"
 
 BAD = [
@@ -26,11 +31,11 @@ BAD = [
     ),
     (
         f"{ACTOR}.fsdp_config.mixed_precision.param_dtype=fp16",
-        [f"{ACTOR}.fsdp_config.mixed_precision=", "param_dtype: fp16 overflows", "use bf16 or fp32"],
+        [f"{ACTOR}.fsdp_config.mixed_precision=", "param_dtype: fp16 is not supported", "use bf16 or fp32"],
     ),
     (
         f"{ACTOR}.fsdp_config.mixed_precision.reduce_dtype=float16",
-        [f"{ACTOR}.fsdp_config.mixed_precision=", "reduce_dtype: fp16 overflows"],
+        [f"{ACTOR}.fsdp_config.mixed_precision=", "reduce_dtype: fp16 is not supported", "in no checkpoint"],
     ),
     (f"{ACTOR}.fsdp_config.model_dtype=fp16", [f"{ACTOR}.fsdp_config.model_dtype='fp16'", "use bf16 or fp32"]),
     (f"{ROLLOUT}.max_model_len=1000", [f"{ROLLOUT}.max_model_len=1000", "512 tokens at most"]),
@@ -55,6 +60,18 @@ BAD = [
     (
         "algorithm.filter_groups.enable=True algorithm.dpo_min_margin=0.1",
         ["algorithm.dpo_min_margin=0.1", "algorithm.filter_groups.enable=True", "set 0"],
+    ),
+    (
+        f"algorithm.filter_groups.enable=True {SCORED_BY_REFERENCE}",
+        ["algorithm.filter_groups.enable=True: which prompts tie", SCORED_BY_REFERENCE, "too late to replace them"],
+    ),
+    (
+        f"actor_rollout_ref.model.lora_rank=8 trainer.ref_update_freq=0 {SCORED_BY_REFERENCE}",
+        [SCORED_BY_REFERENCE, "with LoRA", "lora_rank=8", "no second model"],
+    ),
+    (
+        f"{EXTERNAL}=no_such_module algorithm.dpo_loss_type=mine",  # which the module may register
+        [f"{EXTERNAL}='no_such_module': cannot be imported (ModuleNotFoundError: ", "PYTHONPATH"],
     ),
     (
         f"trainer.rollout_sync_freq=4 {ROLLOUT}.free_cache_engine=False trainer.save_freq=6 trainer.test_freq=4",
@@ -108,6 +125,25 @@ def test_a_logger_whose_package_is_missing(run, monkeypatch):
 )
 def test_settings_that_fit_pass(run, overrides):
     run.check(*overrides.split())
+
+
+OWN_LOSS = """from recipe.spin.core_algos import register_loss
+
+@register_loss("mine")
+def mine(pairs):
+    return -pairs.beta * pairs.h
+"""
+
+
+def test_a_loss_of_ones_own_is_known_by_its_module(run, tmp_path, monkeypatch):
+    (tmp_path / "my_losses.py").write_text(OWN_LOSS)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "loss_type (algorithm.dpo_loss_type) is 'mine': choose from" in run.refusal("algorithm.dpo_loss_type=mine")
+    try:
+        run.check("algorithm.dpo_loss_type=mine", f"{EXTERNAL}=my_losses")
+    finally:
+        LOSSES.pop("mine", None)
+        sys.modules.pop("my_losses", None)
 
 
 def test_an_evaluation_needs_a_folder_without_a_training_run(run, tmp_path):

@@ -129,6 +129,7 @@ BAD = [
     ("algorithm.rollout_correction.rollout_is=token", ["rollout_correction.rollout_is='token'", "set it to None"]),
     ("algorithm.rollout_correction.rollout_rs=token_k1", ["rollout_rs='token_k1'", "SPIN does not use it"]),
     ("algorithm.rollout_correction.bypass_mode=True", ["bypass_mode=True", "set it to False"]),
+    ("actor_rollout_ref.model.use_fused_kernels=True", ["use_fused_kernels=True", "no logits", "set it to False"]),
     ("distillation.enabled=True", ["distillation.enabled=True", "SPIN does not use it; set it to False"]),
     ("trainer.critic_warmup=10", ["trainer.critic_warmup=10", "set it to 0"]),
     ("trainer.balance_batch=False", ["trainer.balance_batch=False", "set it to True"]),

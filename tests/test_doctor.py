@@ -43,7 +43,7 @@ def test_the_quick_doctor(tmp_path, tiny_models):
     result, report = run_doctor(tmp_path, "--quick", model, timeout=240)
     found = verdicts(report)
     assert result.returncode == 0, result.stdout
-    assert list(found) == ["machine", "versions", "ports", "CPU cores", "shared memory", "disk", *PROBED]
+    assert list(found) == ["machine", "versions", "ports", "CPU cores", "shared memory", "disk", "host memory", *PROBED]
     assert FAIL not in found.values() and f"all {len(found)} passed" in result.stdout
     assert [line[:4].strip() for line in result.stdout.splitlines()[: len(found)]] == list(found.values())
     figures = {finding["name"]: finding["figures"] for finding in report["findings"]}
@@ -145,6 +145,15 @@ def test_nothing_is_measured_with_another_verl(monkeypatch):
     monkeypatch.setattr(doctor, "probe_device", None)
     *_, last = doctor.examine("cpu", [], quick=False)
     assert (last.name, last.verdict) == ("device", WARN)
+
+
+def test_the_doctor_looks_where_the_run_would(monkeypatch):
+    """Not into a folder called ~."""
+    monkeypatch.setenv("HOME", "/home/me")
+    checked = []
+    monkeypatch.setattr(doctor, "findings", lambda config: checked.append(config) or [Finding("driver", FAIL, "none")])
+    list(doctor.examine("cpu", ["trainer.default_local_dir='~/run'"], quick=True))
+    assert [config.trainer.default_local_dir for config in checked] == ["/home/me/run"]
 
 
 def test_cores_and_memory_are_checked_for_the_gpus_that_are_there(monkeypatch):

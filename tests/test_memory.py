@@ -237,6 +237,12 @@ def test_three_billion_on_one_of_80_gb_leave_vllm_less(qwen):
     assert examined(folder, gpu(80), "actor_rollout_ref.rollout.gpu_memory_utilization=0.4").verdict == OK
 
 
+def test_a_gpu_that_nothing_helps_leaves_the_processor(qwen):
+    finding = examined(qwen("0.5B"), gpu(4))
+    assert finding.verdict == FAIL and "no setting makes it fit" in finding.text
+    assert "SPIN_PROFILE=cpu" in finding.text
+
+
 def test_self_play_is_not_told_to_use_adapters(qwen):
     """check_config refuses them: vLLM plays the reference."""
     finding = examined(qwen("3B"), gpu(24), "algorithm.preference_source=self_play")

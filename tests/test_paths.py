@@ -22,6 +22,16 @@ def test_the_users_folder_is_put_in_place_of_a_tilde(monkeypatch):
     assert config.reward.custom_reward_function.reward_kwargs.functions.one.path == "/home/me/one.py"
 
 
+def test_files_that_verl_loads_by_its_own_keys_are_among_them():
+    """All that the config has, as a key that is not would be made up."""
+    keys = ("data.custom_cls.path", "actor_rollout_ref.rollout.agent.agent_loop_config_path")
+    keys += ("reward.reward_manager.module.path",)
+    assert set(keys) <= set(PATHS)
+    for key in keys:
+        section, name = key.rsplit(".", 1)
+        assert name in OmegaConf.select(composed("cpu"), section)
+
+
 def test_a_section_that_is_null_is_left_to_the_check():
     expand_home(OmegaConf.create({"trainer": None, "data": {"train_files": 5}}))
 

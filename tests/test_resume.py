@@ -334,8 +334,10 @@ def test_a_checkpoint_may_lie_elsewhere(stopped, tmp_path):
 
 
 SECRET = ("openai_key", "judge_key", "apikey", "openaiApiKey", "private_key", "authorization", "x-api-key", "HF_TOKEN")
-SECRET += ("AWS_SECRET_ACCESS_KEY", "key", "passwd", "credentials", "a.b.secret")
+SECRET += ("AWS_SECRET_ACCESS_KEY", "key", "passwd", "credentials", "a.b.secret", "reward_kwargs.api_key")
 HARMLESS_NAMES = ("data.prompt_key", "reward_fn_key", "image_key", "algorithm.judge.api_key_env", "max_tokens")
+HARMLESS_NAMES += ("reward_kwargs.answer_key", "data.response_key", "chosen_key", "data.rejected_key")
+HARMLESS_NAMES += ("GOOGLE_APPLICATION_CREDENTIALS",)  # a file's name, which processes of other nodes need
 
 
 def test_names_of_secrets():

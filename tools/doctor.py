@@ -32,6 +32,7 @@ from recipe.spin.run.finding import FAIL, OK, WARN, Finding
 from recipe.spin.run.gpu import devices
 from recipe.spin.run.host import free_shared_memory
 from recipe.spin.run.machine import findings
+from recipe.spin.run.paths import expand_home
 
 ROOT = Path(__file__).resolve().parents[1]
 REQUIRED = {"verl", "transferqueue"}  # of the constraints, what the recipe's code is made for
@@ -99,6 +100,7 @@ def examine(profile: str, overrides: list[str], quick: bool) -> Iterator[Finding
     yield check_ports()
     config = compose(profile, *default_settings(profile), *overrides)
     OmegaConf.resolve(config)
+    expand_home(config)
     able = fit.verdict != FAIL
     for finding in findings(config):
         able = able and not (finding.verdict == FAIL and finding.name in ("driver", "GPUs", "compiler"))
