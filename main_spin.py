@@ -11,12 +11,12 @@ import hydra
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from recipe.spin.engine.kernels import has_flash_attention_2
 from recipe.spin.run import heap, resume, signals
 from recipe.spin.run.check import ConfigError, check_config
 from recipe.spin.run.console import without_chatter
 from recipe.spin.run.failure import RunFailed
 from recipe.spin.run.finding import FAIL
-from recipe.spin.run.gpu import has_flash_attention_2
 from recipe.spin.run.lock import hold_run_folder
 from recipe.spin.run.machine import check_cluster
 from recipe.spin.run.model_files import fit_weight_bucket

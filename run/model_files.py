@@ -11,7 +11,6 @@ from typing import BinaryIO
 from omegaconf import DictConfig
 
 from recipe.spin.run.faults import ConfigError, Settings
-from recipe.spin.run.gpu import has_flash_attention_2
 
 PATH = "actor_rollout_ref.model.path"
 TOKENIZER_PATH = "actor_rollout_ref.model.tokenizer_path"
@@ -205,18 +204,11 @@ def _safetensors_fault(content: BinaryIO, size: int) -> str | None:
 
 
 def _check_attention(settings: Settings, config: dict) -> None:
-    """Scores that are capped take an attention that caps: the recipe's on a GPU needs flash-attn; sdpa ignores caps."""
+    """Scores that are capped take an attention that caps: the recipe's does, sdpa ignores caps."""
     cap = _of_text(config).get("attn_logit_softcapping")
     if not cap:
         return
     shares, attention = settings["actor_rollout_ref.share_prompt"], settings[OVERRIDES].get("attn_implementation")
-    settings.require(
-        not shares or settings["trainer.device"] != "cuda" or has_flash_attention_2(),
-        PATH,
-        f"this model caps its attention scores ({cap}), for which a GPU needs flash-attn 2; install it, or set "
-        f"actor_rollout_ref.share_prompt=False {OVERRIDES}.attn_implementation=eager: each response then gets a copy "
-        "of the prompt, and the model's own attention",
-    )
     settings.require(
         shares or attention != "sdpa",
         PATH,
