@@ -130,6 +130,13 @@ def test_gpu_profile_uses_the_models_flash_attention_only_without_its_own(
     assert config.actor_rollout_ref.model.override_config.attn_implementation == expected
 
 
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_no_response_of_a_step_waits_for_another_where_one_rank_generates_all(device):
+    config = compose(device=device)
+    rollout = config.actor_rollout_ref.rollout
+    assert config.data.train_batch_size * rollout.n <= rollout.max_num_seqs <= rollout.max_num_batched_tokens
+
+
 def test_gpu_profile_on_a_machine_with_fewer_gpus(run, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     message = run.refusal("trainer.n_gpus_per_node=2", device="gpu")
