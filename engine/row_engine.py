@@ -3,7 +3,7 @@
 Two engines, by what a row becomes: SharedPromptEngine computes its prompt once, SeparateEngine once a response.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -98,8 +98,7 @@ class RowEngine(FSDPEngineWithLMHead):
         A single rank that keeps and computes everything in fp32 has nothing to shard, gather, reduce or cast. Any other
         goes through FSDP, so that a bf16 reference is laid out as its actor with fp32 masters is.
         """
-        config = self.engine_config
-        precision = PrecisionType.to_dtype((config.mixed_precision or {}).get("param_dtype", "bf16"))
+        config, precision = self.engine_config, self._precision()
         offloaded = config.forward_only and config.param_offload
         plain = {precision, next(module.parameters()).dtype} == {torch.float32}
         if plain and torch.distributed.get_world_size() == 1 and not config.offload_policy and not offloaded:
@@ -107,6 +106,26 @@ class RowEngine(FSDPEngineWithLMHead):
             return module.to(get_device_id())
         with self._configured(forward_only=offloaded):  # verl offloads whatever is forward-only
             return super()._build_fsdp_module(module)
+
+    def _precision(self) -> torch.dtype:
+        """In which weights are computed with."""
+        return PrecisionType.to_dtype((self.engine_config.mixed_precision or {}).get("param_dtype", "bf16"))
+
+    def get_per_tensor_param(self, layered_summon=False, base_sync_done=False, **kwargs):
+        """Names and tensors for vLLM, as verl gives them, and the adapter's config: weights in the precision that the
+        model computes with, which is half of fp32 masters' bytes; adapters and buffers (a router's bias) as they are.
+        """
+        weights, adapter = super().get_per_tensor_param(layered_summon, base_sync_done, **kwargs)
+        if self._qat_enabled or (adapter is not None and base_sync_done):
+            return weights, adapter
+        return self._rounded(weights), adapter
+
+    def _rounded(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        precision = self._precision()
+        buffers = {name.split(".")[-1] for name, _ in self.module.named_buffers()}
+        for name, weight in weights:
+            wider = weight.is_floating_point() and weight.element_size() > precision.itemsize
+            yield name, weight.to(precision) if wider and name.split(".")[-1] not in buffers else weight
 
     def _build_optimizer(self, module):
         """AdamW runs fused, in one pass over the weights, which leaves them as they are laid out.

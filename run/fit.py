@@ -39,6 +39,11 @@ def load_shape(config: DictConfig) -> tuple[Model | None, str]:
     return Model.of(found), ""
 
 
+def compute_bytes(config: DictConfig) -> int:
+    """Of a weight as the actor computes with it and vLLM gets it."""
+    return BYTES[(config.actor_rollout_ref.actor.fsdp_config.get("mixed_precision") or {}).get("param_dtype", "bf16")]
+
+
 def layout_of(config: DictConfig) -> Layout:
     """How the run lays its model out."""
     actor, ref, rollout, model = (config.actor_rollout_ref[name] for name in ("actor", "ref", "rollout", "model"))
@@ -57,7 +62,7 @@ def layout_of(config: DictConfig) -> Layout:
         devices=devices,
         tokens=tokens,
         logits=tokens * answers / row,
-        compute_bytes=BYTES[(fsdp.get("mixed_precision") or {}).get("param_dtype", "bf16")],
+        compute_bytes=compute_bytes(config),
         reference_bytes=BYTES[ref.fsdp_config.model_dtype or "bf16"],
         checkpointing=model.enable_gradient_checkpointing,
         keeps_products=config.actor_rollout_ref.keep_products,

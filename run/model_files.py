@@ -11,6 +11,7 @@ from typing import BinaryIO
 from omegaconf import DictConfig
 
 from recipe.spin.run.faults import ConfigError, Settings
+from recipe.spin.run.fit import compute_bytes
 
 PATH = "actor_rollout_ref.model.path"
 TOKENIZER_PATH = "actor_rollout_ref.model.tokenizer_path"
@@ -318,12 +319,12 @@ def fit_weight_bucket(config: DictConfig) -> None:
 def weight_bucket(config: DictConfig) -> int:
     """Megabytes of the buffer that carries weights to vLLM: the setting, or the model's largest tensor if that is more.
 
-    That is the embedding, in fp32. On one machine verl sends no tensor in parts and stops at the first push. For a
-    checked config.
+    That is the embedding, in the precision that the actor computes with. On one machine verl sends no tensor in parts
+    and stops at the first push. For a checked config.
     """
     path = config.actor_rollout_ref.model.path
     folder = Path(path).expanduser()
     file = folder / "config.json" if folder.is_dir() else _cached_file(path, "config.json")
     model = _of_text(json.loads(file.read_bytes())) if file else {}
-    embedding = ceil(model.get("vocab_size", 0) * model.get("hidden_size", 0) * 4 / 2**20)
+    embedding = ceil(model.get("vocab_size", 0) * model.get("hidden_size", 0) * compute_bytes(config) / 2**20)
     return max(embedding, config.actor_rollout_ref.rollout.checkpoint_engine.update_weights_bucket_megabytes)

@@ -284,6 +284,11 @@ def test_the_weight_buffer_grows_with_the_embedding(tmp_path, model, capsys):
     assert f"{BUCKET}=640 in place of 128" in capsys.readouterr().err
 
 
+def test_the_weight_buffer_holds_the_embedding_as_it_is_sent(tmp_path):
+    bf16 = "actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype=bf16"
+    assert bucket(tmp_path, GEMMA_3_270M, bf16) == 320
+
+
 def test_a_weight_buffer_that_is_large_enough_stays(tmp_path, capsys):
     assert bucket(tmp_path, {"vocab_size": 49152, "hidden_size": 576}) == 128
     assert bucket(tmp_path, GEMMA_3_270M, f"{BUCKET}=700") == 700

@@ -3,13 +3,17 @@
 import json
 import math
 import types
+from unittest.mock import create_autospec
 
 import pytest
 import torch
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
+from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 from whole_runs import metrics, succeed
+
+from recipe.spin.engine.row_engine import RowEngine
 
 ROLLOUT = "actor_rollout_ref.rollout"
 CPU = [
@@ -73,6 +77,35 @@ def test_shards_that_are_still_on_their_way_to_the_host_are_waited_for(monkeypat
     monkeypatch.setattr(fsdp_workers, "get_torch_device", lambda: device)
     fsdp_workers.mix_parameters(actor, reference)
     assert torch.equal(reference.weight, arrived.weight)
+
+
+@pytest.mark.parametrize(
+    ("precision", "adapter", "base_sync_done", "expected"),
+    [
+        ("bf16", None, True, torch.bfloat16),
+        ("fp32", None, True, torch.float32),  # the CPU profile
+        ("bf16", "LoRA", False, torch.bfloat16),  # the base model
+        ("bf16", "LoRA", True, torch.float32),  # adapters
+    ],
+)
+def test_weights_go_to_vllm_as_the_actor_computes_with_them(monkeypatch, precision, adapter, base_sync_done, expected):
+    """Rounded from fp32 masters as FSDP rounds them; not the buffers, which it leaves in fp32."""
+    module = torch.nn.BatchNorm1d(3)
+    torch.nn.init.normal_(module.weight)
+    torch.nn.init.normal_(module.running_mean)
+    verls = create_autospec(
+        FSDPEngineWithLMHead.get_per_tensor_param, return_value=(module.state_dict().items(), adapter)
+    )
+    monkeypatch.setattr(FSDPEngineWithLMHead, "get_per_tensor_param", verls)
+    engine = RowEngine.__new__(RowEngine)
+    engine.module, engine._qat_enabled = module, False
+    engine.engine_config = types.SimpleNamespace(mixed_precision={"param_dtype": precision})
+    weights, peft_config = engine.get_per_tensor_param(layered_summon=False, base_sync_done=base_sync_done)
+    sent = dict(weights)
+    assert peft_config == adapter and sent.keys() == module.state_dict().keys()
+    assert sent["weight"].dtype == expected and torch.equal(sent["weight"], module.weight.to(expected))
+    assert torch.equal(sent["running_mean"], module.running_mean)
+    assert sent["num_batches_tracked"].dtype == torch.int64
 
 
 @pytest.fixture
