@@ -33,6 +33,7 @@ OmegaConf.register_new_resolver(
 OmegaConf.register_new_resolver(
     "spin_by_source", lambda source, reward, self_play: self_play if source == "self_play" else reward, replace=True
 )
+OmegaConf.register_new_resolver("spin_load_format", lambda lora_rank: "auto" if lora_rank else "dummy", replace=True)
 
 
 class TaskRunner:

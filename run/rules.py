@@ -150,6 +150,18 @@ def lora_has_no_second_model(settings: Settings) -> None:
         )
 
 
+def adapters_are_gathered_alone(settings: Settings) -> None:
+    """verl's way to FSDP1's adapters gathers all there is, and would on every GPU at every push to vLLM."""
+    key = f"{ACTOR}.strategy"
+    alone = settings[key] != "fsdp" or settings[f"{ROLLOUT}.layered_summon"]
+    settings.require(
+        alone or not settings[f"{MODEL}.lora_rank"] or settings["trainer.device"] != "cuda",
+        key,
+        f"with LoRA ({MODEL}.lora_rank) FSDP1 gathers the whole model in fp32 on each GPU whenever adapters go to "
+        "vLLM; set fsdp2",
+    )
+
+
 def small_steps_need_fp32(settings: Settings) -> None:
     settings.require(
         settings["trainer.ref_update_alpha"] == 1 or settings[f"{REF}.fsdp_config.model_dtype"] == "fp32",
@@ -518,6 +530,7 @@ RULES: tuple[Callable[[Settings], None], ...] = (
     beta_is_a_number_or_a_schedule,
     losses_are_known,
     lora_has_no_second_model,
+    adapters_are_gathered_alone,
     small_steps_need_fp32,
     reference_is_sharded_as_the_actor,
     precisions_are_known,
