@@ -108,7 +108,7 @@ class RowEngine(FSDPEngineWithLMHead):
             return super()._build_fsdp_module(module)
 
     def _precision(self) -> torch.dtype:
-        """In which weights are computed with."""
+        """What weights are cast to for arithmetic."""
         return PrecisionType.to_dtype((self.engine_config.mixed_precision or {}).get("param_dtype", "bf16"))
 
     def get_per_tensor_param(self, layered_summon=False, base_sync_done=False, **kwargs):
@@ -125,7 +125,9 @@ class RowEngine(FSDPEngineWithLMHead):
         buffers = {name.split(".")[-1] for name, _ in self.module.named_buffers()}
         for name, weight in weights:
             wider = weight.is_floating_point() and weight.element_size() > precision.itemsize
-            yield name, weight.to(precision) if wider and name.split(".")[-1] not in buffers else weight
+            if wider and name.split(".")[-1] not in buffers:
+                weight = weight.to(precision)  # in its place, so that the wide one is freed
+            yield name, weight
 
     def _build_optimizer(self, module):
         """AdamW runs fused, in one pass over the weights, which leaves them as they are laid out.
