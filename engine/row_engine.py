@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import torch
 from tensordict import TensorDict
+from torch.distributed.fsdp import FSDPModule
 from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id
 from verl.utils.torch_dtypes import PrecisionType
@@ -105,7 +106,11 @@ class RowEngine(FSDPEngineWithLMHead):
             self._autocast_dtype = precision
             return module.to(get_device_id())
         with self._configured(forward_only=offloaded):  # verl offloads whatever is forward-only
-            return super()._build_fsdp_module(module)
+            module = super()._build_fsdp_module(module)
+        if isinstance(module, FSDPModule):
+            # The root (tied embeddings) ends the forward pass and begins the backward one: it is gathered once for both
+            module.set_reshard_after_forward(False, recurse=False)
+        return module
 
     def _precision(self) -> torch.dtype:
         """What weights are cast to for arithmetic."""

@@ -7,9 +7,12 @@ from unittest.mock import create_autospec
 
 import pytest
 import torch
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
+from verl.workers.config import FSDPEngineConfig
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 from whole_runs import metrics, succeed
 
@@ -125,6 +128,23 @@ def test_a_refresh_before_fsdp1_computed_anything(two_ranks):
     mix_parameters(actor, reference)
     pairs = zip(actor.parameters(), reference.parameters(), strict=True)
     assert all(one.numel() == 4 and torch.equal(one, other) for one, other in pairs)  # half of 8
+
+
+def test_the_root_is_gathered_once_for_forward_and_backward(two_ranks, monkeypatch):
+    """verl's reshard_after_forward=True takes tied embeddings apart in between; after the step they are sharded."""
+    mesh = init_device_mesh("cpu", (2,))
+    monkeypatch.setattr(
+        FSDPEngineWithLMHead,
+        "_build_fsdp_module",
+        lambda self, module: fully_shard(module, mesh=mesh, reshard_after_forward=True),
+    )
+    engine = RowEngine.__new__(RowEngine)
+    engine.engine_config = FSDPEngineConfig(mixed_precision={"param_dtype": "bf16"})
+    module = engine._build_fsdp_module(torch.nn.Linear(3, 2))
+    output = module(torch.ones(2, 3))
+    assert not any(isinstance(parameter, DTensor) for parameter in module.parameters())
+    output.sum().backward()
+    assert all(isinstance(parameter, DTensor) for parameter in module.parameters())
 
 
 @pytest.mark.slow
