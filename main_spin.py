@@ -13,12 +13,12 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from recipe.spin.common import heap
 from recipe.spin.common.settings import ConfigError
+from recipe.spin.engine.kernels import has_flash_attention_2
 from recipe.spin.run import resume, signals
 from recipe.spin.run.check import check_config
 from recipe.spin.run.console import without_chatter
 from recipe.spin.run.failure import RunFailed
 from recipe.spin.run.finding import FAIL
-from recipe.spin.run.gpu import has_flash_attention_2
 from recipe.spin.run.lock import hold_run_folder
 from recipe.spin.run.machine import check_cluster
 from recipe.spin.run.model_files import fit_weight_bucket
@@ -35,6 +35,7 @@ OmegaConf.register_new_resolver(
 OmegaConf.register_new_resolver(
     "spin_by_source", lambda source, reward, self_play: self_play if source == "self_play" else reward, replace=True
 )
+OmegaConf.register_new_resolver("spin_load_format", lambda lora_rank: "auto" if lora_rank else "dummy", replace=True)
 
 
 class TaskRunner:

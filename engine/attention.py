@@ -1,7 +1,8 @@
 """Attention over packed rows: a response sees its prompt and itself, as if it stood alone.
 
 Registered with transformers' attention interface under `NAME`; the model's forward hands the keyword `visibility`
-through to it. A GPU computes segment by segment with kernels of variable length, a CPU row by row under a mask.
+through to it. A GPU computes segment by segment with kernels of variable length; a CPU, and a GPU whose kernels do not
+have what a model asks for, row by row under a mask.
 """
 
 import inspect
@@ -20,12 +21,14 @@ from verl.utils.ulysses import (
     get_ulysses_sequence_parallel_world_size,
 )
 
+from recipe.spin.engine.kernels import has_flash_attention_2
 from recipe.spin.engine.packing import Visibility
 
 NAME = "spin_shared_prompt"
 SHARE_PROMPT = "actor_rollout_ref.share_prompt"
 GO_ON = f"set {SHARE_PROMPT}=False: each response then gets a copy of the prompt, and the model's own attention"
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+LARGEST_HEAD, HEAD_STEP = 256, 8  # of flash attention: up to so many numbers a head, in steps of so many
 
 
 def shared_prompt_attention(
@@ -56,14 +59,24 @@ def shared_prompt_attention(
         repeats = max(size // key.shape[1], 1)
         key, value = (tensor.repeat_interleave(repeats, dim=1) for tensor in (key, value))
         query, key, value = (gather_seq_scatter_heads(tensor, 0, 1) for tensor in (query, key, value))
-    function = attend_by_row if query.device.type == "cpu" else attend_by_segment
-    output = function(query, key, value, visibility, Scoring(scaling, sliding_window, softcap))
+    attend = choose_attention(query.device.type, query.shape[-1], value.shape[-1], softcap)
+    output = attend(query, key, value, visibility, Scoring(scaling, sliding_window, softcap))
     if size > 1:
         output = gather_heads_scatter_seq(output, head_dim=1, seq_dim=0)
     return output[None], None
 
 
 AttentionInterface.register(NAME, shared_prompt_attention)
+
+
+def choose_attention(device: str, head: int, value_head: int, softcap: float | None) -> Callable[..., Tensor]:
+    """By segment where a flash kernel takes heads of this size and knows caps if they are asked for, else by row.
+
+    `head` is the size of a query's head and a key's, `value_head` that of a value's. Only flash-attn 2 caps scores
+    (Gemma 2); no kernel takes the global heads of Gemma 4 (512) or DeepSeek-V3's (192, and 128 in values)."""
+    takes_heads = head <= LARGEST_HEAD and head % HEAD_STEP == 0 and value_head == head
+    takes_caps = not softcap or has_flash_attention_2()
+    return attend_by_segment if device != "cpu" and takes_heads and takes_caps else attend_by_row
 
 
 class Scoring(NamedTuple):
@@ -97,11 +110,13 @@ def _masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, s
     """(B, L, heads, D) each; returns (B, L, H, D)."""
     query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
     scaling, _, softcap = scoring
-    if softcap is None:
-        output = scaled_dot_product_attention(query, key, value, mask, scale=scaling, enable_gqa=True)
+    if softcap or query.device.type != "cpu":  # under a mask a GPU's only kernel that groups queries keeps all scores
+        groups = query.shape[1] // key.shape[1]
+        key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
+    if not softcap:
+        grouped = key.shape[1] < query.shape[1]
+        output = scaled_dot_product_attention(query, key, value, mask, scale=scaling, enable_gqa=grouped)
         return output.transpose(1, 2)
-    groups = query.shape[1] // key.shape[1]
-    key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
     scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     scores = (softcap * torch.tanh(scores / softcap)).masked_fill(~mask, -torch.inf)
     return (scores.softmax(-1) @ value).transpose(1, 2)
@@ -148,28 +163,19 @@ def torch_kernel(
 ) -> Tensor:
     """torch's variable-length flash attention, part of torch since 2.10; `back` positions are seen, -1 all."""
     options = {"scale": scaling, "window_size": (back, 0)}
-    if _groups_queries(varlen.varlen_attn):
+    if _asks_for_groups(varlen.varlen_attn):  # since torch 2.12; before, queries are grouped unasked
         options["enable_gqa"] = True
-    else:  # before torch 2.12
-        groups = query.shape[1] // key.shape[1]
-        key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
     return varlen.varlen_attn(query, key, value, query_bounds, key_bounds, longest_query, longest_key, **options)
 
 
 @cache
-def _groups_queries(kernel: Callable[..., Tensor]) -> bool:
+def _asks_for_groups(kernel: Callable[..., Tensor]) -> bool:
     return "enable_gqa" in inspect.signature(kernel).parameters
 
 
 def _softcapping_kernel(softcap: float) -> Callable[..., Tensor]:
-    """flash-attn's kernel, which caps scores where torch's does not."""
-    try:
-        from flash_attn import flash_attn_varlen_func
-    except ImportError as error:
-        raise ValueError(
-            f"this model caps its attention scores ({softcap}): install flash-attn 2, or {GO_ON} "
-            "(actor_rollout_ref.model.override_config.attn_implementation=eager, as sdpa knows no caps)."
-        ) from error
+    """flash-attn 2's kernel, which caps scores where torch's does not."""
+    from flash_attn import flash_attn_varlen_func
 
     def kernel(query, key, value, query_bounds, key_bounds, longest_query, longest_key, scaling, back):
         return flash_attn_varlen_func(

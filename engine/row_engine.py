@@ -3,12 +3,13 @@
 Two engines, by what a row becomes: SharedPromptEngine computes its prompt once, SeparateEngine once a response.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 from tensordict import TensorDict
+from torch.distributed.fsdp import FSDPModule
 from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id
 from verl.utils.torch_dtypes import PrecisionType
@@ -98,15 +99,40 @@ class RowEngine(FSDPEngineWithLMHead):
         A single rank that keeps and computes everything in fp32 has nothing to shard, gather, reduce or cast. Any other
         goes through FSDP, so that a bf16 reference is laid out as its actor with fp32 masters is.
         """
-        config = self.engine_config
-        precision = PrecisionType.to_dtype((config.mixed_precision or {}).get("param_dtype", "bf16"))
+        config, precision = self.engine_config, self._precision()
         offloaded = config.forward_only and config.param_offload
         plain = {precision, next(module.parameters()).dtype} == {torch.float32}
         if plain and torch.distributed.get_world_size() == 1 and not config.offload_policy and not offloaded:
             self._autocast_dtype = precision
             return module.to(get_device_id())
         with self._configured(forward_only=offloaded):  # verl offloads whatever is forward-only
-            return super()._build_fsdp_module(module)
+            module = super()._build_fsdp_module(module)
+        if isinstance(module, FSDPModule):
+            # The root (tied embeddings) ends the forward pass and begins the backward one: it is gathered once for both
+            module.set_reshard_after_forward(False, recurse=False)
+        return module
+
+    def _precision(self) -> torch.dtype:
+        """What weights are cast to for arithmetic."""
+        return PrecisionType.to_dtype((self.engine_config.mixed_precision or {}).get("param_dtype", "bf16"))
+
+    def get_per_tensor_param(self, layered_summon=False, base_sync_done=False, **kwargs):
+        """Names and tensors for vLLM, as verl gives them, and the adapter's config: weights in the precision that the
+        model computes with, which is half of fp32 masters' bytes; adapters and buffers (a router's bias) as they are.
+        """
+        weights, adapter = super().get_per_tensor_param(layered_summon, base_sync_done, **kwargs)
+        if self._qat_enabled or (adapter is not None and base_sync_done):
+            return weights, adapter
+        return self._rounded(weights), adapter
+
+    def _rounded(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        precision = self._precision()
+        buffers = {name.split(".")[-1] for name, _ in self.module.named_buffers()}
+        for name, weight in weights:
+            wider = weight.is_floating_point() and weight.element_size() > precision.itemsize
+            if wider and name.split(".")[-1] not in buffers:
+                weight = weight.to(precision)  # in its place, so that the wide one is freed
+            yield name, weight
 
     def _build_optimizer(self, module):
         """AdamW runs fused, in one pass over the weights, which leaves them as they are laid out.

@@ -9,9 +9,9 @@ from omegaconf import DictConfig
 from recipe.spin.common.settings import ConfigError, Settings
 from recipe.spin.run.data_files import check_data
 from recipe.spin.run.machine import machine_faults
-from recipe.spin.run.model_files import check_model
+from recipe.spin.run.model_files import check_model, the_source_can_use_the_model
 from recipe.spin.run.reward_file import check_reward
-from recipe.spin.run.rules import RULES, the_source_can_use_the_model
+from recipe.spin.run.rules import RULES
 from recipe.spin.run.schema import check_kinds
 
 

@@ -39,6 +39,11 @@ def load_shape(config: DictConfig) -> tuple[Model | None, str]:
     return Model.of(found), ""
 
 
+def compute_bytes(config: DictConfig) -> int:
+    """Of a weight as the actor computes with it and vLLM gets it."""
+    return BYTES[(config.actor_rollout_ref.actor.fsdp_config.get("mixed_precision") or {}).get("param_dtype", "bf16")]
+
+
 def layout_of(config: DictConfig) -> Layout:
     """How the run lays its model out."""
     actor, ref, rollout, model = (config.actor_rollout_ref[name] for name in ("actor", "ref", "rollout", "model"))
@@ -52,12 +57,13 @@ def layout_of(config: DictConfig) -> Layout:
     else:
         tokens = min(actor.ppo_micro_batch_size_per_gpu * row / sequence, mini_batch)
     devices = ranks if fsdp.fsdp_size < 1 else min(fsdp.fsdp_size, ranks)
+    sleeps = rollout.get("enable_sleep_mode", True)  # verl's default
     deferred = devices > 1 and fsdp.use_no_sync_for_gradient_accumulation and mini_batch > tokens
     return Layout(
         devices=devices,
         tokens=tokens,
         logits=tokens * answers / row,
-        compute_bytes=BYTES[(fsdp.get("mixed_precision") or {}).get("param_dtype", "bf16")],
+        compute_bytes=compute_bytes(config),
         reference_bytes=BYTES[ref.fsdp_config.model_dtype or "bf16"],
         checkpointing=model.enable_gradient_checkpointing,
         keeps_products=config.actor_rollout_ref.keep_products,
@@ -72,6 +78,7 @@ def layout_of(config: DictConfig) -> Layout:
         rollout_devices=rollout.tensor_model_parallel_size,
         rollout_graphs=not rollout.enforce_eager,
         rollout_sleeps=rollout.free_cache_engine,
+        rollout_waits_on_host=bool(model.lora_rank and rollout.free_cache_engine and sleeps),
         bucket=rollout.checkpoint_engine.update_weights_bucket_megabytes * 2**20,
         sequence=config.data.max_prompt_length + config.data.max_response_length,
         longest=rollout.max_model_len,

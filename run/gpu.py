@@ -8,8 +8,6 @@ import subprocess
 import sys
 import sysconfig
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -126,11 +124,3 @@ def check_compiler() -> Finding:
         text = f"Triton needs {' and '.join(missing)}; install them (Debian, Ubuntu: apt-get install gcc {python}-dev)"
         return Finding("compiler", FAIL, text)
     return Finding("compiler", OK, f"{compiler}, {headers}")
-
-
-def has_flash_attention_2() -> bool:
-    """Whether flash-attn 2 is installed; version 4 has the same module's name and other functions."""
-    try:
-        return bool(find_spec("flash_attn")) and version("flash-attn").split(".")[0] == "2"
-    except PackageNotFoundError:  # flash-attn-4
-        return False

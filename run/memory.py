@@ -95,6 +95,7 @@ class Layout:
     rollout_devices: int = 1  # that one vLLM is spread over
     rollout_graphs: bool = True  # vLLM captures CUDA graphs
     rollout_sleeps: bool = True  # vLLM gives its memory back in training
+    rollout_waits_on_host: bool = False  # and keeps its weights on the host meanwhile, as only adapters are sent
     bucket: float = 2e9  # of weights on their way to vLLM
     sequence: int = 1536  # tokens of the longest prompt with the longest response
     longest: int | None = 1536  # that vLLM is to take (rollout.max_model_len); None: all the model's positions
@@ -188,7 +189,8 @@ def host_bytes(model: Model, layout: Layout, ranks: int) -> float:
     moved = 0.0 if layout.lora_rank or not layout.reference_offload else layout.reference_bytes
     moved += FP32 if layout.param_offload or layout.offload_policy else 0
     moved += 2 * FP32 if layout.optimizer_offload or layout.offload_policy else 0
-    return max(loading, shard * moved * ranks) + ranks * RANK_PROCESSES + NODE_PROCESSES
+    asleep = model.parameters * BF16 / layout.rollout_devices if layout.rollout_waits_on_host else 0
+    return max(loading, (shard * moved + asleep) * ranks) + ranks * RANK_PROCESSES + NODE_PROCESSES
 
 
 def cpu_bytes(model: Model, ranks: int) -> float:

@@ -3,7 +3,7 @@
 import json
 import re
 import sys
-from functools import cache
+from functools import cache, partial
 from math import ceil
 from pathlib import Path
 
@@ -11,7 +11,8 @@ from omegaconf import DictConfig
 from safetensors import SafetensorError, safe_open
 
 from recipe.spin.common.settings import ConfigError, Settings
-from recipe.spin.run.gpu import has_flash_attention_2
+from recipe.spin.run.fit import compute_bytes
+from recipe.spin.run.rules import source_of
 
 PATH = "actor_rollout_ref.model.path"
 TOKENIZER_PATH = "actor_rollout_ref.model.tokenizer_path"
@@ -195,18 +196,11 @@ def weights_fault(file: Path) -> str | None:
 
 
 def _check_attention(settings: Settings, config: dict) -> None:
-    """Scores that are capped take an attention that caps: the recipe's on a GPU needs flash-attn; sdpa ignores caps."""
+    """Scores that are capped take an attention that caps: the recipe's does, sdpa ignores caps."""
     cap = _of_text(config).get("attn_logit_softcapping")
     if not cap:
         return
     shares, attention = settings["actor_rollout_ref.share_prompt"], settings[OVERRIDES].get("attn_implementation")
-    settings.require(
-        not shares or settings["trainer.device"] != "cuda" or has_flash_attention_2(),
-        PATH,
-        f"this model caps its attention scores ({cap}), for which a GPU needs flash-attn 2; install it, or set "
-        f"actor_rollout_ref.share_prompt=False {OVERRIDES}.attn_implementation=eager: each response then gets a copy "
-        "of the prompt, and the model's own attention",
-    )
     settings.require(
         shares or attention != "sdpa",
         PATH,
@@ -321,6 +315,11 @@ def prompt_length(settings: Settings, messages: list[dict]) -> int | None:
     return len(tokenizer.encode(text, add_special_tokens=False))
 
 
+def the_source_can_use_the_model(settings: Settings) -> None:
+    """What prefers may ask questions of the model; asked once the model itself has been looked at."""
+    source_of(settings).check_model(settings, partial(prompt_length, settings))
+
+
 @cache
 def _tokenizer(path: str, trust_remote_code: bool, local_files_only: bool, key: str = PATH):
     from transformers import AutoTokenizer
@@ -347,12 +346,12 @@ def fit_weight_bucket(config: DictConfig) -> None:
 def weight_bucket(config: DictConfig) -> int:
     """Megabytes of the buffer that carries weights to vLLM: the setting, or the model's largest tensor if that is more.
 
-    That is the embedding, in fp32. On one machine verl sends no tensor in parts and stops at the first push. For a
-    checked config.
+    That is the embedding, in the precision that the actor computes with. On one machine verl sends no tensor in parts
+    and stops at the first push. For a checked config.
     """
     path = config.actor_rollout_ref.model.path
     folder = Path(path).expanduser()
     file = folder / "config.json" if folder.is_dir() else _cached_file(path, "config.json")
     model = _of_text(json.loads(file.read_bytes())) if file else {}
-    embedding = ceil(model.get("vocab_size", 0) * model.get("hidden_size", 0) * 4 / 2**20)
+    embedding = ceil(model.get("vocab_size", 0) * model.get("hidden_size", 0) * compute_bytes(config) / 2**20)
     return max(embedding, config.actor_rollout_ref.rollout.checkpoint_engine.update_weights_bucket_megabytes)

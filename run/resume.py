@@ -70,6 +70,7 @@ HARMLESS = (
     "actor_rollout_ref.rollout.engine_kwargs.vllm.kv_cache_memory_bytes",
     "actor_rollout_ref.rollout.free_cache_engine",
     "actor_rollout_ref.rollout.gpu_memory_utilization",
+    "actor_rollout_ref.rollout.load_format",
     "actor_rollout_ref.rollout.max_model_len",
     "actor_rollout_ref.rollout.max_num_batched_tokens",
     "actor_rollout_ref.rollout.max_num_seqs",

@@ -4,7 +4,6 @@ import math
 import tempfile
 from collections.abc import Callable
 from dataclasses import fields
-from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +15,6 @@ from recipe.spin.common.settings import ConfigError, Settings, Unusable
 from recipe.spin.core_algos import LOSSES, LossOptions, beta_at, check_loss_settings
 from recipe.spin.preferences.source import RewardSource, source_class
 from recipe.spin.run import cluster
-from recipe.spin.run.model_files import prompt_length
 from recipe.spin.run.schema import Precision
 from recipe.spin.run_folder import TRACKER, nearest_existing
 
@@ -37,7 +35,7 @@ def is_self_play(settings: Settings) -> bool:
 
 def scores_groups(settings: Settings) -> bool:
     """Whether the source scores a prompt's responses itself, so that training takes no reward."""
-    return _source(settings).scores_groups()
+    return source_of(settings).scores_groups()
 
 
 def ranks(settings: Settings) -> int:
@@ -58,12 +56,8 @@ def a_source_prefers(settings: Settings) -> None:
             raise ConfigError(str(error)) from error
 
 
-def the_source_can_use_the_model(settings: Settings) -> None:
-    """Not among the RULES: the model has been looked at before."""
-    _source(settings).check_model(settings, partial(prompt_length, settings))
-
-
-def _source(settings: Settings) -> type[RewardSource]:
+def source_of(settings: Settings) -> type[RewardSource]:
+    """The class that prefers."""
     try:
         return source_class(settings["algorithm.preference_source"])
     except ValueError as error:  # a_source_prefers says which
@@ -72,7 +66,7 @@ def _source(settings: Settings) -> type[RewardSource]:
 
 def _sound_source(settings: Settings) -> type[RewardSource]:
     """The source where it may be asked about `algorithm`, whose settings are all of the right kind."""
-    source = _source(settings)
+    source = source_of(settings)
     if not settings.is_sound("algorithm"):
         raise Unusable("algorithm")
     return source
@@ -188,6 +182,18 @@ def lora_has_no_second_model(settings: Settings) -> None:
             f"trainer.ref_update_freq={frequency} with LoRA ({MODEL}.lora_rank={rank}): the reference is the base "
             "model with the adapter off and cannot be refreshed; set trainer.ref_update_freq=0 or train without LoRA"
         )
+
+
+def adapters_are_gathered_alone(settings: Settings) -> None:
+    """verl's way to FSDP1's adapters gathers all there is, and would on every GPU at every push to vLLM."""
+    key = f"{ACTOR}.strategy"
+    alone = settings[key] != "fsdp" or settings[f"{ROLLOUT}.layered_summon"]
+    settings.require(
+        alone or not settings[f"{MODEL}.lora_rank"] or settings["trainer.device"] != "cuda",
+        key,
+        f"with LoRA ({MODEL}.lora_rank) FSDP1 gathers the whole model in fp32 on each GPU whenever adapters go to "
+        "vLLM; set fsdp2",
+    )
 
 
 def small_steps_need_fp32(settings: Settings) -> None:
@@ -564,6 +570,7 @@ RULES: tuple[Callable[[Settings], None], ...] = (
     the_users_module_is_imported,
     losses_are_known,
     lora_has_no_second_model,
+    adapters_are_gathered_alone,
     small_steps_need_fp32,
     reference_is_sharded_as_the_actor,
     precisions_are_known,

@@ -130,6 +130,19 @@ def test_gpu_profile_uses_the_models_flash_attention_only_without_its_own(
     assert config.actor_rollout_ref.model.override_config.attn_implementation == expected
 
 
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_no_response_of_a_step_waits_for_another_where_one_rank_generates_all(device):
+    config = compose(device=device)
+    rollout = config.actor_rollout_ref.rollout
+    assert config.data.train_batch_size * rollout.n <= rollout.max_num_seqs <= rollout.max_num_batched_tokens
+
+
+@pytest.mark.parametrize(("rank", "expected"), [(0, "dummy"), (4, "auto")])
+def test_vllm_on_gpus_reads_the_base_model_that_adapters_leave_as_it_is(rank, expected):
+    config = compose(f"actor_rollout_ref.model.lora_rank={rank}", device="gpu")
+    assert config.actor_rollout_ref.rollout.load_format == expected
+
+
 def test_gpu_profile_on_a_machine_with_fewer_gpus(run, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     message = run.refusal("trainer.n_gpus_per_node=2", device="gpu")
@@ -139,6 +152,7 @@ def test_gpu_profile_on_a_machine_with_fewer_gpus(run, monkeypatch):
 ULYSSES = "actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size"
 FLASH = "actor_rollout_ref.model.override_config.attn_implementation=flash_attention_2"
 
+LORA = "actor_rollout_ref.model.lora_rank=4"
 TWO_GPUS = "trainer.device=cuda trainer.nnodes=2 trainer.n_gpus_per_node=1 "
 TWO_GPUS += "actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype=bf16"
 
@@ -172,6 +186,8 @@ def test_the_reference_shares_sequences_as_the_actor_does(run, key):
         ["data.max_prompt_length=64", "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=96"],
         ["actor_rollout_ref.actor.ppo_max_token_len_per_gpu=160", f"{SHARE_PROMPT}=False"],
         [f"{ULYSSES}=2", *TWO_GPUS.split(), FLASH, f"{SHARE_PROMPT}=False"],
+        [LORA, *TWO_GPUS.split(), "trainer.ref_update_freq=0"],
+        [LORA, "actor_rollout_ref.actor.strategy=fsdp", "trainer.ref_update_freq=0"],
     ],
     ids=lambda overrides: overrides[0],
 )
@@ -258,6 +274,10 @@ def test_settings_that_work(run, overrides):
         ),
         ("actor_rollout_ref.ref.fsdp_config.fsdp_size=2", ["ref.fsdp_config.fsdp_size=2", "the same"]),
         ("actor_rollout_ref.ref.log_prob_max_token_len_per_gpu=9", ["log_prob_max_token_len_per_gpu=9", "raise it"]),
+        (
+            f"{LORA} {TWO_GPUS} trainer.ref_update_freq=0 actor_rollout_ref.actor.strategy=fsdp",
+            ["actor_rollout_ref.actor.strategy='fsdp'", "whole model in fp32 on each GPU", "set fsdp2"],
+        ),
         ("actor_rollout_ref.actor.strategy=megatron", ["actor_rollout_ref.actor.strategy=", "fsdp2 or fsdp"]),
         (
             "actor_rollout_ref.ref.strategy=fsdp",

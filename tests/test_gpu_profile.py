@@ -3,13 +3,20 @@
 import json
 import math
 import types
+from unittest.mock import create_autospec
 
 import pytest
 import torch
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
+from verl.workers.config import FSDPEngineConfig
+from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 from whole_runs import metrics, succeed
+
+from recipe.spin.engine.row_engine import RowEngine
 
 ROLLOUT = "actor_rollout_ref.rollout"
 CPU = [
@@ -75,6 +82,35 @@ def test_shards_that_are_still_on_their_way_to_the_host_are_waited_for(monkeypat
     assert torch.equal(reference.weight, arrived.weight)
 
 
+@pytest.mark.parametrize(
+    ("precision", "adapter", "base_sync_done", "expected"),
+    [
+        ("bf16", None, True, torch.bfloat16),
+        ("fp32", None, True, torch.float32),  # the CPU profile
+        ("bf16", "LoRA", False, torch.bfloat16),  # the base model
+        ("bf16", "LoRA", True, torch.float32),  # adapters
+    ],
+)
+def test_weights_go_to_vllm_as_the_actor_computes_with_them(monkeypatch, precision, adapter, base_sync_done, expected):
+    """Rounded from fp32 masters as FSDP rounds them; not the buffers, which it leaves in fp32."""
+    module = torch.nn.BatchNorm1d(3)
+    torch.nn.init.normal_(module.weight)
+    torch.nn.init.normal_(module.running_mean)
+    verls = create_autospec(
+        FSDPEngineWithLMHead.get_per_tensor_param, return_value=(module.state_dict().items(), adapter)
+    )
+    monkeypatch.setattr(FSDPEngineWithLMHead, "get_per_tensor_param", verls)
+    engine = RowEngine.__new__(RowEngine)
+    engine.module, engine._qat_enabled = module, False
+    engine.engine_config = types.SimpleNamespace(mixed_precision={"param_dtype": precision})
+    weights, peft_config = engine.get_per_tensor_param(layered_summon=False, base_sync_done=base_sync_done)
+    sent = dict(weights)
+    assert peft_config == adapter and sent.keys() == module.state_dict().keys()
+    assert sent["weight"].dtype == expected and torch.equal(sent["weight"], module.weight.to(expected))
+    assert torch.equal(sent["running_mean"], module.running_mean)
+    assert sent["num_batches_tracked"].dtype == torch.int64
+
+
 @pytest.fixture
 def two_ranks():
     """This process is the first of two, of which the other answers nothing."""
@@ -92,6 +128,23 @@ def test_a_refresh_before_fsdp1_computed_anything(two_ranks):
     mix_parameters(actor, reference)
     pairs = zip(actor.parameters(), reference.parameters(), strict=True)
     assert all(one.numel() == 4 and torch.equal(one, other) for one, other in pairs)  # half of 8
+
+
+def test_the_root_is_gathered_once_for_forward_and_backward(two_ranks, monkeypatch):
+    """verl's reshard_after_forward=True takes tied embeddings apart in between; after the step they are sharded."""
+    mesh = init_device_mesh("cpu", (2,))
+    monkeypatch.setattr(
+        FSDPEngineWithLMHead,
+        "_build_fsdp_module",
+        lambda self, module: fully_shard(module, mesh=mesh, reshard_after_forward=True),
+    )
+    engine = RowEngine.__new__(RowEngine)
+    engine.engine_config = FSDPEngineConfig(mixed_precision={"param_dtype": "bf16"})
+    module = engine._build_fsdp_module(torch.nn.Linear(3, 2))
+    output = module(torch.ones(2, 3))
+    assert not any(isinstance(parameter, DTensor) for parameter in module.parameters())
+    output.sum().backward()
+    assert all(isinstance(parameter, DTensor) for parameter in module.parameters())
 
 
 @pytest.mark.slow

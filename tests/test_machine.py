@@ -232,26 +232,6 @@ def test_the_compiler_and_pythons_headers_are_looked_for(tmp_path, monkeypatch):
     assert gpu.check_compiler().verdict == OK
 
 
-@pytest.mark.parametrize(
-    ("module", "distributions", "expected"),
-    [
-        (None, {}, False),
-        ("a spec", {"flash-attn": "2.8.3"}, True),
-        ("a spec", {"flash-attn-4": "4.0.0"}, False),
-        ("a spec", {"flash-attn": "4.0.0"}, False),
-    ],
-)
-def test_flash_attention_4_is_not_taken_for_2(monkeypatch, module, distributions, expected):
-    def version(name: str) -> str:
-        if name not in distributions:
-            raise PackageNotFoundError(name)
-        return distributions[name]
-
-    monkeypatch.setattr(gpu, "find_spec", lambda name: module)
-    monkeypatch.setattr(gpu, "version", version)
-    assert gpu.has_flash_attention_2() is expected
-
-
 # ---- Memory of the host, and disk ------------------------------------------------------------------------------------
 @pytest.fixture
 def model(tiny_models):

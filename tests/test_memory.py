@@ -123,6 +123,13 @@ def test_what_is_offloaded_waits_on_the_host():
     assert more == pytest.approx((4 + 8 + 2) * QWEN_7B.parameters)
 
 
+def test_a_sleeping_rollout_with_adapters_waits_on_the_host():
+    """Each rank's vLLM keeps what it holds of the base model, for nothing sends it anew."""
+    adapters = dataclasses.replace(EIGHT, lora_rank=32, rollout_waits_on_host=True, rollout_devices=2)
+    more = memory.host_bytes(QWEN_7B, adapters, ranks=8) - 8 * memory.RANK_PROCESSES - memory.NODE_PROCESSES
+    assert more == pytest.approx(8 * 2 * QWEN_7B.parameters / 2)
+
+
 def test_a_checkpoint_holds_weights_moments_the_exported_model_and_the_reference():
     contents = ["model", "optimizer", "extra", "hf_model"]
     assert memory.checkpoint_bytes(QWEN_3B, contents, 2) == (4 + 8 + 4 + 2) * QWEN_3B.parameters  # 55 GB

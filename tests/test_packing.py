@@ -2,6 +2,7 @@
 
 import copy
 import random
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, LlamaConfig, MistralConfig, Qwen3Config
 from verl.utils import tensordict_utils as tu
 
-from recipe.spin.engine import attention
+from recipe.spin.engine import attention, kernels
 from recipe.spin.engine.logps import (
     response_values,
     response_weights,
@@ -104,6 +105,8 @@ def standing_in_for_the_kernel(
 ):
     """torch's varlen_attn in plain operations: each sequence by itself, the causal mask aligned at the end."""
     assert window_size[1] == 0 and enable_gqa
+    assert query.shape[2] <= 256 and query.shape[2] % 8 == 0 and query.shape[2] == key.shape[2] == value.shape[2]
+    assert query.shape[1] % key.shape[1] == 0 and key.shape[1] == value.shape[1]
     assert max_q == cu_seq_q.diff().max() and max_k == cu_seq_k.diff().max() and cu_seq_q.dtype == torch.int32
     groups = query.shape[1] // key.shape[1]
     outputs = []
@@ -120,15 +123,17 @@ def standing_in_for_the_kernel(
 
 
 def standing_in_for_an_older_kernel(query, key, value, *args, scale=None, window_size=(-1, -1)):
-    """As torch 2.10 and 2.11 have it: as many heads of keys as of queries."""
-    assert query.shape[1] == key.shape[1] == value.shape[1]
+    """As torch 2.10 and 2.11 have it: grouped queries are not asked for, and there."""
+    assert query.shape[1] > key.shape[1]
     return standing_in_for_the_kernel(query, key, value, *args, scale=scale, window_size=window_size, enable_gqa=True)
 
 
 @pytest.fixture
 def on_an_accelerator(monkeypatch):
-    """Attention goes segment by segment, as on a GPU, with a stand-in for the kernel."""
-    monkeypatch.setattr(attention, "attend_by_row", attention.attend_by_segment)
+    """Attention is chosen as on a GPU without flash-attn, with a stand-in for torch's kernel."""
+    choose = attention.choose_attention
+    monkeypatch.setattr(attention, "choose_attention", lambda device, *asked: choose("cuda", *asked))
+    monkeypatch.setattr(attention, "has_flash_attention_2", lambda: False)
     monkeypatch.setattr(attention, "_half", lambda *tensors: tensors)
     monkeypatch.setattr(varlen, "varlen_attn", standing_in_for_the_kernel)
 
@@ -159,12 +164,15 @@ def test_rows_give_what_single_sequences_give(name):
     compare(name, *draw_rows(0))
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if "capped" not in name])
-def test_segments_give_what_single_sequences_give(name, on_an_accelerator):
+@pytest.mark.parametrize("name", MODELS)
+def test_an_accelerator_gives_what_single_sequences_give(name, on_an_accelerator, monkeypatch):
+    """By segments, but for capped scores, which torch's kernel does not know."""
+    other = "attend_by_segment" if "capped" in name else "attend_by_row"
+    monkeypatch.setattr(attention, other, None)
     compare(name, *draw_rows(0))
 
 
-def test_segments_with_a_kernel_that_knows_no_grouped_queries(on_an_accelerator, monkeypatch):
+def test_segments_with_a_kernel_that_groups_queries_unasked(on_an_accelerator, monkeypatch):
     monkeypatch.setattr(varlen, "varlen_attn", standing_in_for_an_older_kernel)
     compare("sliding window", *draw_rows(0))
 
@@ -272,6 +280,62 @@ def test_separate_prompts_keep_capped_scores_in_eager_attention_alone(implementa
     assert gap < 1e-4 if same else gap > 1e-2, gap
 
 
+# ---- The kernel ------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("device", "head", "value_head", "softcap", "flash_attn", "expected"),
+    [
+        ("cuda", 64, 64, None, False, "attend_by_segment"),
+        ("cuda", 256, 256, None, False, "attend_by_segment"),
+        ("cuda", 512, 512, None, True, "attend_by_row"),  # the global layers of Gemma 4
+        ("cuda", 192, 128, None, True, "attend_by_row"),  # DeepSeek-V3
+        ("cuda", 100, 100, None, True, "attend_by_row"),
+        ("cuda", 256, 256, 50.0, False, "attend_by_row"),  # Gemma 2
+        ("cuda", 256, 256, 50.0, True, "attend_by_segment"),
+        ("cuda", 512, 512, 50.0, True, "attend_by_row"),
+        ("cpu", 64, 64, None, True, "attend_by_row"),
+    ],
+)
+def test_attention_is_chosen_by_what_kernels_take(monkeypatch, device, head, value_head, softcap, flash_attn, expected):
+    monkeypatch.setattr(attention, "has_flash_attention_2", lambda: flash_attn)
+    assert attention.choose_attention(device, head, value_head, softcap).__name__ == expected
+
+
+@pytest.mark.parametrize(("device", "heads"), [("cpu", 2), ("meta", 4)])
+def test_keys_are_repeated_where_a_mask_leaves_no_kernel_that_groups_queries(monkeypatch, device, heads):
+    """On a GPU SDPA would compute all scores one by one and keep them."""
+    seen = []
+
+    def product(query, key, value, mask, scale, enable_gqa):
+        seen.append((key.shape[1], value.shape[1], enable_gqa))
+        return query
+
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", product)
+    query, key = (torch.empty(1, 3, number, 8, device=device) for number in (4, 2))
+    scoring = attention.Scoring(None, None, None)
+    attention._masked_attention(query, key, key, torch.empty(3, 3, dtype=torch.bool, device=device), scoring)
+    assert seen == [(heads, heads, heads < 4)]
+
+
+@pytest.mark.parametrize(
+    ("module", "distributions", "expected"),
+    [
+        (None, {}, False),
+        ("a spec", {"flash-attn": "2.8.3"}, True),
+        ("a spec", {"flash-attn-4": "4.0.0"}, False),
+        ("a spec", {"flash-attn": "4.0.0"}, False),
+    ],
+)
+def test_flash_attention_4_is_not_taken_for_2(monkeypatch, module, distributions, expected):
+    def version(name: str) -> str:
+        if name not in distributions:
+            raise PackageNotFoundError(name)
+        return distributions[name]
+
+    monkeypatch.setattr(kernels, "find_spec", lambda name: module)
+    monkeypatch.setattr(kernels, "version", version)
+    assert kernels.has_flash_attention_2.__wrapped__() is expected
+
+
 # ---- What cannot share ----------------------------------------------------------------------------------------------
 def test_a_model_with_other_layers_is_refused_with_the_way_on():
     model = build(MODELS["grouped queries"])
@@ -295,14 +359,6 @@ def test_attention_that_is_not_there_is_refused(asked):
         attention.shared_prompt_attention(
             torch.nn.Identity(), *tensors, None, **({"visibility": packed.visibility} | asked)
         )
-
-
-def test_caps_need_a_kernel_that_knows_them(on_an_accelerator):
-    name = next(name for name in MODELS if "capped" in name)
-    model = build(MODELS[name])
-    model.set_attn_implementation(attention.NAME)
-    with pytest.raises(ValueError, match="install flash-attn.*share_prompt=False"):
-        shared_logps(model, as_rows([[1, 2]], [[[3]]]))
 
 
 def test_full_precision_is_refused_where_kernels_are_half():

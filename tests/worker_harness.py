@@ -204,6 +204,8 @@ def response_batch(prompts: list[list[int]], responses: list[list[int]], masks: 
 
 
 def full_parameters(module_engine) -> dict:
-    """An engine's parameters by name, whole and on every rank, as arrays."""
-    parameters, _ = module_engine.get_per_tensor_param()
+    """An engine's parameters by name, whole and on every rank, as arrays, in the precision in which they are kept."""
+    from recipe.spin.engine.row_engine import RowEngine
+
+    parameters, _ = super(RowEngine, module_engine).get_per_tensor_param()
     return {name: tensor.detach().clone().numpy() for name, tensor in parameters}
