@@ -33,7 +33,8 @@ from recipe.spin.run.faults import ConfigError, Settings, Unusable
 from recipe.spin.run.model_files import MODEL_LENGTH, load_tokenizer
 
 # As a server's address: the policy's own vLLM server, with the policy's weights or the reference's
-POLICY, REFERENCE = OWN = ("policy", "reference")
+REFERENCE = "reference"
+OWN = ("policy", REFERENCE)
 # What a server is asked about before a run
 EXAMPLE = {"request": "user: What is 1 + 1? Answer with the number only.", "first": "2", "second": "3"}
 CHAT_TEMPLATE = "actor_rollout_ref.model.custom_chat_template"
