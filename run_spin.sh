@@ -19,10 +19,11 @@ settings go with another RUN_DIR: an unfinished run is not continued with them (
 
 Environment variables:
   MODEL_PATH            model folder or hub name; owner/name@revision is the model at that commit, tag or branch
-  DATA_DIR              folder with train.parquet and test.parquet in verl's format
+  DATA_DIR              folder with train.parquet and test.parquet in verl's format; or name files of other kinds by
+                        data.train_files=FILE data.val_files=FILE, and the reward by REWARD_PATH
   REWARD_PATH           file with compute_score(data_source, solution_str, ground_truth, extra_info);
                         without it DATA_DIR/reward.py, then the example's, then verl's own for the data source
-  RUN_DIR               folder for checkpoints, metrics and the summary (outputs/PROFILE-DATA)
+  RUN_DIR               folder for checkpoints, metrics and the summary (outputs/PROFILE-DATA); loggers get its name
   SPIN_PROFILE          cpu or gpu (by what the machine has)
   CUDA_VISIBLE_DEVICES  the GPUs to use (all)
   N_GPUS_PER_NODE       GPUs, or ranks on cpu, per machine (the visible GPUs; 1 on cpu)
@@ -54,6 +55,16 @@ absolute() {
     esac
 }
 
+# argument KEY ARGUMENT...: the value that a call's arguments give to KEY, the last one as for Hydra, or nothing.
+argument() {
+    local key="$1" one value=""
+    shift
+    for one in "$@"; do
+        if [[ "$one" =~ ^(\+|\+\+)?"$key"=(.*)$ ]]; then value="${BASH_REMATCH[2]}"; fi
+    done
+    echo "$value"
+}
+
 choose_model() {
     if [[ -n "${MODEL_PATH:-}" ]]; then
         MODEL="$MODEL_PATH"
@@ -75,22 +86,40 @@ choose_model() {
 # make_example NAME: makes one of the examples' data sets unless it is there.
 make_example() {
     DATA="$SPIN_ROOT/data/$1"
+    NAME="$1"
     if [[ -f "$DATA/train.parquet" && -f "$DATA/test.parquet" ]]; then return; fi
     spin_run "$PYTHON" "$SPIN_ROOT/examples/$1/prepare.py" --output "$DATA" ||
         spin_die "the data set $1 could not be made; the cause stands above." \
             "Remove that cause, or set DATA_DIR to a folder with train.parquet and test.parquet."
 }
 
+# A file, or the first of a list of files as Hydra has it, without folder, ending and quotes.
+name_of() {
+    local first="${1#[}"
+    first="$(basename -- "$(tr -d "\"'\\\\" <<<"${first%%[],]*}")")"
+    echo "${first%.*}"
+}
+
+# choose_data ARGUMENT...: sets DATA, a folder or nothing where the arguments name the files, and NAME for the run.
 choose_data() {
+    local files name
+    files="$(argument data.train_files "$@")"
     if [[ -n "${DATA_DIR:-}" ]]; then
         DATA="$(absolute "${DATA_DIR%/}")"
-        local name
+        NAME="$(basename "$DATA")"
         for name in train test; do
             if [[ ! -f "$DATA/$name.parquet" ]]; then
                 spin_die "DATA_DIR is '$DATA_DIR', and there is no file $DATA/$name.parquet." \
                     "Make it in verl's format (examples/arithmetic/prepare.py shows how), or unset DATA_DIR."
             fi
         done
+    elif [[ -n "$files" ]]; then
+        if [[ -z "$(argument data.val_files "$@")" ]]; then
+            spin_die "data.train_files is given, and data.val_files is not." \
+                "Name a file of held-out prompts in it, or set DATA_DIR to a folder with train.parquet and test.parquet."
+        fi
+        DATA=""
+        NAME="$(name_of "$files")"
     elif [[ "$SPIN_PROFILE" == cpu ]]; then
         make_example arithmetic
     else
@@ -109,7 +138,8 @@ choose_reward() {
         return
     fi
     REWARD=""
-    for file in "$DATA/reward.py" "$SPIN_ROOT/examples/$(basename "$DATA")/reward.py"; do
+    if [[ -z "$DATA" ]]; then return; fi
+    for file in "$DATA/reward.py" "$SPIN_ROOT/examples/$NAME/reward.py"; do
         if [[ -f "$file" ]]; then
             REWARD="$file"
             return
@@ -140,7 +170,7 @@ choose_machines() {
 # The first of RUN_DIR, RUN_DIR-2, RUN_DIR-3 ... that holds no finished run.
 choose_run_dir() {
     local base number=1
-    base="$(absolute "${RUN_DIR:-$SPIN_ROOT/outputs/$SPIN_PROFILE-$(basename "$DATA")}")"
+    base="$(absolute "${RUN_DIR:-$SPIN_ROOT/outputs/$SPIN_PROFILE-$NAME}")"
     base="${base%/}"
     RUN="$base"
     while [[ -e "$RUN/summary.json" ]]; do
@@ -152,8 +182,8 @@ choose_run_dir() {
 tell() {
     spin_say "profile: $SPIN_PROFILE, $NNODES x $N_GPUS_PER_NODE $(if [[ "$SPIN_PROFILE" == gpu ]]; then echo GPU; else echo rank; fi)(s)"
     spin_say "model:   $MODEL"
-    spin_say "data:    $DATA"
-    spin_say "reward:  ${REWARD:-the one that verl has for the data source}"
+    spin_say "data:    ${DATA:-as the arguments say}"
+    spin_say "reward:  ${REWARD:-as the arguments say, else the one that verl has for the data source}"
     if [[ -n "$(ls -A "$RUN" 2>/dev/null)" ]]; then
         spin_say "run:     $RUN, unfinished: continuing from its last checkpoint, or from the start if it has none"
     else
@@ -173,7 +203,7 @@ if [[ "${1:-}" == --install ]]; then
     exit
 fi
 choose_model
-choose_data
+choose_data "$@"
 choose_reward
 choose_machines
 choose_run_dir
@@ -181,9 +211,12 @@ tell
 
 OVERRIDES=("device=$SPIN_PROFILE" "trainer.nnodes=$NNODES" "trainer.n_gpus_per_node=$N_GPUS_PER_NODE")
 override actor_rollout_ref.model.path "$MODEL"
-override data.train_files "$DATA/train.parquet"
-override data.val_files "$DATA/test.parquet"
+if [[ -n "$DATA" ]]; then
+    override data.train_files "$DATA/train.parquet"
+    override data.val_files "$DATA/test.parquet"
+fi
 override trainer.default_local_dir "$RUN"
+override trainer.experiment_name "$(basename "$RUN")"
 if [[ -n "$REWARD" ]]; then override reward.custom_reward_function.path "$REWARD"; fi
 if [[ -n "${WANDB_API_KEY:-}" ]]; then OVERRIDES+=("trainer.logger=[file,wandb]"); fi
 

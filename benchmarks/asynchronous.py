@@ -18,6 +18,8 @@ from benchmarks.machine import ROOT, provenance, results_file, run_missing
 
 ASYNC = ["trainer.v1.trainer_mode=colocate_async"]
 EVERY_4 = ["trainer.rollout_sync_freq=4", "actor_rollout_ref.rollout.free_cache_engine=False"]
+# The default's when docs/asynchronous.md's runs were made
+SETTINGS = ["actor_rollout_ref.actor.optim.lr=1e-5"]
 ARMS = {
     "sync": [],
     "colocate_async": ASYNC,
@@ -30,7 +32,7 @@ def run(name: str, runs: Path) -> dict:
     """One run of an arm with a seed: accuracies before and after, staleness, seconds of a step."""
     arm, seed = arm_and_seed(name)
     folder = runs.resolve() / re.sub(r"[^a-z0-9_]+", "-", name)
-    history, _ = train([*ARMS[arm], *seeded(seed)], folder)
+    history, _ = train([*SETTINGS, *ARMS[arm], *seeded(seed)], folder)
     steps = [one for one in history if "staleness/mean" in one]
     staleness = {
         "staleness_mean": statistics.mean(one["staleness/mean"] for one in steps),

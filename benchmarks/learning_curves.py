@@ -54,7 +54,8 @@ def run_ours(*overrides: str) -> Callable[[Path, int], None]:
     return run
 
 
-TRL_SETTINGS = ("actor_rollout_ref.rollout.n=2", "trainer.ref_update_freq=0", "actor_rollout_ref.actor.optim.lr=1e-5")
+LEARNING_RATE = "actor_rollout_ref.actor.optim.lr=1e-5"  # that of trl_online_dpo.py, in all arms
+TRL_SETTINGS = ("actor_rollout_ref.rollout.n=2", "trainer.ref_update_freq=0", LEARNING_RATE)
 # As TRL's process: no recomputation of activations, and micro-batches that memory beyond the profile's 10 GB allows
 TRL_MEMORY = (
     "actor_rollout_ref.model.enable_gradient_checkpointing=False",
@@ -63,7 +64,7 @@ TRL_MEMORY = (
 )
 # Folder, and how it is called and run. TRL last: the recipe's runs make the model and the data where they are missing
 ARMS: dict[str, tuple[str, Callable[[Path, int], None]]] = {
-    "defaults": ("SPIN for verl, its defaults", run_ours()),
+    "defaults": ("SPIN for verl, its defaults", run_ours(LEARNING_RATE)),
     "trl_settings": ("SPIN for verl, TRL's settings", run_ours(*TRL_SETTINGS)),
     "trl_ties": (
         "SPIN for verl, TRL's settings and ties",

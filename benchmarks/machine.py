@@ -16,6 +16,7 @@ from itertools import count
 from pathlib import Path
 
 import psutil
+from filelock import FileLock
 
 from recipe.spin.run.process_memory import NeededMemory
 
@@ -97,15 +98,24 @@ def run_missing(
 ) -> dict[str, dict]:
     """Runs these names, without any those of the known ones that the file lacks; all of the file's results, by name.
 
-    Each is written at once, under `key` and beside `settings`, so that a benchmark goes on where it was stopped.
+    Each is written at once, under `key` and beside `settings`, so that a benchmark goes on where it was stopped. Two
+    commands may fill one file.
     """
-    result = json.loads(file.read_text()) if file.exists() else settings | {key: {}}
-    for name in names or [name for name in known if name not in result[key]]:
+
+    def read() -> dict:
+        return json.loads(file.read_text()) if file.exists() else settings | {key: {}}
+
+    for name in names or [name for name in known if name not in read()[key]]:
         sys.stderr.write(f"[benchmark] {name} ...\n")
-        result[key][name] = run(name)
+        found = run(name)
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(result, indent=1) + "\n")
-    return result[key]
+        with FileLock(file.with_suffix(".lock")):
+            result = read()  # anew: another command may have written since
+            result[key][name] = found
+            unfinished = file.with_suffix(".unfinished")
+            unfinished.write_text(json.dumps(result, indent=1) + "\n")
+            unfinished.replace(file)
+    return read()[key]
 
 
 def allocator_settings() -> dict[str, dict[str, str]]:

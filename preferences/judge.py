@@ -32,7 +32,8 @@ from recipe.spin.preferences.judge_server import (
 from recipe.spin.preferences.source import Group, RewardSource, Score
 
 # As a server's address: the policy's own vLLM server, with the policy's weights or the reference's
-POLICY, REFERENCE = OWN = ("policy", "reference")
+REFERENCE = "reference"
+OWN = ("policy", REFERENCE)
 # What a server is asked about before a run
 EXAMPLE = {"request": "user: What is 1 + 1? Answer with the number only.", "first": "2", "second": "3"}
 MODEL_LENGTH = "actor_rollout_ref.rollout.max_model_len"

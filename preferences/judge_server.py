@@ -5,16 +5,19 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-import httpx
 import openai
 from omegaconf import DictConfig, OmegaConf
 from pydantic import BaseModel, Field, ValidationError
 
 from recipe.spin.common.secrets import shown_address
+
+# httpx2, or httpx with an older openai: what its clients are derived from
+httpx = import_module(openai.DefaultHttpxClient.__base__.__module__)
 
 NO_KEY = "none"  # servers without a key take any
 PROBE_SECONDS = 10.0
@@ -91,13 +94,14 @@ class Access:
     def client(self, kind: type, http_client: type, **options) -> Any:
         """A client of openai's, a kind of it with its kind of httpx's client.
 
-        A proxy that the environment names does not lead to this machine's own servers.
+        A proxy that the environment names does not lead to this machine's own servers; certificates that it names hold
+        for all.
 
         Raises:
             JudgeFailed: when the environment names a proxy or certificates that cannot be used.
         """
         try:
-            http = http_client(trust_env=not is_local(self._address))
+            http = http_client(**self._way())
         except (ImportError, ValueError, OSError, httpx.InvalidURL) as error:
             raise JudgeFailed(
                 f"{self.judge}: no connection can be set up ({type(error).__name__}: {shown_address(str(error))}); "
@@ -105,6 +109,12 @@ class Access:
                 "SSL_CERT_DIR: correct them, or name the judge's host in NO_PROXY"
             ) from None
         return kind(base_url=self._address, api_key=self._key or NO_KEY, http_client=http, **options)
+
+    def _way(self) -> dict[str, Any]:
+        if not is_local(self._address):
+            return {}
+        secure = urlsplit(self._address).scheme == "https"
+        return {"trust_env": False} | ({"verify": httpx.create_ssl_context()} if secure else {})
 
     def _source(self) -> str:
         return f"the environment variable {self._variable} (algorithm.judge.api_key_env)"

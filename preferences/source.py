@@ -180,8 +180,11 @@ def source_class(name: str) -> type[RewardSource]:
         raise ValueError(f"cannot be imported ({error}); PYTHONPATH must lead to its module") from error
     if not (isinstance(found, type) and issubclass(found, RewardSource)):
         raise ValueError("must be a class derived from recipe.spin.preferences.source.RewardSource")
-    if not inspect.iscoroutinefunction(found.score_group):
-        raise ValueError("its score_group is no coroutine function, and is awaited; write async def score_group")
+    if not inspect.iscoroutinefunction(inspect.unwrap(found.score_group)):
+        raise ValueError(
+            "its score_group is no coroutine function, and is awaited; write async def score_group, and in a decorator "
+            "of it use functools.wraps"
+        )
     return found
 
 

@@ -40,21 +40,7 @@ def prompt_number(name: str) -> int:
 
 
 class SpinAgentLoop(SingleTurnAgentLoop):
-    """Answers greedily where it is told to, and seeds sampled responses if `actor_rollout_ref.seed_responses` says so.
-
-    A seed follows from the run's seed, the prompt's place in the run and the response's number. What is drawn then
-    depends neither on how requests meet in vLLM's batches nor on what was drawn before. One object answers all prompts:
-    it keeps nothing of them.
-    """
-
-    async def run(self, sampling_params: dict[str, Any], **kwargs) -> AgentLoopOutput:
-        params = dict(sampling_params)
-        if kwargs.get(GREEDY, False):
-            params.update(temperature=0.0, top_p=1.0, top_k=-1)
-        elif self.config.actor_rollout_ref.seed_responses:
-            identity = f"{self.rollout_config.seed}/{kwargs[SAMPLING_SEED]}/{kwargs['session_id']}"
-            params["seed"] = zlib.crc32(identity.encode())
-        return await super().run(params, **kwargs)
+    """verl's loop of one turn, of which one object answers all prompts: it keeps nothing of them."""
 
 
 # ---------------------------------------------------------------------- to vLLM
@@ -79,6 +65,7 @@ class RolloutClient(LLMServerClient):
     async def generate(self, request_id, **request) -> TokenOutput:
         sessions, session = _round.get(), _session.get()
         if not sessions.awaits(session):
+            request["sampling_params"] = of_a_later_part(request["sampling_params"], request["prompt_ids"])
             return await super().generate(request_id, **request)
         left_out = ("priority", "mm_processor_output")  # the round's order is the priority; the other is SGLang's
         request = {name: value for name, value in request.items() if value is not None and name not in left_out}
@@ -125,16 +112,18 @@ class RolloutClient(LLMServerClient):
         """There is no count of requests in flight to bring up to date."""
 
 
-class PartByPart(LLMServerClient):
-    """What verl's client leaves out of the parts of a response: random numbers, and the weights' version, of each.
+def of_a_later_part(sampling_params: dict[str, Any], prompt_ids: list[int]) -> dict[str, Any]:
+    """The sampling parameters of a part of a response: one seed would give it the random numbers of the beginning."""
+    if "seed" not in sampling_params:
+        return sampling_params
+    return sampling_params | {"seed": zlib.crc32(f"{sampling_params['seed']}/{len(prompt_ids)}".encode())}
 
-    One seed would give a part the random numbers of the response's beginning.
-    """
+
+class PartByPart(LLMServerClient):
+    """What verl's client leaves out of the parts of a response: random numbers, and the weights' version, of each."""
 
     async def generate(self, request_id, *, prompt_ids, sampling_params, **options) -> TokenOutput:
-        if "seed" in sampling_params:
-            seed = zlib.crc32(f"{sampling_params['seed']}/{len(prompt_ids)}".encode())
-            sampling_params = sampling_params | {"seed": seed}
+        sampling_params = of_a_later_part(sampling_params, prompt_ids)
         output = await super().generate(request_id, prompt_ids=prompt_ids, sampling_params=sampling_params, **options)
         if not output.token_ids:  # stopped before it began: other weights will begin it
             output.extra_fields["global_steps"] = None
@@ -199,16 +188,32 @@ class RolloutWorker(Scoring, VerlWorker):
         finally:
             _round.get().leave_prompt(uid)
 
-    async def _run_agent_loop(self, *args, uid: str, session_id: int, **kwargs):
+    async def _run_agent_loop(self, sampling_params: dict, *args, uid: str, session_id: int, **kwargs):
         _session.set((uid, session_id))
         try:
-            return await super()._run_agent_loop(*args, uid=uid, session_id=session_id, **kwargs)
+            params = self._sampling_params(sampling_params, session_id, kwargs)
+            return await super()._run_agent_loop(params, *args, uid=uid, session_id=session_id, **kwargs)
         except Exception as error:
             if _group.get() is not None:
                 _group.get().give_up(error)
             raise
         finally:
             _round.get().leave((uid, session_id))
+
+    def _sampling_params(self, params: dict[str, Any], session_id: int, row: dict[str, Any]) -> dict[str, Any]:
+        """Greedy ones where the row says so, and with a seed if `actor_rollout_ref.seed_responses` does; of any loop.
+
+        A seed follows from the run's seed, the prompt's place in the run and the response's number. What is drawn then
+        depends neither on how requests meet in vLLM's batches nor on what was drawn before.
+        """
+        settings = self.config.actor_rollout_ref
+        if row.get(GREEDY, False):
+            return params | {"temperature": 0.0, "top_p": 1.0, "top_k": -1}
+        # verl's own trainers name no prompts
+        if SAMPLING_SEED not in row or not settings.seed_responses:
+            return params
+        identity = f"{settings.rollout.seed}/{row[SAMPLING_SEED]}/{session_id}"
+        return params | {"seed": zlib.crc32(identity.encode())}
 
     async def _agent_loop_postprocess(self, output, validate, **row) -> None:
         if _group.get() is not None:

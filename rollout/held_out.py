@@ -77,7 +77,7 @@ def without_made_up_accuracy(infos: dict[str, list]) -> dict[str, list]:
 
 
 class HeldOutRows:
-    """The held-out batches with the columns by which SpinAgentLoop samples: the same seeds at every validation.
+    """The held-out batches with the columns by which RolloutWorker samples: the same seeds at every validation.
 
     Where `val_kwargs` ask for samples each row is followed by itself once more, to be answered greedily; else it stands
     once, for its one greedy answer.

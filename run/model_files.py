@@ -240,7 +240,7 @@ def _is_on_hub(name: str, key: str) -> bool | None:
             f"{key}={name!r}: there is no such folder, the model is not in the hub's cache, and HF_HUB_OFFLINE "
             "forbids to ask the hub; name a folder, or fetch the model first (hf download)"
         ) from error
-    except (ImportError, ValueError) as error:  # of httpx, before it asks
+    except (ImportError, ValueError, httpx.InvalidURL) as error:  # of httpx, before it asks
         raise ConfigError(
             f"{key}={name!r} is no folder here, and the hub cannot be asked ({type(error).__name__}: {error}); correct "
             "HTTP_PROXY, HTTPS_PROXY or ALL_PROXY, or name a folder"

@@ -1,5 +1,6 @@
 """Around a run: its progress, the peak memory of its processes, a folder of its own, and nothing left behind."""
 
+import getpass
 import math
 import os
 import re
@@ -23,7 +24,17 @@ TASK_RUNNER = "spin_task_runner"
 POLL_SECONDS = 2.0
 LOOKS = 5  # a file that no process of the run has mapped by then is another's
 SHARED_MEMORY = re.compile(r"/dev/shm/(?:psm|verl_weights)_\w+")
+NO_FILE_NAME = re.compile(r'[\\/:*?"<>|]')
 LOGS_OF_A_CLUSTER = "on each node, in /tmp/ray/session_latest/logs (below --temp-dir where Ray was started with one)"
+
+
+def _compiled_kernels() -> str:
+    """Where torch keeps compiled kernels unless TMPDIR says otherwise; to ask its Inductor costs seconds of imports."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, ModuleNotFoundError, OSError):  # a container's user without a name
+        user = f"uid_{os.getuid()}"
+    return f"{gettempdir()}/torchinductor_{NO_FILE_NAME.sub('_', user)}"
 
 
 class RunMonitor:
@@ -63,8 +74,7 @@ class RunMonitor:
         self._started = time.monotonic()
         shutil.rmtree(self._log_folder, ignore_errors=True)
         if not self._joins:
-            # Where torch has it unless TMPDIR says otherwise: kernels once compiled serve the next run too
-            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{gettempdir()}/torchinductor_{os.getuid()}")
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", _compiled_kernels())  # they serve the next run too
             self._folder, self._lock = private_folder.make()
             os.environ.update(TMPDIR=str(self._folder), VLLM_RPC_BASE_PATH=str(self._folder))
         self._thread.start()

@@ -22,7 +22,6 @@ from recipe.spin.rollout.agent_loop import (
     SAMPLING_SEED,
     RolloutClient,
     RolloutWorker,
-    SpinAgentLoop,
     VerlWorker,
 )
 from recipe.spin.rollout.rounds import Round
@@ -38,7 +37,7 @@ def test_no_column_of_the_data_meets_an_argument_of_the_rollout():
         for name in ("_run_agent_loop", "_agent_loop_postprocess")
         if name in taker.__dict__
     ]
-    functions += [AgentLoopWorker._run_agent_loop, SingleTurnAgentLoop.run, SpinAgentLoop.run]
+    functions += [AgentLoopWorker._run_agent_loop, SingleTurnAgentLoop.run]
     parameters = [one for function in functions for one in inspect.signature(function).parameters.values()]
     names = {one.name for one in parameters if one.kind not in (one.VAR_KEYWORD, one.VAR_POSITIONAL)}
     names |= set(re.findall(r'prompt\.pop\("(\w+)"', inspect.getsource(VerlWorker._run_prompt)))
@@ -51,6 +50,7 @@ class Server:
 
     def __init__(self, broken: set[str] = frozenset(), stops_after: int | None = None):
         self.rounds, self._broken, self._stops_after = [], broken, stops_after
+        self.seeds = []
         self.generate_round = self
         self.generate = types.SimpleNamespace(remote=self._generate)
 
@@ -60,12 +60,14 @@ class Server:
 
     async def remote(self, requests):
         self.rounds.append([request["prompt_ids"] for request in requests])
+        self.seeds += [request["sampling_params"].get("seed") for request in requests]
         for number, request in reversed(list(enumerate(requests[: self._stops_after]))):
             broken = request["prompt_ids"] in self._broken
             yield _ready((number, ValueError("too long") if broken else _output(number)))
 
     async def _generate(self, **request):
         self.rounds.append([request["prompt_ids"]])
+        self.seeds.append(request["sampling_params"].get("seed"))
         return _output(99)
 
 
@@ -181,24 +183,41 @@ def test_a_sessions_second_request_goes_to_the_same_replica_at_once():
     assert servers[0].rounds == [["a"], ["a2"]] and servers[1].rounds == [["b"], ["b2"]]
 
 
-# ---------------------------------------------------------------------- the agent loop
+def test_a_sessions_second_request_draws_other_random_numbers_than_its_first():
+    server = Server()
+
+    async def run():
+        client = client_of(server)
+        agent_loop._round.set(Round({"a": 1}, client.send, {"a": 0}))
+        agent_loop._session.set(("a", 0))
+        for prompt in ("a", "a2", "a23"):
+            await client.generate("id", prompt_ids=prompt, sampling_params={"top_k": 7, "seed": 5})
+
+    asyncio.run(run())
+    assert server.seeds[0] == 5 and len(set(server.seeds)) == 3
+
+
+# ---------------------------------------------------------------------- how responses are sampled
 
 
 @pytest.fixture
 def sampling(monkeypatch):
-    """The sampling parameters with which a response is asked for."""
+    """The sampling parameters that verl runs an agent loop with, whichever the row names."""
 
-    async def run(self, sampling_params, **kwargs):
+    async def run(self, sampling_params, trajectory, *, agent_name, session_id, **row):
         return sampling_params
 
-    monkeypatch.setattr(SingleTurnAgentLoop, "run", run)
+    monkeypatch.setattr(AgentLoopWorker, "_run_agent_loop", run)
 
-    def params(seed_responses: bool, prompt: str = "p0", session: int = 0, greedy: bool = False) -> dict:
-        loop = SpinAgentLoop.__new__(SpinAgentLoop)
-        loop.config = OmegaConf.create({"actor_rollout_ref": {"seed_responses": seed_responses}})
-        loop.rollout_config = OmegaConf.create({"seed": 5})
-        columns = {SAMPLING_SEED: prompt, GREEDY: greedy, "session_id": session}
-        return asyncio.run(loop.run({"temperature": 0.7, "top_p": 0.9, "top_k": 20}, **columns))
+    def params(seed_responses: bool, prompt: str | None = "p0", session: int = 0, greedy: bool = False) -> dict:
+        worker = RolloutWorker.__new__(RolloutWorker)
+        settings = {"seed_responses": seed_responses, "rollout": {"seed": 5}}
+        worker.config = OmegaConf.create({"actor_rollout_ref": settings})
+        agent_loop._round.set(Round({"a": 1}, None, {"a": 0}))
+        row = {"uid": "a", "session_id": session, "agent_name": "tool_agent", GREEDY: greedy}
+        row |= {SAMPLING_SEED: prompt} if prompt else {}
+        asked = {"temperature": 0.7, "top_p": 0.9, "top_k": 20}
+        return asyncio.run(worker._run_agent_loop(asked, trajectory={}, **row))
 
     return params
 
@@ -207,6 +226,7 @@ def test_each_sampled_response_has_a_seed_of_its_own_if_seeds_are_asked_for(samp
     seeds = [sampling(True, prompt, session)["seed"] for prompt in ("p0", "p1") for session in (0, 1)]
     assert len(set(seeds)) == 4 and seeds[0] == sampling(True)["seed"]
     assert sampling(False) == {"temperature": 0.7, "top_p": 0.9, "top_k": 20}
+    assert "seed" not in sampling(True, prompt=None)  # verl's own trainers name no prompts
 
 
 @pytest.mark.parametrize("seed_responses", [True, False])
@@ -244,7 +264,7 @@ def answer_batch(
     rollout = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "calculate_log_probs": True, "n": 2}
     rollout |= {"val_kwargs": {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "n": 3}}
     rollout |= {"agent": {"default_agent_loop": "spin"}}
-    worker.config = OmegaConf.create({"actor_rollout_ref": {"rollout": rollout}})
+    worker.config = OmegaConf.create({"actor_rollout_ref": {"rollout": rollout, "seed_responses": False}})
     worker.llm_client = client_of(server, *others)
     columns = {"uid": ["p0", "p1"], "index": [0, 1], SAMPLING_SEED: ["held-out-0", "held-out-1"]} | columns
     batch = tu.get_tensordict({name: np.array(values, dtype=object) for name, values in columns.items() if values})

@@ -6,7 +6,7 @@ import pytest
 from checkable_run import Run
 
 from benchmarks import losses
-from benchmarks.machine import results_file
+from benchmarks.machine import results_file, run_missing
 from recipe.spin.core_algos import LOSSES, LossOptions
 
 
@@ -55,6 +55,20 @@ def test_losses_that_are_there_are_not_run_again(tmp_path, monkeypatch):
     assert losses.sweep([], tmp_path, file).keys() == {"one", "two"} and len(ran) == 2
     losses.sweep(["two"], tmp_path, file)
     assert ran[2:] == ran[1:2] and json.loads(file.read_text())["losses"].keys() == {"one", "two"}
+
+
+def test_what_another_command_found_meanwhile_is_kept(tmp_path):
+    file = tmp_path / "found.json"
+
+    def run(name: str) -> dict:
+        if name == "one":
+            run_missing(["other"], [], lambda name: {"by": "another"}, file, "runs", made="today")
+        return {"by": "this"}
+
+    found = run_missing([], ["one", "two"], run, file, "runs", made="today")
+    assert found == {"other": {"by": "another"}, "one": {"by": "this"}, "two": {"by": "this"}}
+    assert json.loads(file.read_text()) == {"made": "today", "runs": found}
+    assert [path.name for path in tmp_path.glob("*.unfinished")] == []
 
 
 def test_the_documents_table_is_that_of_the_recorded_runs(tmp_path):

@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
+import httpx
 import huggingface_hub
 import pytest
 import torch
@@ -201,7 +202,14 @@ def test_a_name_is_refused_when_the_hub_must_not_be_asked(run, monkeypatch):
     assert "HF_HUB_OFFLINE" in message and "name a folder" in message
 
 
-@pytest.mark.parametrize("error", [ImportError("socksio is not installed"), ValueError("Unknown scheme for proxy")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        ImportError("socksio is not installed"),
+        ValueError("Unknown scheme for proxy"),
+        httpx.InvalidURL("Invalid port: '80a'"),
+    ],
+)
 def test_a_name_is_refused_when_the_way_to_the_hub_cannot_be_taken(run, monkeypatch, error):
     def ask(name, timeout):
         raise error

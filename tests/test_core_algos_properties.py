@@ -28,7 +28,6 @@ H_BASED = [
     "aot",
 ]  # a common shift of both responses cancels
 PER_PAIR = sorted(name for name, loss in LOSSES.items() if not loss.batch_coupled)
-BATCH_COUPLED = sorted(set(LOSSES) - set(PER_PAIR))
 betas = st.floats(0.01, 2.0)
 smoothings = st.floats(0.01, 0.45)
 close = dict(rtol=1e-9, atol=1e-9)

@@ -1,9 +1,12 @@
 """What judges make of responses, asked through a real server; the settings and servers that are refused."""
 
 import asyncio
+import functools
 import json
 import re
 import shutil
+import ssl
+import subprocess
 import threading
 import time
 import traceback
@@ -410,6 +413,30 @@ def test_a_proxy_does_not_lead_to_a_judge_on_this_machine(run, proxies):
         assert scores(judge_of(server), ["1", "2"])[0] == [0, 1]
 
 
+@pytest.fixture
+def https_judge(tmp_path):
+    """A judge at https://localhost, and the file of its certificate, which no public authority vouches for."""
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 1 -subj /CN=localhost"
+    files = ["-addext", "subjectAltName=DNS:localhost", "-keyout", key, "-out", certificate]
+    subprocess.run([*command.split(), *files], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    server = RuleJudge(number)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    server.address = f"https://localhost:{server.server_port}/v1"
+    with server:
+        yield server, certificate
+
+
+def test_a_judge_on_this_machine_is_trusted_by_the_environments_certificates_alone(run, proxies, https_judge):
+    server, certificate = https_judge
+    assert "CERTIFICATE_VERIFY_FAILED" in run.refusal(*settings(server))
+    proxies(SSL_CERT_FILE=str(certificate), HTTPS_PROXY="http://127.0.0.1:1")
+    run.check(*settings(server))
+    assert scores(judge_of(server), ["1", "2"])[0] == [0, 1]
+
+
 JUDGE = ["algorithm.preference_source=judge", "algorithm.judge.servers=[http://judge.invalid:8000/v1]"]
 
 
@@ -422,9 +449,10 @@ JUDGE = ["algorithm.preference_source=judge", "algorithm.judge.servers=[http://j
         ),
         ({"ALL_PROXY": "socks5://127.0.0.1:1"}, ["no connection can be set up (ImportError: ", "ALL_PROXY"]),
         ({"ALL_PROXY": "socks://me:secret@127.0.0.1:1"}, ["no connection can be set up (ValueError: ", "ALL_PROXY"]),
+        ({"HTTP_PROXY": "http://proxy:80a"}, ["no connection can be set up (InvalidURL: ", "HTTP_PROXY"]),
         ({"SSL_CERT_FILE": "/absent"}, ["no connection can be set up (FileNotFoundError: ", "SSL_CERT_FILE"]),
     ],
-    ids=["proxy", "socks5", "socks", "certificates"],
+    ids=["proxy", "socks5", "socks", "port", "certificates"],
 )
 def test_a_way_to_a_judge_that_cannot_be_taken_is_named(run, proxies, variables, words):
     proxies(**variables)
@@ -596,6 +624,24 @@ def test_a_source_of_ones_own_is_named_by_its_module():
 class Plain(RewardSource):
     def score_group(self, group: Group) -> list[Score]:
         return []
+
+
+def noted(function):
+    @functools.wraps(function)
+    def call(*arguments):
+        return function(*arguments)
+
+    return call
+
+
+class Decorated(RewardSource):
+    @noted
+    async def score_group(self, group: Group) -> list[Score]:
+        return []
+
+
+def test_a_decorated_source_is_one():
+    assert source_class("test_judge:Decorated").__name__ == "Decorated"
 
 
 @pytest.mark.parametrize(

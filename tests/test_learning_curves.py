@@ -1,10 +1,12 @@
 """The benchmark's reading, table and picture; its runs take hours and are not repeated here."""
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
 
+from benchmarks import asynchronous, learning_curves
 from benchmarks.learning_curves import draw, read, table
 
 VALIDATION = "val-core/arithmetic/acc/mean@4", "val-greedy-core/arithmetic/acc/mean@1"
@@ -14,6 +16,9 @@ def write(folder: Path, lines: list[dict]) -> Path:
     folder.mkdir()
     (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
     return folder
+
+
+STEP = {"staleness/mean": 0.5, "staleness/max": 1}
 
 
 @pytest.fixture
@@ -41,3 +46,24 @@ def test_the_table_gives_mean_and_spread_over_seeds(arms):
 def test_the_picture_is_drawn(arms, tmp_path):
     draw(arms, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_all_arms_train_at_the_learning_rate_of_the_documents_table(tmp_path, monkeypatch):
+    """Where the default is another by now; TRL's is declared in its own script."""
+    commands = []
+    monkeypatch.setattr(subprocess, "run", lambda command, **options: commands.append(command))
+    for name in ("defaults", "trl_settings", "trl_ties"):
+        learning_curves.ARMS[name][1](tmp_path, 1)
+    rate = "actor_rollout_ref.actor.optim.lr=1e-5"
+    assert len(commands) == 3 and all(command.count(rate) == 1 for command in commands)
+
+
+def test_runs_with_weights_that_are_behind_train_at_that_of_theirs(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(asynchronous, "train", lambda overrides, folder: asked.append(overrides) or ([STEP], None))
+    monkeypatch.setattr(asynchronous, "summarize", lambda history: {})
+    monkeypatch.setattr(asynchronous, "provenance", dict)
+    asynchronous.run("sync, weights every 4 steps, seed 2", tmp_path)
+    assert asked == [
+        ["actor_rollout_ref.actor.optim.lr=1e-5", *asynchronous.EVERY_4, *asynchronous.seeded(2)],
+    ]

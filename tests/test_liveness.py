@@ -148,7 +148,8 @@ def test_other_errors_and_stops_stay_what_they_are(table):
 
 def test_a_server_ends_with_its_engine(monkeypatch, capfd):
     """vLLM's own answer to a dead engine is that requests wait for ever."""
-    server = pytest.importorskip("recipe.spin.rollout.server")
+    from recipe.spin.rollout import server
+
     ended = []
     monkeypatch.setattr(server, "ENGINE_POLL_SECONDS", 0.001)
     monkeypatch.setattr(server.os, "_exit", ended.append)

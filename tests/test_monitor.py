@@ -1,11 +1,11 @@
 """What RunMonitor measures of a run's processes, and how seldom it asks for what costs much."""
 
-import os
 import types
 from multiprocessing import shared_memory
 
 import psutil
 import pytest
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from recipe.spin.run import monitor as run_monitor
 from recipe.spin.run.monitor import RunMonitor
@@ -43,6 +43,17 @@ def test_memory_is_looked_at_as_often_as_asked_for(monitor, monkeypatch, seconds
     assert len(looked) == looks and set(waits) == {"starting Ray"}
 
 
+@pytest.mark.parametrize("user", ["ann", "DOMAIN\\ann", None])
+def test_compiled_kernels_are_where_torch_has_them(monkeypatch, user):
+    def getuser() -> str:
+        if user is None:
+            raise KeyError("uid not found")
+        return user
+
+    monkeypatch.setattr("getpass.getuser", getuser)
+    assert run_monitor._compiled_kernels() == default_cache_dir()
+
+
 @pytest.mark.parametrize(("set_by_user", "joins"), [(None, False), ("/mine", False), (None, True)])
 def test_compiled_kernels_outlive_the_run(tmp_path, monkeypatch, set_by_user, joins):
     """torch keeps them below TMPDIR, which is the run's own folder and goes with it."""
@@ -50,10 +61,11 @@ def test_compiled_kernels_outlive_the_run(tmp_path, monkeypatch, set_by_user, jo
     monkeypatch.setattr(run_monitor.os, "environ", environment)
     monkeypatch.setattr(RunMonitor, "_watch", lambda self: None)
     monkeypatch.setattr(run_monitor, "process_tree", lambda: [])  # the processes that it would end
-    monkeypatch.setattr(run_monitor, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    expected = default_cache_dir()
     monkeypatch.setattr(run_monitor.private_folder, "base_folder", lambda: tmp_path)
     with RunMonitor(tmp_path / "logs", joins=joins):
-        kept = None if joins else f"{tmp_path}/torchinductor_{os.getuid()}"
+        kept = None if joins else expected
         assert environment.get("TORCHINDUCTOR_CACHE_DIR") == (set_by_user or kept)
         assert joins or environment["TMPDIR"].startswith(f"{tmp_path}/spin-")
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 ROOT = Path(__file__).parents[1]
 
@@ -191,6 +192,7 @@ def test_cpu_defaults(checkout: Checkout) -> None:
         "data.train_files": f"{root}/data/arithmetic/train.parquet",
         "data.val_files": f"{root}/data/arithmetic/test.parquet",
         "trainer.default_local_dir": f"{root}/outputs/cpu-arithmetic",
+        "trainer.experiment_name": "cpu-arithmetic",
         "reward.custom_reward_function.path": f"{root}/examples/arithmetic/reward.py",
     }
     assert result.environment["PYTHONPATH"] == str(checkout.root)
@@ -231,6 +233,7 @@ def test_environment_variables_become_overrides(checkout: Checkout) -> None:
         "data.train_files": str(data / "train.parquet"),
         "data.val_files": str(data / "test.parquet"),
         "trainer.default_local_dir": str(checkout.elsewhere / "runs/first"),
+        "trainer.experiment_name": "first",
         "trainer.logger": "[file,wandb]",
     }
     assert result.environment["RAY_ADDRESS"] == "auto"
@@ -261,6 +264,46 @@ def test_reward_file_is_the_users_then_the_data_sets(checkout: Checkout) -> None
     assert result.overrides[key] == str(checkout.elsewhere / "other.py")
 
 
+@pytest.mark.parametrize(
+    ("train", "name"),
+    [
+        ("data.train_files=/my/sums.v2.jsonl", "sums.v2"),
+        ("++data.train_files=my sums.parquet", "my sums"),
+        ("+data.train_files=['a/one.json',b/two.json]", "one"),
+    ],
+)
+def test_files_that_arguments_name_come_without_an_examples_data_and_reward(checkout: Checkout, train, name) -> None:
+    """They would be scored by the example's reward, and fetched or made in vain."""
+    result = checkout.spin(train, "data.val_files=/my/test.jsonl")
+    assert result.code == 0, result.stderr
+    assert result.extra[-2:] == [train, "data.val_files=/my/test.jsonl"]
+    assert not [one for one in result.extra[:-2] if one.startswith(("data.", "reward."))]
+    assert not (checkout.root / "data").exists()
+    assert result.overrides["trainer.default_local_dir"].endswith(f"/outputs/cpu-{name}")
+    assert "reward:  as the arguments say, else the one that verl has" in result.stdout
+
+
+def test_files_that_arguments_name_are_scored_by_the_users_reward(checkout: Checkout) -> None:
+    (checkout.elsewhere / "r.py").touch()
+    result = checkout.spin("data.train_files=a.jsonl", "data.val_files=b.jsonl", REWARD_PATH="r.py")
+    assert result.overrides["reward.custom_reward_function.path"] == str(checkout.elsewhere / "r.py")
+
+
+def test_training_files_without_held_out_ones_are_refused(checkout: Checkout) -> None:
+    result = checkout.spin("data.train_files=a.jsonl")
+    assert result.code == 1 and not result.overrides
+    assert "data.train_files is given, and data.val_files is not" in result.stderr and "DATA_DIR" in result.stderr
+    assert checkout.spin("data.train_files=a.jsonl", DATA_DIR=str(checkout.data())).code == 0
+
+
+def test_loggers_get_the_name_of_the_runs_folder_unless_they_are_given_one(checkout: Checkout) -> None:
+    key = "trainer.experiment_name"
+    (checkout.elsewhere / "mine").mkdir()
+    (checkout.elsewhere / "mine/summary.json").touch()
+    assert checkout.spin(RUN_DIR="mine").overrides[key] == "mine-2"
+    assert checkout.spin(f"{key}=other").overrides[key] == "other"
+
+
 def test_cluster_address_and_visible_gpus_are_kept(checkout: Checkout) -> None:
     checkout.add_gpus()
     result = checkout.spin(NNODES="2", RAY_ADDRESS="head:6379", CUDA_VISIBLE_DEVICES="2,3")
@@ -275,9 +318,6 @@ def test_users_overrides_come_last_and_unchanged(checkout: Checkout) -> None:
 
 
 def test_hydra_reads_the_paths_as_they_are(checkout: Checkout) -> None:
-    pytest.importorskip("hydra")
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
     checkout.data("d=1, (two) {3} it's")
     result = checkout.spin(DATA_DIR="d=1, (two) {3} it's")
     values = {

@@ -86,15 +86,6 @@ class Ranks:
             os.environ.update(before)
 
 
-def run_ranks(world_size: int, function, *args) -> list:
-    """Calls function(rank, *args) once on ranks of its own."""
-    ranks = Ranks(world_size)
-    try:
-        return ranks.run(function, *args)
-    finally:
-        ranks.stop()
-
-
 class _Failure:
     def __init__(self, text: str):
         self.text = text
