@@ -221,4 +221,4 @@ if [[ -n "$REWARD" ]]; then override reward.custom_reward_function.path "$REWARD
 if [[ -n "${WANDB_API_KEY:-}" ]]; then OVERRIDES+=("trainer.logger=[file,wandb]"); fi
 
 # exec: signals reach Python itself. By its file: with -m the folder of the call comes first, and may hold a recipe/spin
-exec "$PYTHON" "$SPIN_ROOT/main_spin.py" "${OVERRIDES[@]}" "$@"
+exec "$PYTHON" "$SPIN_ROOT/pythonpath/main_spin.py" "${OVERRIDES[@]}" "$@"

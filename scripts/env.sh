@@ -296,7 +296,8 @@ spin_setup() {
         PYTHON="$SPIN_VENV/bin/python"
     fi
     if [[ "$SPIN_PROFILE" == rehearsal ]]; then SPIN_PROFILE=cpu; fi
-    export PYTHON SPIN_PROFILE PYTHONPATH="$SPIN_ROOT${PYTHONPATH:+:$PYTHONPATH}"
+    # Not the checkout, whose config, tools, tests ... would be imported in place of a user's modules of these names
+    export PYTHON SPIN_PROFILE PYTHONPATH="$SPIN_ROOT/pythonpath${PYTHONPATH:+:$PYTHONPATH}"
     if [[ "$SPIN_PROFILE" == cpu && -f "$SPIN_ROOT/verl_cpu/env.sh" ]]; then
         # shellcheck source=/dev/null
         source "$SPIN_ROOT/verl_cpu/env.sh"

@@ -195,7 +195,7 @@ def test_cpu_defaults(checkout: Checkout) -> None:
         "trainer.experiment_name": "cpu-arithmetic",
         "reward.custom_reward_function.path": f"{root}/examples/arithmetic/reward.py",
     }
-    assert result.environment["PYTHONPATH"] == str(checkout.root)
+    assert result.environment["PYTHONPATH"] == f"{checkout.root}/pythonpath"
     assert "RAY_ADDRESS" not in result.environment
     assert "profile: cpu" in result.stdout and "unfinished" not in result.stdout
 
@@ -237,7 +237,7 @@ def test_environment_variables_become_overrides(checkout: Checkout) -> None:
         "trainer.logger": "[file,wandb]",
     }
     assert result.environment["RAY_ADDRESS"] == "auto"
-    assert result.environment["PYTHONPATH"] == f"{checkout.root}:/other"
+    assert result.environment["PYTHONPATH"] == f"{checkout.root}/pythonpath:/other"
     assert "secret" not in result.stdout + result.stderr
 
 
@@ -331,22 +331,31 @@ def test_exit_code_is_trainings(checkout: Checkout) -> None:
     assert checkout.spin(FAKE_EXIT="3").code == 3
 
 
-def test_a_recipe_in_the_folder_of_the_call_is_not_run(tmp_path: Path) -> None:
-    """Older trees of verl hold a recipe/spin."""
+def test_a_recipe_in_the_folder_of_the_call_is_not_run_and_the_checkouts_folders_are_no_modules(tmp_path: Path) -> None:
+    """Older trees of verl hold a recipe/spin; a user's own module may be called tools, config or benchmarks."""
     for name in ("__init__.py", "spin/__init__.py", "spin/main_spin.py"):
         write_program(tmp_path / "recipe" / name, "raise SystemExit('the other recipe ran')")
     for name in ("train.parquet", "test.parquet"):
         (tmp_path / name).touch()
+    (tmp_path / "reward.py").write_text("from benchmarks import mine\n\n\ndef compute_score(**row): return 1.0\n")
     variables = {"PYTHON": sys.executable, "SPIN_PROFILE": "cpu", "DATA_DIR": ".", "MODEL_PATH": ".", "RUN_DIR": "run"}
     result = subprocess.run(
-        ["bash", str(ROOT / "run_spin.sh"), "--cfg", "job"],
+        ["bash", str(ROOT / "run_spin.sh")],
         cwd=tmp_path,
         env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | variables,
         capture_output=True,
         text=True,
         timeout=240,
     )
-    assert result.returncode == 0 and f"default_local_dir: {tmp_path}/run" in result.stdout, result.stderr
+    assert result.returncode == 1 and not (tmp_path / "run").exists()
+    assert "line 1 imports benchmarks, which is not installed" in result.stderr, result.stderr
+
+
+def test_what_is_put_on_pythonpath_are_the_recipe_and_its_cpu_profile(tmp_path: Path) -> None:
+    folder = ROOT / "pythonpath"
+    held = {path.relative_to(folder).as_posix() for pattern in ("*", "recipe/*") for path in folder.glob(pattern)}
+    assert held - {"__pycache__"} == {"main_spin.py", "recipe", "recipe/spin", "verl_cpu"}
+    assert (folder / "recipe/spin").resolve() == ROOT and (folder / "verl_cpu").resolve() == ROOT / "verl_cpu"
 
 
 def test_python_takes_the_shells_place(checkout: Checkout) -> None:
