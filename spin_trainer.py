@@ -25,7 +25,7 @@ from recipe.spin.core_algos import beta_at, penalize_missing_eos
 from recipe.spin.dpo_update import DPOUpdate
 from recipe.spin.engine.rows import pad_rows
 from recipe.spin.fsdp_workers import SpinWorker
-from recipe.spin.preferences.source import RewardSource, load_source
+from recipe.spin.preferences.source import PreferenceSource, load_source
 from recipe.spin.rollout import answers, queue
 from recipe.spin.rollout.agent_loop import SAMPLING_SEED, RolloutClient
 from recipe.spin.rollout.buffers import OldestFirst, WholeRounds
@@ -58,7 +58,7 @@ class SpinTrainer(OpponentInVLLM, StaleWeights, HeldOutValidation, PPOTrainerSyn
     # ------------------------------------------------------------------ setup
 
     @cached_property
-    def source(self) -> RewardSource:
+    def source(self) -> PreferenceSource:
         """What prefers."""
         return load_source(self.config, self.tokenizer)
 

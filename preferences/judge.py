@@ -29,7 +29,7 @@ from recipe.spin.preferences.judge_server import (
     is_address,
     probe,
 )
-from recipe.spin.preferences.source import Group, RewardSource, Score
+from recipe.spin.preferences.source import Group, PreferenceSource, Score
 
 # As a server's address: the policy's own vLLM server, with the policy's weights or the reference's
 REFERENCE = "reference"
@@ -88,7 +88,7 @@ class Tally:
         return worth
 
 
-class JudgeSource(RewardSource):
+class JudgeSource(PreferenceSource):
     """Scores a prompt's responses by what judges say of pairs of them (settings: `algorithm.judge`)."""
 
     limits_itself = True

@@ -11,12 +11,12 @@ from tensordict import TensorDict
 
 from recipe.spin.core_algos import compute_self_play_pref, sequence_logps
 from recipe.spin.engine.rows import nest, pad_rows
-from recipe.spin.preferences.source import Pairing, RewardSource
+from recipe.spin.preferences.source import Pairing, PreferenceSource
 
 RESPONSE = "spin's response"  # a text that no template holds
 
 
-class SelfPlaySource(RewardSource):
+class SelfPlaySource(PreferenceSource):
     """Pairs the data's response with the opponent's; vLLM is the opponent."""
 
     fields = ("reward_model",)  # holds the data's response

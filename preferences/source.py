@@ -15,7 +15,7 @@ from recipe.spin.common.settings import Settings
 from recipe.spin.core_algos import PreferencePairs, compute_onlineDPO_pref, has_score
 
 SOURCES = {
-    "reward": "recipe.spin.preferences.source:RewardSource",
+    "reward": "recipe.spin.preferences.source:PreferenceSource",
     "judge": "recipe.spin.preferences.judge:JudgeSource",
     "self_play": "recipe.spin.preferences.self_play:SelfPlaySource",
 }
@@ -61,8 +61,9 @@ class Pairing(NamedTuple):
     prompt_of: torch.Tensor
 
 
-class RewardSource:
-    """Pairs responses by their scores: a reward function's or model's, or those of `score_group` in a derived class.
+class PreferenceSource:
+    """What prefers, and by itself the source "reward": pairs responses by their scores, a reward function's or model's,
+    or in a derived class those of `score_group`.
 
     A source lives in each process that answers prompts, for `score_group`, and beside the trainer, for the rest.
 
@@ -110,7 +111,7 @@ class RewardSource:
 
     @classmethod
     def scores_groups(cls) -> bool:
-        return cls.score_group is not RewardSource.score_group
+        return cls.score_group is not PreferenceSource.score_group
 
     def prompt_tokens(self, messages: list[dict]) -> list[int]:
         """The tokens of a prompt, as `group.generate` takes them: by the chat template and the run's options."""
@@ -164,7 +165,7 @@ class RewardSource:
         return {}
 
 
-def source_class(name: str) -> type[RewardSource]:
+def source_class(name: str) -> type[PreferenceSource]:
     """The class of a source by its name, or by `module:Class`.
 
     Raises:
@@ -178,8 +179,8 @@ def source_class(name: str) -> type[RewardSource]:
         found = getattr(import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"cannot be imported ({error}); PYTHONPATH must lead to its module") from error
-    if not (isinstance(found, type) and issubclass(found, RewardSource)):
-        raise ValueError("must be a class derived from recipe.spin.preferences.source.RewardSource")
+    if not (isinstance(found, type) and issubclass(found, PreferenceSource)):
+        raise ValueError("must be a class derived from recipe.spin.preferences.source.PreferenceSource")
     if not inspect.iscoroutinefunction(inspect.unwrap(found.score_group)):
         raise ValueError(
             "its score_group is no coroutine function, and is awaited; write async def score_group, and in a decorator "
@@ -188,6 +189,6 @@ def source_class(name: str) -> type[RewardSource]:
     return found
 
 
-def load_source(config: DictConfig, tokenizer) -> RewardSource:
+def load_source(config: DictConfig, tokenizer) -> PreferenceSource:
     """The source that the config asks for."""
     return source_class(config.algorithm.preference_source)(config, tokenizer)

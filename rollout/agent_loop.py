@@ -21,7 +21,7 @@ from verl.workers.rollout.replica import TokenOutput
 from recipe.spin import verl_patches
 from recipe.spin.common import heap
 from recipe.spin.preferences.reward_error import NoScore, RewardError
-from recipe.spin.preferences.source import Group, RewardSource, Score, load_source
+from recipe.spin.preferences.source import Group, PreferenceSource, Score, load_source
 from recipe.spin.rollout import queue
 from recipe.spin.rollout.groups import GroupScoring, checked
 from recipe.spin.rollout.rounds import Request, Round, Session
@@ -148,7 +148,7 @@ class RolloutWorker(Scoring, VerlWorker):
     handed on.
     """
 
-    _source: RewardSource | None = None  # one that scores responses together
+    _source: PreferenceSource | None = None  # one that scores responses together
     _at_once = False  # whether that is done as soon as they are there; else `score_groups` does it later
 
     def __init__(self, *args, **kwargs):

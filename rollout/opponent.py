@@ -1,12 +1,12 @@
 """Whose weights vLLM has: the actor's, or with a source that says so the reference's, its opponent or its judge."""
 
-from recipe.spin.preferences.source import RewardSource, Score
+from recipe.spin.preferences.source import PreferenceSource, Score
 
 
 class OpponentInVLLM:
     """What differs from verl's trainer where vLLM plays the reference, to be put before it among a trainer's bases."""
 
-    source: RewardSource
+    source: PreferenceSource
 
     def on_init_end(self):
         if self.source.rollout_model != "actor":

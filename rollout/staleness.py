@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from transfer_queue import KVBatchMeta
 
-from recipe.spin.preferences.source import RewardSource
+from recipe.spin.preferences.source import PreferenceSource
 
 
 def staleness(tags: list[dict], step: int) -> np.ndarray | None:
@@ -23,7 +23,7 @@ def staleness(tags: list[dict], step: int) -> np.ndarray | None:
 class StaleWeights:
     """What differs from verl's trainer where vLLM may be behind the policy, to be put before it among the bases."""
 
-    source: RewardSource
+    source: PreferenceSource
     _staleness: dict[str, int] = {}  # of the step's responses, by their keys
 
     def on_step_end(self):

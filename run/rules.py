@@ -13,7 +13,7 @@ import torch
 
 from recipe.spin.common.settings import ConfigError, Settings, Unusable
 from recipe.spin.core_algos import LOSSES, LossOptions, beta_at, check_loss_settings
-from recipe.spin.preferences.source import RewardSource, source_class
+from recipe.spin.preferences.source import PreferenceSource, source_class
 from recipe.spin.run import cluster
 from recipe.spin.run.schema import Precision
 from recipe.spin.run_folder import TRACKER, nearest_existing
@@ -56,7 +56,7 @@ def a_source_prefers(settings: Settings) -> None:
             raise ConfigError(str(error)) from error
 
 
-def source_of(settings: Settings) -> type[RewardSource]:
+def source_of(settings: Settings) -> type[PreferenceSource]:
     """The class that prefers."""
     try:
         return source_class(settings["algorithm.preference_source"])
@@ -64,7 +64,7 @@ def source_of(settings: Settings) -> type[RewardSource]:
         raise Unusable("algorithm.preference_source") from error
 
 
-def _sound_source(settings: Settings) -> type[RewardSource]:
+def _sound_source(settings: Settings) -> type[PreferenceSource]:
     """The source where it may be asked about `algorithm`, whose settings are all of the right kind."""
     source = source_of(settings)
     if not settings.is_sound("algorithm"):

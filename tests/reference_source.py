@@ -2,12 +2,12 @@
 
 import zlib
 
-from recipe.spin.preferences.source import Group, RewardSource, Score
+from recipe.spin.preferences.source import Group, PreferenceSource, Score
 
 GREEDY = {"temperature": 0.0, "max_tokens": 12}
 
 
-class ReferenceSays(RewardSource):
+class ReferenceSays(PreferenceSource):
     """Scores by length; the metric `reference/says` stands for the reference's greedy answer to one and the same."""
 
     scoring_model = "reference"

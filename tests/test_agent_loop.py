@@ -15,7 +15,7 @@ from verl.utils import tensordict_utils as tu
 from verl.workers.rollout.replica import TokenOutput
 
 from recipe.spin.preferences.reward_error import RewardError
-from recipe.spin.preferences.source import Group, RewardSource, Score
+from recipe.spin.preferences.source import Group, PreferenceSource, Score
 from recipe.spin.rollout import agent_loop, queue
 from recipe.spin.rollout.agent_loop import (
     GREEDY,
@@ -317,7 +317,7 @@ def test_faults_of_a_session_or_a_prompt_leave_the_others_their_round(monkeypatc
 # ---------------------------------------------------------------------- scores that are given later
 
 
-class Longest(RewardSource):
+class Longest(PreferenceSource):
     """Asks vLLM about each group, and scores responses by their length."""
 
     async def score_group(self, group: Group) -> list[Score]:

@@ -22,7 +22,7 @@ from worker_harness import compose
 from benchmarks.rule_judge import Handler, RuleJudge, is_sum
 from recipe.spin.preferences import judge_server
 from recipe.spin.preferences.judge import JudgeFailed, JudgeSource, read_verdict
-from recipe.spin.preferences.source import Group, RewardSource, Score, source_class
+from recipe.spin.preferences.source import Group, PreferenceSource, Score, source_class
 from recipe.spin.run.check import check_config
 from recipe.spin.run.pinned_model import fetch_pinned_model
 
@@ -621,7 +621,7 @@ def test_a_source_of_ones_own_is_named_by_its_module():
     assert JudgeSource.scores_groups() and not source_class("reward").scores_groups()
 
 
-class Plain(RewardSource):
+class Plain(PreferenceSource):
     def score_group(self, group: Group) -> list[Score]:
         return []
 
@@ -634,7 +634,7 @@ def noted(function):
     return call
 
 
-class Decorated(RewardSource):
+class Decorated(PreferenceSource):
     @noted
     async def score_group(self, group: Group) -> list[Score]:
         return []

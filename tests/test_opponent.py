@@ -4,7 +4,7 @@ import types
 
 import pytest
 
-from recipe.spin.preferences.source import RewardSource
+from recipe.spin.preferences.source import PreferenceSource
 from recipe.spin.rollout.opponent import OpponentInVLLM
 
 
@@ -17,7 +17,7 @@ class Verl:
 
 
 class Trainer(OpponentInVLLM, Verl):
-    def __init__(self, source: RewardSource):
+    def __init__(self, source: PreferenceSource):
         self.source, self.global_steps, self.val_dataloader, self.calls = source, 7, ["a batch"], []
         note = self.calls.append
         self.actor_rollout_wg = types.SimpleNamespace(choose_rollout_model=note)
@@ -31,7 +31,7 @@ class Trainer(OpponentInVLLM, Verl):
         return [-1.0]
 
 
-class Measuring(RewardSource):
+class Measuring(PreferenceSource):
     def held_out_metrics(self, batches, logps) -> dict[str, float]:
         assert batches == ["a batch"]
         return {"val-likelihood/response": sum(logps([], []))}

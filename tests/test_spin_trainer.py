@@ -21,7 +21,7 @@ from recipe.spin.core_algos import PreferencePairs
 from recipe.spin.dpo_update import DPOUpdate
 from recipe.spin.engine.rows import nest
 from recipe.spin.preferences.reward_error import RewardError
-from recipe.spin.preferences.source import Pairing, RewardSource
+from recipe.spin.preferences.source import Pairing, PreferenceSource
 from recipe.spin.rollout import answers, queue
 from recipe.spin.rollout.agent_loop import GREEDY, SAMPLING_SEED
 from recipe.spin.rollout.held_out import HeldOutRows
@@ -232,7 +232,7 @@ class EmptySteps(SpinTrainer):
     """Trains for nothing: 3 steps an epoch, each a pair of metrics."""
 
     trainer_mode, prev_step_profile, parameter_sync_step = "sync", False, 1
-    source, _actor_rollout_wg = RewardSource(None, None), None
+    source, _actor_rollout_wg = PreferenceSource(None, None), None
     checkpoint_manager = types.SimpleNamespace(update_weights=lambda step: None)
 
     def __init__(self, config):
@@ -415,7 +415,7 @@ def test_skipped_steps_in_a_row_stop_the_run(step):
 
 
 # ---- a step's pairs --------------------------------------------------------------------------------------------------
-class RejectsItsOwn(RewardSource):
+class RejectsItsOwn(PreferenceSource):
     """Puts a response of its own behind each prompt's, and prefers the last prompt's first to its others."""
 
     def pair(self, responses, rewards, mask, step) -> Pairing:
