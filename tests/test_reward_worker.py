@@ -10,8 +10,8 @@ from omegaconf import OmegaConf
 from verl.experimental.reward_loop import reward_loop
 from worker_harness import compose
 
+from recipe.spin.preferences import reward_error
 from recipe.spin.preferences.reward_error import RewardError
-from recipe.spin.rollout import reward_error
 from recipe.spin.rollout.reward_worker import RewardWorker, VerlWorker
 
 CODE = """

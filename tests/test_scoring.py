@@ -12,8 +12,8 @@ from omegaconf import OmegaConf
 from ray.exceptions import RayTaskError
 from verl.experimental.agent_loop.agent_loop import AgentLoopMetrics, AgentLoopOutput
 
+from recipe.spin.preferences import reward_error
 from recipe.spin.preferences.reward_error import RewardError
-from recipe.spin.rollout import reward_error
 from recipe.spin.rollout.scoring import FAULT, Scoring, response_name
 
 ROW = {
