@@ -19,6 +19,7 @@ import psutil
 from filelock import FileLock
 
 from recipe.spin.run.process_memory import NeededMemory
+from recipe.spin.run_folder import write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16")
@@ -112,9 +113,7 @@ def run_missing(
         with FileLock(file.with_suffix(".lock")):
             result = read()  # anew: another command may have written since
             result[key][name] = found
-            unfinished = file.with_suffix(".unfinished")
-            unfinished.write_text(json.dumps(result, indent=1) + "\n")
-            unfinished.replace(file)
+            write_whole(file, json.dumps(result, indent=1) + "\n")
     return read()[key]
 
 
