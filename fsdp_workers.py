@@ -57,15 +57,12 @@ class SpinWorker(ActorRolloutRefWorker):
         with `calculate_token_logps` there are `token_logps` too, an entry a response token.
         """
         tu.assign_non_tensor(data, no_lora_adapter=self.ref is None)
-        logps = (self.ref or self.actor).response_logps(data)
-        if self.ref is not None:
-            _reshard(self.ref.engine.module)  # FSDP would keep what the forward gathered until the next
-        return logps
+        return _logps(self.ref or self.actor, data)
 
     @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="actor"))
     def compute_actor_logps(self, data: TensorDict) -> TensorDict:
         """The same under the actor."""
-        return self.actor.response_logps(data)
+        return _logps(self.actor, data)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def advance_learning_rate(self) -> None:
@@ -164,6 +161,13 @@ def _mix(source: dict[str, torch.Tensor], target: dict[str, torch.Tensor], alpha
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor.data
+
+
+def _logps(model: RowWorker, data: TensorDict) -> TensorDict | None:
+    """Log-probs of a pass that no backward pass follows: FSDP would keep what it gathered until the next."""
+    logps = model.response_logps(data)
+    _reshard(model.engine.module)
+    return logps
 
 
 def _reshard(module: torch.nn.Module) -> None:

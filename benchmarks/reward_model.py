@@ -41,6 +41,7 @@ def run(reward_model: Path, folder: Path) -> dict:
     history, process = train(
         [
             *seeded(1),
+            "actor_rollout_ref.actor.optim.lr=1e-5",  # the default's when docs/preferences.md's run was made
             "reward.custom_reward_function.path=null",
             "reward.reward_model.enable=True",
             f"reward.reward_model.model_path={reward_model}",

@@ -184,8 +184,8 @@ def weights_fault(file: Path) -> str | None:
         return "is missing"
     size = file.stat().st_size
     try:
+        file.open("rb").close()  # safetensors would say that a file which may not be read is missing
         if file.suffix != ".safetensors":
-            file.open("rb").close()
             return None if size else "is empty"
         with safe_open(file, "np") as weights:
             return None if weights.keys() else "holds no weights"

@@ -124,9 +124,12 @@ def beta_is_a_number_or_a_schedule(settings: Settings) -> None:
 
 
 def the_users_module_is_imported(settings: Settings) -> None:
-    """verl imports it in its own processes, too late for the rules: it may register losses."""
-    key = f"{MODEL}.external_lib"
-    if settings[key] is None:
+    """Where a loss is asked for that it may register; verl imports it too late for the rules, in its own processes.
+
+    Else it is left to them: it may want a GPU, which a cluster's head has not.
+    """
+    key, asked = f"{MODEL}.external_lib", settings["algorithm.dpo_loss_type"]
+    if settings[key] is None or all(str(name) in LOSSES for name in (asked if isinstance(asked, list) else [asked])):
         return
     try:
         import_module(settings[key])
@@ -187,7 +190,7 @@ def lora_has_no_second_model(settings: Settings) -> None:
 def adapters_are_gathered_alone(settings: Settings) -> None:
     """verl's way to FSDP1's adapters gathers all there is, and would on every GPU at every push to vLLM."""
     key = f"{ACTOR}.strategy"
-    alone = settings[key] != "fsdp" or settings[f"{ROLLOUT}.layered_summon"]
+    alone = settings[key] != "fsdp" or settings[f"{ROLLOUT}.layered_summon"] or ranks(settings) == 1
     settings.require(
         alone or not settings[f"{MODEL}.lora_rank"] or settings["trainer.device"] != "cuda",
         key,

@@ -14,6 +14,8 @@ from omegaconf import OmegaConf
 from worker_harness import ROOT, compose, cpu_environment
 
 from recipe.spin import main_spin
+from recipe.spin.common.settings import Settings
+from recipe.spin.run import rules
 
 
 # ---- Settings that work ----------------------------------------------------------------------------------------------
@@ -155,6 +157,14 @@ FLASH = "actor_rollout_ref.model.override_config.attn_implementation=flash_atten
 LORA = "actor_rollout_ref.model.lora_rank=4"
 TWO_GPUS = "trainer.device=cuda trainer.nnodes=2 trainer.n_gpus_per_node=1 "
 TWO_GPUS += "actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype=bf16"
+
+
+@pytest.mark.parametrize(("nodes", "faults"), [(1, 0), (2, 1)])
+def test_on_one_gpu_fsdp1_has_nothing_to_gather_for_adapters(nodes, faults):
+    asked = [*TWO_GPUS.split(), f"trainer.nnodes={nodes}", LORA, "actor_rollout_ref.actor.strategy=fsdp"]
+    settings = Settings(override(composed("cpu"), asked))
+    rules.adapters_are_gathered_alone(settings)
+    assert len(settings.faults) == faults
 
 
 @pytest.mark.parametrize("key", ["ulysses_sequence_parallel_size", "fsdp_config.ulysses_sequence_parallel_size"])

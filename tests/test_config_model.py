@@ -267,10 +267,14 @@ def test_an_adapter_of_the_hub_takes_a_rank(run):
 
 
 def test_weights_that_may_not_be_read(run, folder, monkeypatch):
-    def refuse(file, framework):
-        raise PermissionError(errno.EACCES, "Permission denied", str(file))
+    opened = Path.open
 
-    monkeypatch.setattr(model_files, "safe_open", refuse)  # root may read all files
+    def refuse(file, *args, **options):
+        if file.suffix == ".safetensors":
+            raise PermissionError(errno.EACCES, "Permission denied", str(file))
+        return opened(file, *args, **options)
+
+    monkeypatch.setattr(Path, "open", refuse)  # root may read all files
     message = run.refusal(f"{PATH}={folder}")
     assert message.startswith(f"{PATH}='{folder}': model.safetensors cannot be read (Permission denied")
     assert "chmod" in message

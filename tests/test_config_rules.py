@@ -146,6 +146,13 @@ def test_a_loss_of_ones_own_is_known_by_its_module(run, tmp_path, monkeypatch):
         sys.modules.pop("my_losses", None)
 
 
+def test_a_module_of_the_users_is_left_to_verl_where_no_loss_needs_it(run):
+    """It may want what this machine lacks, a cluster's head without a GPU for one."""
+    run.check(
+        f"{EXTERNAL}=no_such_module", "algorithm.dpo_loss_type=[sigmoid,sft]", "algorithm.dpo_loss_weights=[1,0.2]"
+    )
+
+
 def test_an_evaluation_needs_a_folder_without_a_training_run(run, tmp_path):
     """Its summary would mark that run as finished."""
     asked = ("trainer.val_only=True", f"trainer.default_local_dir={tmp_path}")

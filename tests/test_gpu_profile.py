@@ -7,6 +7,7 @@ from unittest.mock import create_autospec
 
 import pytest
 import torch
+from tensordict import TensorDict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
@@ -144,6 +145,20 @@ def test_the_root_is_gathered_once_for_forward_and_backward(two_ranks, monkeypat
     output = module(torch.ones(2, 3))
     assert not any(isinstance(parameter, DTensor) for parameter in module.parameters())
     output.sum().backward()
+    assert all(isinstance(parameter, DTensor) for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("ask", ["compute_actor_logps", "compute_ref_logps"])
+def test_nothing_stays_gathered_after_log_probs(two_ranks, ask):
+    """No backward pass follows that would take it apart; vLLM gets the device next."""
+    from recipe.spin.fsdp_workers import SpinWorker
+
+    module = fully_shard(torch.nn.Linear(3, 2), mesh=init_device_mesh("cpu", (2,)), reshard_after_forward=False)
+    worker = SpinWorker.__new__(SpinWorker)
+    model = types.SimpleNamespace(engine=types.SimpleNamespace(module=module))
+    model.response_logps = lambda data: module(torch.ones(2, 3))
+    worker.actor = worker.ref = model
+    assert getattr(worker, ask)(TensorDict({}, batch_size=2)).shape == (2, 2)
     assert all(isinstance(parameter, DTensor) for parameter in module.parameters())
 
 
