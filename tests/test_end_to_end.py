@@ -197,26 +197,36 @@ def results(run: Path) -> dict[int, dict]:
     return {step: {k: v for k, v in entry.items() if not k.startswith(machine)} for step, entry in metrics(run).items()}
 
 
+def fill_batches(task, model, run: Path) -> None:
+    """Two steps in which every other prompt's responses tie."""
+    run.parent.mkdir(exist_ok=True)
+    succeed(
+        task,
+        model,
+        run,
+        "algorithm.filter_groups.enable=True",
+        "reward.custom_reward_function.name=compute_every_other",
+        "trainer.total_training_steps=2",
+        "trainer.total_epochs=50",
+    )
+
+
 def test_dynamic_sampling_fills_a_batch_with_prompts_that_give_a_pair(task, tiny_llama, tmp_path):
-    """Every other prompt always ties, so that a batch of four takes about eight prompts; the same ones in every run."""
-    runs = [tmp_path / name / "run" for name in ("first", "second")]
-    for run in runs:
-        run.parent.mkdir()
-        succeed(
-            task,
-            tiny_llama,
-            run,
-            "algorithm.filter_groups.enable=True",
-            "reward.custom_reward_function.name=compute_every_other",
-            "trainer.total_training_steps=2",
-            "trainer.total_epochs=50",
-        )
-    history = metrics(runs[0])
+    """Every other prompt always ties, so that a batch of four takes about eight prompts."""
+    fill_batches(task, tiny_llama, tmp_path / "run")
+    history = metrics(tmp_path / "run")
     for step in (1, 2):
         assert history[step]["pairs/used"] == 4 and history[step]["pairs/tie_rate"] == 0
         replaced = history[step]["training/filter_groups/evicted_samples"]
         surplus = history[step].get("training/filter_groups/discarded_surplus_samples", 0)
         assert replaced >= 1 and history[step]["pairs/prompts_answered"] == 4 + replaced + surplus
+
+
+@pytest.mark.long
+def test_dynamic_sampling_draws_the_same_prompts_in_every_run(task, tiny_llama, tmp_path):
+    runs = [tmp_path / name / "run" for name in ("first", "second")]
+    for run in runs:
+        fill_batches(task, tiny_llama, run)
     first, second = map(results, runs)
     assert any(name.startswith("val-greedy-core/") for name in first[0]) and len(first[2]) > 20
     assert first == second
