@@ -121,6 +121,7 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(one_rank, task, tiny_lla
             assert resumed[step][name] == pytest.approx(through[step][name], rel=1e-4, abs=1e-5), (step, name)
 
 
+@pytest.mark.long
 def test_a_last_validation_that_was_cut_off_is_made_up_for(one_rank, task, tiny_llama, tmp_path):
     """Killed behind the last checkpoint: the next start answers the held-out prompts, and trains nothing."""
     run = tmp_path / "run"
@@ -232,6 +233,7 @@ def test_dynamic_sampling_draws_the_same_prompts_in_every_run(task, tiny_llama, 
     assert first == second
 
 
+@pytest.mark.long
 def test_dynamic_sampling_gives_up_on_a_reward_that_always_ties(task, tiny_llama, tmp_path):
     error = fail(
         task,
@@ -339,6 +341,7 @@ def test_lora_against_the_base_model(task, tiny_llama, tmp_path):
     assert (logits - before).abs().max() > 0.01
 
 
+@pytest.mark.long
 def test_the_example_of_another_trainer_trains(task, tiny_llama, tmp_path):
     """verl's PPO trainer with DPO's gradient as advantage, against a reference that stays as loaded."""
     actor = "actor_rollout_ref.actor"
