@@ -178,7 +178,7 @@ class SpinTrainer(OpponentInVLLM, StaleWeights, HeldOutValidation, PPOTrainerSyn
         with marked_timer("gen", timing_raw, color="red"):
             self.on_sample_begin()
             batch, sample_metrics = self.replay_buffer.sample(
-                global_steps=self.global_steps, partition_id="train", batch_size=sample_batch_size
+                global_steps=self.global_steps, partition_id=queue.TRAINING, batch_size=sample_batch_size
             )
             metrics.update(sample_metrics | self._measure_staleness(batch))
             self.on_sample_end()

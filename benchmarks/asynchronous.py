@@ -13,13 +13,21 @@ import re
 import statistics
 from pathlib import Path
 
-from benchmarks.default_run import arm_and_seed, arms_with_seeds, cell, over_seeds, seeded, summarize, train
+from benchmarks.default_run import (
+    EARLIER_RATE,
+    arm_and_seed,
+    arms_with_seeds,
+    cell,
+    over_seeds,
+    seeded,
+    summarize,
+    train,
+)
 from benchmarks.machine import ROOT, provenance, results_file, run_missing
 
 ASYNC = ["trainer.v1.trainer_mode=colocate_async"]
 EVERY_4 = ["trainer.rollout_sync_freq=4", "actor_rollout_ref.rollout.free_cache_engine=False"]
-# The default's when docs/asynchronous.md's runs were made
-SETTINGS = ["actor_rollout_ref.actor.optim.lr=1e-5"]
+SETTINGS = [EARLIER_RATE]
 ARMS = {
     "sync": [],
     "colocate_async": ASYNC,

@@ -10,12 +10,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from benchmarks.default_run import seeded, summarize, train
+from benchmarks.default_run import EARLIER_RATE, seeded, summarize, train
 from benchmarks.machine import ROOT, provenance, write_result
 from benchmarks.rule_judge import Rule, RuleJudge, is_no_sum, is_sum
 
 DELAY, UNREADABLE = 0.2, 0.05
-LR = "actor_rollout_ref.actor.optim.lr=1e-5"  # the default's when docs/preferences.md's runs were made
 STEPS = {"knows the rule": 12, "turned round": 5}
 
 
@@ -23,7 +22,7 @@ def run(rule: Rule, steps: int, folder: Path) -> dict:
     """One run against a judge with this rule."""
     with RuleJudge(rule, delay=DELAY, unreadable=UNREADABLE) as judge:
         source = ["algorithm.preference_source=judge", f"algorithm.judge.servers=[{judge.address}]"]
-        history, _ = train([*seeded(1), LR, *source, f"trainer.total_training_steps={steps}"], folder)
+        history, _ = train([*seeded(1), EARLIER_RATE, *source, f"trainer.total_training_steps={steps}"], folder)
     steps_judged = [one for one in history if "judge/asked" in one]
     means = {
         name: sum(one[f"judge/{name}"] for one in steps_judged) / len(steps_judged)

@@ -106,7 +106,8 @@ def run_missing(
     def read() -> dict:
         return json.loads(file.read_text()) if file.exists() else settings | {key: {}}
 
-    for name in names or [name for name in known if name not in read()[key]]:
+    there = read()[key]
+    for name in names or [name for name in known if name not in there]:
         sys.stderr.write(f"[benchmark] {name} ...\n")
         found = run(name)
         file.parent.mkdir(parents=True, exist_ok=True)

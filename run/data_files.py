@@ -10,7 +10,7 @@ from itertools import chain, islice
 from pathlib import Path
 
 from recipe.spin.common.settings import ConfigError, Settings
-from recipe.spin.run.model_files import CHAT_TEMPLATE, load_tokenizer, rendered
+from recipe.spin.run.model_files import CHAT_TEMPLATE, load_tokenizer, prompt_writer
 from recipe.spin.run.reward_file import KEY
 from recipe.spin.run.rules import ROLLOUT, is_self_play, require_queue, scores_groups
 
@@ -293,11 +293,12 @@ def _require_short(settings: Settings, tokenizer, prompts: Prompts) -> None:
 
 def _lengths(settings: Settings, tokenizer, prompts: Prompts) -> Iterator[int]:
     """Tokens of each prompt, written as the rollout does."""
+    write = prompt_writer(settings, tokenizer)
     for start in range(0, len(prompts.messages), CHUNK):
         texts = []
         for row, messages in enumerate(prompts.messages[start : start + CHUNK], start=start):
             try:
-                texts.append(rendered(settings, tokenizer, messages))
+                texts.append(write(messages))
             except ValueError as error:
                 raise prompts.fault(row, f"{error}; change them, or set {CHAT_TEMPLATE}") from error
         yield from map(len, tokenizer(texts, add_special_tokens=False)["input_ids"])

@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from collections.abc import Callable
 from functools import cache, partial
 from math import ceil
 from pathlib import Path
@@ -284,15 +285,19 @@ def load_tokenizer(settings: Settings):
     return tokenizer
 
 
-def rendered(settings: Settings, tokenizer, messages: list[dict]) -> str:
-    """A prompt as the rollout writes it. Raises ValueError where the chat template does not take the messages."""
+def prompt_writer(settings: Settings, tokenizer) -> Callable[[list[dict]], str]:
+    """Writes messages as the rollout does. Raises ValueError where the chat template does not take them."""
     options = dict(settings["data.apply_chat_template_kwargs"])
     template = settings[CHAT_TEMPLATE]
     options |= {"chat_template": template} if template else {}
-    try:
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **options)
-    except Exception as error:  # a template is a program, which may raise what it likes
-        raise ValueError(f"the chat template does not take the messages ({error})") from error
+
+    def write(messages: list[dict]) -> str:
+        try:
+            return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **options)
+        except Exception as error:  # a template is a program, which may raise what it likes
+            raise ValueError(f"the chat template does not take the messages ({error})") from error
+
+    return write
 
 
 def prompt_length(settings: Settings, messages: list[dict]) -> int | None:
@@ -305,7 +310,7 @@ def prompt_length(settings: Settings, messages: list[dict]) -> int | None:
     if tokenizer is None:
         return None
     try:
-        text = rendered(settings, tokenizer, messages)
+        text = prompt_writer(settings, tokenizer)(messages)
     except ValueError as error:
         roles = ", ".join(message["role"] for message in messages)
         raise ConfigError(
