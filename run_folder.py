@@ -8,6 +8,7 @@ from pathlib import Path
 
 TRACKER = "latest_checkpointed_iteration.txt"  # verl writes it last: the step of the newest complete checkpoint
 CHECKPOINT = re.compile(r"global_step_(0|[1-9][0-9]*)")
+ANSWERS = re.compile(r"step_([0-9]{8})\.jsonl")
 METRICS = re.compile(r"from_step_([0-9]{8})(?:-([0-9]+))?\.jsonl")
 
 
@@ -74,6 +75,32 @@ def next_metrics_file(folder: Path, step: int) -> Path:
     (folder / "metrics").mkdir(parents=True, exist_ok=True)
     number = 1 + max((number for start, number in metrics_files(folder) if start == step), default=0)
     return folder / "metrics" / (f"from_step_{step:08d}" + (f"-{number}" if number > 1 else "") + ".jsonl")
+
+
+def answers_files(folder: Path) -> dict[int, Path]:
+    """The held-out answers that were kept, by the step after which they were given."""
+    found = {}
+    for path in (folder / "held_out").glob("step_*.jsonl"):
+        name = ANSWERS.fullmatch(path.name)
+        if name:
+            found[int(name[1])] = path
+    return dict(sorted(found.items()))
+
+
+def keep_answers(folder: Path, step: int, answers: list[tuple[list[dict], str]]) -> None:
+    """Keeps the answers to held-out prompts, each a list of messages, that were given after `step`."""
+    lines = [json.dumps({"prompt": prompt, "answer": answer}) for prompt, answer in answers]
+    (folder / "held_out").mkdir(parents=True, exist_ok=True)
+    write_whole(folder / "held_out" / f"step_{step:08d}.jsonl", "".join(f"{line}\n" for line in lines))
+
+
+def first_answers(folder: Path) -> list[tuple[list[dict], str]] | None:
+    """The prompts and answers of the first validation whose answers were kept; None without one."""
+    file = next(iter(answers_files(folder).values()), None)
+    if file is None:
+        return None
+    rows = map(json.loads, file.read_text().splitlines())
+    return [(row["prompt"], row["answer"]) for row in rows]
 
 
 def read_history(folder: Path) -> tuple[dict[int, dict[str, float | None]], int]:

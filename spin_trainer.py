@@ -27,7 +27,7 @@ from recipe.spin.engine.rows import pad_rows
 from recipe.spin.fsdp_workers import SpinWorker
 from recipe.spin.preferences.source import PreferenceSource, load_source
 from recipe.spin.rollout import answers, queue
-from recipe.spin.rollout.agent_loop import SAMPLING_SEED, RolloutClient
+from recipe.spin.rollout.agent_loop import PREFERENCE, SAMPLING_SEED, RolloutClient
 from recipe.spin.rollout.buffers import OldestFirst, WholeRounds
 from recipe.spin.rollout.held_out import HeldOutValidation
 from recipe.spin.rollout.opponent import OpponentInVLLM
@@ -218,12 +218,12 @@ class SpinTrainer(OpponentInVLLM, StaleWeights, HeldOutValidation, PPOTrainerSyn
         if self.source.scoring_model == "reference":
             scores = self._ask_reference(list(dict.fromkeys(prompts)))
             rewards.zero_()[:, 0] = torch.tensor([score.value for score in scores])
-            extra = [one | {"preference": score.info} for one, score in zip(extra, scores, strict=True)]
+            extra = [one | {PREFERENCE: score.info} for one, score in zip(extra, scores, strict=True)]
         ended = answers.ended(responses["responses"].unbind(), self.source.end_tokens)
         if self.config.algorithm.reward_error == "skip":
             metrics["score/missing"] = answers.count_missing(rewards, extra)
         metrics.update(answers.response_metrics(rewards, mask, ended, responses, extra))
-        metrics.update(self.source.metrics([one.get("preference", {}) for one in extra]))
+        metrics.update(self.source.metrics([one.get(PREFERENCE, {}) for one in extra]))
         penalty = self.config.algorithm.missing_eos_penalty
         if penalty:
             rewards[:, 0] = penalize_missing_eos(rewards[:, 0], ended, penalty)

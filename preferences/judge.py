@@ -99,7 +99,8 @@ class JudgeSource(PreferenceSource):
         self._template = read_template(self._settings.prompt)
         workers = config.actor_rollout_ref.rollout.agent.num_workers
         self._calls = asyncio.Semaphore(max(1, self._settings.concurrency // workers))
-        self._began: dict[int, float] = {}  # of the step that is judged, when its first question was asked
+        # Of the step or validation that is judged, when its first question was asked
+        self._began: dict[tuple[int, bool], float] = {}
         if self.scores_with_reference(config):
             self.scoring_model = "reference"
         names = models(self._settings)
@@ -136,8 +137,8 @@ class JudgeSource(PreferenceSource):
 
     async def score_group(self, group: Group) -> list[Score]:
         tally, start = Tally(), time.monotonic()
-        if group.step not in self._began:
-            self._began = {group.step: start}
+        if (group.step, group.held_out) not in self._began:
+            self._began = {(group.step, group.held_out): start}
         contest = self._tournament if self._settings.comparisons == "tournament" else self._all_pairs
         values = await contest(group, tally)
         tally.seconds = time.monotonic() - start
@@ -190,18 +191,18 @@ class JudgeSource(PreferenceSource):
         server = self._servers[judge]
         async with self._calls:
             asked = self._ask_own(question, group) if server is None else server.ask(question)
-            answer = await self._in_time(asked, group.step)
+            answer = await self._in_time(asked, group)
         return tally.count(answer, shown_address(self._settings.servers[judge]))
 
-    async def _in_time(self, answer: Awaitable[Answer], step: int) -> Answer:
+    async def _in_time(self, answer: Awaitable[Answer], group: Group) -> Answer:
         limit = self._settings.step_timeout_s
-        left = None if limit is None else self._began[step] + limit - time.monotonic()
+        left = None if limit is None else self._began[group.step, group.held_out] + limit - time.monotonic()
         try:
             return await asyncio.wait_for(answer, left)
         except asyncio.TimeoutError as error:
             raise JudgeFailed(
-                f"step {step}: its comparisons took longer than algorithm.judge.step_timeout_s={limit}; raise it or "
-                "algorithm.judge.concurrency, or ask less (algorithm.judge.comparisons=tournament)"
+                f"step {group.step}: its comparisons took longer than algorithm.judge.step_timeout_s={limit}; raise it "
+                "or algorithm.judge.concurrency, or ask less (algorithm.judge.comparisons=tournament)"
             ) from error
 
     async def _ask_own(self, question: str, group: Group) -> Answer:

@@ -24,18 +24,19 @@ Generate = Callable[[list[int], dict[str, Any]], Any]  # prompt tokens, sampling
 
 @dataclass(frozen=True)
 class Group:
-    """The n responses to one prompt of a training step.
+    """The n responses to one prompt of a training step, or two answers to a held-out one.
 
     Attributes:
-        step: number of the training step.
+        step: number of the training step, or of the one that the validation follows.
         messages: the prompt, as chat messages.
         responses: the responses' text, without special tokens.
-        rewards: what the reward function or the reward model gave each; None where the settings name neither, as
-            verl's own rewards, by `data_source`, score held-out prompts alone; and of a reward model in the policy's
-            pool, which scores later.
+        rewards: what the reward function or the reward model gave each; None where the settings name neither, and of a
+            reward model in the policy's pool, which scores later.
         row: the columns of the prompt's row in the data.
         generate: answers prompt tokens with the policy's own vLLM server and the weights of the source's
             `scoring_model`; awaitable, gives the answer's tokens.
+        held_out: whether the responses are the answers of two validations to a held-out prompt, the first validation's
+            and this one's, of which the source says which is better.
     """
 
     step: int
@@ -44,6 +45,7 @@ class Group:
     rewards: list[float] | None
     row: dict[str, Any]
     generate: Generate
+    held_out: bool = False
 
 
 class Score(NamedTuple):
@@ -113,6 +115,14 @@ class PreferenceSource:
     def scores_groups(cls) -> bool:
         return cls.score_group is not PreferenceSource.score_group
 
+    @classmethod
+    def compares_held_out(cls, config: DictConfig) -> bool:
+        """Whether held-out answers are worth what the source says of them beside those of the first validation.
+
+        So it is where it scores groups, and the settings name neither a reward function nor a reward model.
+        """
+        return cls.scores_groups() and not cls.scores_with_reference(config) and not has_reward(config.reward)
+
     def prompt_tokens(self, messages: list[dict]) -> list[int]:
         """The tokens of a prompt, as `group.generate` takes them: by the chat template and the run's options."""
         options = self.config.data.apply_chat_template_kwargs
@@ -163,6 +173,11 @@ class PreferenceSource:
         `logps(prompts, responses)` gives the log-probs (N,) of N responses under the actor, both given as tokens.
         """
         return {}
+
+
+def has_reward(reward: DictConfig) -> bool:
+    """Whether the settings under `reward` name a reward function or a reward model."""
+    return reward.custom_reward_function.path is not None or reward.reward_model.enable
 
 
 def source_class(name: str) -> type[PreferenceSource]:

@@ -1,6 +1,7 @@
 """How prompts are answered: verl's agent loops, with seeds for the responses and requests in rounds (rounds.py)."""
 
 import asyncio
+import math
 import zlib
 from collections import defaultdict
 from collections.abc import Awaitable
@@ -21,9 +22,9 @@ from verl.workers.rollout.replica import TokenOutput
 from recipe.spin import verl_patches
 from recipe.spin.common import heap
 from recipe.spin.preferences.reward_error import NoScore, RewardError
-from recipe.spin.preferences.source import Group, PreferenceSource, Score, load_source
+from recipe.spin.preferences.source import Group, PreferenceSource, Score, has_reward, load_source
 from recipe.spin.rollout import queue
-from recipe.spin.rollout.groups import GroupScoring, checked
+from recipe.spin.rollout.groups import GroupScoring, checked, win
 from recipe.spin.rollout.rounds import Request, Round, Session
 from recipe.spin.rollout.scoring import Scoring, prompt_name
 
@@ -32,6 +33,8 @@ verl_patches.own_transfer_queue()
 # Columns that SpinTrainer adds to a batch of prompts
 GREEDY = "spin_greedy"  # answer greedily, whatever the sampling parameters say
 SAMPLING_SEED = "spin_sampling_seed"  # names the prompt within the run; ends with its number (`prompt_number`)
+FIRST_ANSWER = "spin_first_answer"  # of the run's first validation to a held-out prompt, None if it gave none
+PREFERENCE = "preference"  # of a response's extra fields: what the source noted about it
 
 
 def prompt_number(name: str) -> int:
@@ -150,6 +153,7 @@ class RolloutWorker(Scoring, VerlWorker):
 
     _source: PreferenceSource | None = None  # one that scores responses together
     _at_once = False  # whether that is done as soon as they are there; else `score_groups` does it later
+    _compares_held_out = False  # whether it scores held-out answers too
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -158,6 +162,7 @@ class RolloutWorker(Scoring, VerlWorker):
         if source.scores_groups():
             self._source = source
             self._at_once = source.scoring_model == "actor"
+            self._compares_held_out = source.compares_held_out(self.config)
         self._unscored: dict[str, dict[int, tuple[AgentLoopOutput, dict]]] = defaultdict(dict)
         heap.hand_back()
 
@@ -218,30 +223,53 @@ class RolloutWorker(Scoring, VerlWorker):
     async def _agent_loop_postprocess(self, output, validate, **row) -> None:
         if _group.get() is not None:
             outputs = output if isinstance(output, list) else [output]
-            if self._has_reward():
+            if has_reward(self.config.reward):
                 await self._compute_score(outputs, kwargs=row)
             found: Score = await _group.get().score(row["session_id"], (outputs[-1], row))
             outputs[-1].reward_score = found.value
-            outputs[-1].extra_fields |= {"preference": found.info}
+            outputs[-1].extra_fields |= {PREFERENCE: found.info}
             outputs[-1].extra_fields.setdefault("reward_extra_info", {})
         elif self._source is not None and not self._at_once and not validate:
             last = output[-1] if isinstance(output, list) else output
-            if not self._has_reward():
+            if not has_reward(self.config.reward):
                 last.reward_score = 0.0  # the trainer puts the group's in its place
                 last.extra_fields.setdefault("reward_extra_info", {})
             self._unscored[row["uid"]][row["session_id"]] = (last, row)
+        elif self._compares_held_out and validate:
+            last = output[-1] if isinstance(output, list) else output
+            last.reward_score, infos = await self._compare_held_out(last, row)
+            last.extra_fields["reward_extra_info"] = {PREFERENCE: infos}
         await super()._agent_loop_postprocess(output, validate, **row)
-
-    def _has_reward(self) -> bool:
-        reward = self.config.reward
-        return reward.custom_reward_function.path is not None or reward.reward_model.enable
 
     async def _score_group(self, answers: list[tuple[AgentLoopOutput, dict]]) -> list[Score]:
         outputs, row = [output for output, _ in answers], answers[0][1]
-        texts = [self.tokenizer.decode(output.response_ids, skip_special_tokens=True) for output in outputs]
-        given = self._has_reward() and outputs[0].reward_score is not None  # a model in the policy's pool scores later
+        texts = list(map(self._text, outputs))
+        # A reward model in the policy's pool scores later
+        given = has_reward(self.config.reward) and outputs[0].reward_score is not None
         rewards = [output.reward_score for output in outputs] if given else None
-        group = Group(row["global_steps"], list(row["raw_prompt"]), texts, rewards, row, self._generate)
+        return await self._ask_source(texts, rewards, row)
+
+    async def _compare_held_out(self, output: AgentLoopOutput, row: dict) -> tuple[float, list[dict]]:
+        """1 where the source prefers a held-out answer to that of the run's first validation, 0 where that, else 0.5.
+
+        NaN, no score, where that validation had no answer to the prompt. And what the source noted.
+        """
+        text = self._text(output)
+        before = row.get(FIRST_ANSWER, text)  # in the first validation it is its own
+        if before is None:
+            return math.nan, []
+        if before == text:
+            return 0.5, []
+        scores = await self._ask_source([before, text], None, row, held_out=True)
+        return win(scores), [score.info for score in scores]
+
+    def _text(self, output: AgentLoopOutput) -> str:
+        return self.tokenizer.decode(output.response_ids, skip_special_tokens=True)
+
+    async def _ask_source(
+        self, texts: list[str], rewards: list[float] | None, row: dict, held_out: bool = False
+    ) -> list[Score]:
+        group = Group(row["global_steps"], list(row["raw_prompt"]), texts, rewards, row, self._generate, held_out)
         scores = self._source.score_group(group)
         if not self._source.limits_itself:
             scores = self._in_time(scores, group)

@@ -37,6 +37,12 @@ def checked(scores: Any, group: Group, source: str) -> list[Score]:
     return found
 
 
+def win(scores: list[Score]) -> float:
+    """What the second of two responses is worth: 1 where it has the higher score, 0 where the first has, else 0.5."""
+    first, second = (score.value for score in scores)
+    return 0.5 + 0.5 * ((second > first) - (second < first))
+
+
 def _value(score: Any, reward: float | None) -> float:
     if not isinstance(score, Score):
         raise NoScore(f"returned {score!r}, which is no Score,")

@@ -1,12 +1,20 @@
-"""How held-out prompts are answered: samples and one greedy answer each, in one pass of verl's validation."""
+"""How held-out prompts are answered: samples and one greedy answer each, in one pass of verl's validation.
 
+Where the source of preferences says what the answers are worth it compares the greedy ones with those of the run's
+first validation, which the run's folder keeps.
+"""
+
+import json
 import math
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from recipe.spin.rollout.agent_loop import GREEDY, SAMPLING_SEED
-from recipe.spin.rollout.validation_metrics import held_out_faults
+from recipe.spin import run_folder
+from recipe.spin.rollout.agent_loop import FIRST_ANSWER, GREEDY, PREFERENCE, SAMPLING_SEED
+from recipe.spin.rollout.validation_metrics import as_win_rate, held_out_faults
 
 
 class HeldOutValidation:
@@ -15,16 +23,34 @@ class HeldOutValidation:
     def _validate(self) -> dict[str, float]:
         """Answers the held-out prompts greedily and, if `val_kwargs` ask for samples, with these too, all in one go.
 
-        What of it failed, and was let pass, goes into the run's progress, which the console shows.
+        Where the source compares answers there are greedy ones alone, and the metrics are its win rate. What of it
+        failed, and was let pass, goes into the run's progress, which the console shows.
         """
-        loader = self.val_dataloader
-        self.val_dataloader = self._held_out = HeldOutRows(loader, self.config.actor_rollout_ref.rollout.val_kwargs)
+        loader, val_kwargs = self.val_dataloader, self.config.actor_rollout_ref.rollout.val_kwargs
+        compares = self.source.compares_held_out(self.config)
+        first = self._first_answers() if compares else None
+        self.val_dataloader = self._held_out = HeldOutRows(loader, val_kwargs, compares, first)
         try:
             metrics = super()._validate()
         finally:
             self.val_dataloader = loader
+        if compares:
+            metrics = as_win_rate(metrics)
+            if first is None:
+                folder = Path(self.config.trainer.default_local_dir)
+                run_folder.keep_answers(folder, self.global_steps, self._answers)
         self.progress["validation"] = {"step": self.global_steps, "faults": held_out_faults(metrics)}
         return metrics
+
+    def _first_answers(self) -> list[tuple[list[dict], str]] | None:
+        """The held-out prompts and answers of the run's first validation; None where this is the first."""
+        if self.global_steps == 0:
+            return None
+        return run_folder.first_answers(Path(self.config.trainer.default_local_dir))
+
+    def _maybe_log_val_generations(self, inputs, outputs, scores):
+        self._texts = outputs  # verl has no other place that shows them all
+        super()._maybe_log_val_generations(inputs, outputs, scores)
 
     def _val_metrics_update(self, data_sources, sample_uids, infos, turns, expected_acc_counts=None):
         """verl's metrics of the answers that `val_kwargs` ask for, and of the greedy ones under names of their own.
@@ -35,10 +61,17 @@ class HeldOutValidation:
             RuntimeError: when more answers failed than `trainer.max_failed_validation` allows.
         """
         infos = without_made_up_accuracy(infos)
+        noted = [info for infos_of_one in infos.pop(PREFERENCE, ()) for info in infos_of_one]
         unscored = {uid for uid, reward in zip(sample_uids, infos["reward"], strict=True) if math.isnan(reward)}
         uids = [uid for _, uid in expected_acc_counts]  # one a row, in the rows' order
+        if self._held_out.compares:
+            texts = dict(zip(sample_uids, self._texts, strict=True))
+            rows = zip(self._held_out.prompts, uids, strict=True)
+            self._answers = [(prompt, texts[uid]) for prompt, uid in rows if uid in texts]
         greedy_prompts = {uid for uid, greedy in zip(uids, self._held_out.greedy, strict=True) if greedy}
         metrics = {"val-failed/answers": self._failed_share(len(sample_uids), sum(expected_acc_counts.values()))}
+        if noted:
+            metrics |= {f"val-{name}": value for name, value in self.source.metrics(noted).items()}
         for greedy, prefix in ((False, "val-"), (True, "val-greedy-")):
             kept = {uid for uid in uids if (uid in greedy_prompts) == greedy} - unscored
             places = [place for place, uid in enumerate(sample_uids) if uid in kept]
@@ -80,22 +113,28 @@ class HeldOutRows:
     """The held-out batches with the columns by which RolloutWorker samples: the same seeds at every validation.
 
     Where `val_kwargs` ask for samples each row is followed by itself once more, to be answered greedily; else it stands
-    once, for its one greedy answer.
+    once, for its one greedy answer, and so it does where answers are compared: then each row has that of the run's
+    first validation beside it, by the prompts and answers in `first`.
 
     Attributes:
+        compares: whether answers are compared.
         greedy: of each row handed out, whether it is the greedy one.
+        prompts: of each, the messages.
     """
 
-    def __init__(self, loader, val_kwargs):
+    def __init__(self, loader, val_kwargs, compares: bool = False, first: list[tuple[list[dict], str]] | None = None):
         self._loader = loader
-        samples = val_kwargs.do_sample and val_kwargs.temperature > 0
+        self.compares = compares
+        samples = val_kwargs.do_sample and val_kwargs.temperature > 0 and not compares
         self._kinds = (False, True) if samples else (True,)
         self._n = val_kwargs.n
+        self._first = None if first is None else {_key(prompt): answer for prompt, answer in first}
         self.greedy: list[bool] = []
+        self.prompts: list[list[dict]] = []
 
     def __iter__(self):
         row = 0
-        self.greedy = []
+        self.greedy, self.prompts = [], []
         for batch in self._loader:
             size, copies = len(batch["raw_prompt"]), len(self._kinds)
             greedy = list(self._kinds) * size
@@ -109,5 +148,13 @@ class HeldOutRows:
                 name: values.repeat_interleave(copies, 0) if torch.is_tensor(values) else values.repeat(copies, 0)
                 for name, values in batch.items()
             }
+            self.prompts += [list(prompt) for prompt in rows["raw_prompt"]]
+            if self._first is not None:
+                columns[FIRST_ANSWER] = [self._first.get(_key(prompt)) for prompt in rows["raw_prompt"]]
             yield rows | {name: np.array(values, dtype=object) for name, values in columns.items()}
             row += size
+
+
+def _key(prompt: Sequence[dict]) -> str:
+    """A prompt's messages as one text."""
+    return json.dumps(list(prompt))

@@ -1,7 +1,9 @@
 """What the metrics of a validation say, by verl's names: accuracy or score held out, and what of it failed."""
 
 import math
+import re
 
+WIN_RATE = "win_rate"  # in names of metrics
 # Metrics of a validation that should be 0, in words
 HELD_OUT_FAULTS = {
     "val-failed/answers": "{:.1%} of the held-out answers failed",
@@ -23,12 +25,18 @@ def held_out_accuracy(metrics: dict[str, float | None]) -> dict[str, float | Non
     return found
 
 
+def as_win_rate(metrics: dict[str, float]) -> dict[str, float]:
+    """verl's metrics of a validation in which answers are worth what they are beside those of the first one."""
+    return {re.sub("/reward(?=/[^/]+$)", f"/{WIN_RATE}", name): value for name, value in metrics.items()}
+
+
 def held_out_measure(history: History) -> str:
-    """What `held_out_accuracy` finds: "accuracy", or "score" where the reward gives no `acc`."""
+    """What `held_out_accuracy` finds: "accuracy", "score" where the reward gives no `acc`, or "win rate"."""
     names = [
         name for metrics in history.values() for name in metrics if name.startswith(("val-core/", "val-greedy-core/"))
     ]
-    return "accuracy" if any("/acc/" in name for name in names) else "score"
+    variables = {name.split("/")[-2] for name in names}
+    return "accuracy" if "acc" in variables else "win rate" if WIN_RATE in variables else "score"
 
 
 def held_out_faults(metrics: dict[str, float | None]) -> dict[str, float]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from recipe.spin.common.settings import ConfigError, Settings
 from recipe.spin.run.model_files import CHAT_TEMPLATE, load_tokenizer, prompt_writer
 from recipe.spin.run.reward_file import KEY
-from recipe.spin.run.rules import ROLLOUT, is_self_play, require_queue, scores_groups
+from recipe.spin.run.rules import ROLLOUT, compares_held_out, is_self_play, require_queue, scores_groups
 
 TRAIN, VAL = "data.train_files", "data.val_files"
 # Columns of a response, which a column of the data by the same name would overwrite, or meet in a call
@@ -190,12 +190,14 @@ def _other_parts(message: dict) -> list:
 
 
 def _is_scored(settings: Settings, key: str) -> bool:
-    """Whether a reward function gets the rows of a file; a reward model, or a judge in training, takes prompts."""
+    """Whether a reward function gets the rows of a file; a reward model, or a source that scores, takes prompts."""
     if key == VAL and not settings["trainer.val_before_train"] and settings["trainer.test_freq"] <= 0:
         return False
     if settings.value(f"{KEY}.path") is not None:
         return True
-    return not settings["reward.reward_model.enable"] and (key == VAL or not scores_groups(settings))
+    if settings["reward.reward_model.enable"]:
+        return False
+    return not (compares_held_out(settings) if key == VAL else scores_groups(settings))
 
 
 def _reward_fault(row: dict, settings: Settings) -> str | None:

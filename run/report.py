@@ -51,7 +51,9 @@ def _draw(history: History, path: Path) -> str:
 
 
 def summarize(history: History) -> dict:
-    """Held-out accuracy (or score) before the first step and at the last validation after it, the steps, and faults.
+    """The held-out `measure` before the first step and at the last validation after it, the steps, and faults.
+
+    The measure is accuracy, the score or the win rate (`held_out_measure`).
 
     `held_out_faults` has the validations in which answers failed or responses had no score, by step.
     """
@@ -73,7 +75,7 @@ def latest_checkpoint(folder: Path) -> str | None:
 
 
 def plot(history: History, path: Path) -> None:
-    """Draws the accuracy (or score) on training and held-out prompts, and the implicit reward margin, over steps."""
+    """Draws the held-out measure and its like on training prompts, and the implicit reward margin, over steps."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -90,11 +92,12 @@ def plot(history: History, path: Path) -> None:
         return {step: metrics[name] for step, metrics in history.items() if name in metrics}
 
     held_out = {step: held_out_accuracy(metrics) for step, metrics in history.items()}
-    training = metric("score/accuracy") or metric("score/mean")
-    curve(left, training, "training prompts, sampled", "-")
+    measure = held_out_measure(history)
+    if measure != "win rate":  # in training a response meets others to its prompt, and half of them win
+        curve(left, metric("score/accuracy") or metric("score/mean"), "training prompts, sampled", "-")
     for kind, style in (("sampled", "o--"), ("greedy", "s--")):
         curve(left, {step: a[kind] for step, a in held_out.items() if kind in a}, f"held-out prompts, {kind}", style)
-    left.set(title=held_out_measure(history).capitalize(), xlabel="step")
+    left.set(title=measure.capitalize(), xlabel="step")
     curve(right, metric("rewards/margins"), "implicit reward margin", "-")
     curve(right, metric("actor/loss"), "DPO loss", "-")
     right.set(title="Preference pairs", xlabel="step")

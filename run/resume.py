@@ -11,7 +11,15 @@ from omegaconf import DictConfig, OmegaConf
 from recipe.spin.common.secrets import without_secrets
 from recipe.spin.common.settings import ConfigError
 from recipe.spin.run.contents import contents_of
-from recipe.spin.run_folder import TRACKER, checkpoints, is_complete, metrics_files, tracked_step, write_whole
+from recipe.spin.run_folder import (
+    TRACKER,
+    answers_files,
+    checkpoints,
+    is_complete,
+    metrics_files,
+    tracked_step,
+    write_whole,
+)
 
 SETTINGS = "settings.yaml"
 CONTENTS = "contents"  # a section there: what the files held
@@ -185,12 +193,13 @@ def _latest(folder: Path) -> int:
 def set_aside(folder: Path, step: int) -> Path | None:
     """Moves what a run that begins at `step` does not go on from into a folder of its own, and returns that.
 
-    These are checkpoints above it, half-written ones and another run's, metrics that began above it, and the summary,
-    which marks a finished run. What the user put into the folder stays.
+    These are checkpoints above it, half-written ones and another run's, metrics that began above it, held-out answers
+    given above it, and the summary, which marks a finished run. What the user put into the folder stays.
     """
     saved, tracker = checkpoints(folder), folder / TRACKER
     leftover = [path for number, path in saved.items() if number > step]
     leftover += [path for (start, _), path in metrics_files(folder).items() if start > step or step == 0]
+    leftover += [path for given, path in answers_files(folder).items() if given > step or step == 0]
     leftover += [path for path in [folder / "summary.json"] if path.exists()]
     if (tracked_step(folder) or 0) > step:
         leftover.append(tracker)

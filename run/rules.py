@@ -38,6 +38,11 @@ def scores_groups(settings: Settings) -> bool:
     return source_of(settings).scores_groups()
 
 
+def compares_held_out(settings: Settings) -> bool:
+    """Whether the source says what held-out answers are worth, so that they take no reward."""
+    return _sound_source(settings).compares_held_out(settings.config)
+
+
 def ranks(settings: Settings) -> int:
     return settings["trainer.nnodes"] * settings["trainer.n_gpus_per_node"]
 

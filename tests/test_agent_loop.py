@@ -2,6 +2,7 @@
 
 import asyncio
 import inspect
+import math
 import re
 import types
 
@@ -18,6 +19,7 @@ from recipe.spin.preferences.reward_error import RewardError
 from recipe.spin.preferences.source import Group, PreferenceSource, Score
 from recipe.spin.rollout import agent_loop, queue
 from recipe.spin.rollout.agent_loop import (
+    FIRST_ANSWER,
     GREEDY,
     SAMPLING_SEED,
     RolloutClient,
@@ -312,6 +314,51 @@ def test_faults_of_a_session_or_a_prompt_leave_the_others_their_round(monkeypatc
     assert server.rounds == [["p0/0", "p1/0", "p1/1"]] and statuses == {"p0": "failure", "p1": "finished"}
     server, _ = answer_batch(monkeypatch, faults={("p0", "running")})
     assert server.rounds == [["p1/0", "p1/1"]]
+
+
+# ---------------------------------------------------------------------- held-out answers that a source compares
+
+
+class PrefersLonger(PreferenceSource):
+    async def score_group(self, group: Group) -> list[Score]:
+        assert group.held_out and group.rewards is None
+        return [Score(float(len(text)), {"step": group.step}) for text in group.responses]
+
+
+@pytest.fixture
+def compare(monkeypatch):
+    """What a held-out answer of some tokens is worth beside the first validation's, and what the source noted."""
+
+    async def scored(self, output, validate, **row):
+        found.append((output.reward_score, output.extra_fields["reward_extra_info"]["preference"]))
+
+    found: list[tuple[float, list]] = []
+    monkeypatch.setattr(VerlWorker, "_agent_loop_postprocess", scored)
+
+    def compare(tokens: int, **row) -> tuple[float, list]:
+        worker = worker_with_unscored(Server(), count=2)
+        worker._source, worker._compares_held_out = PrefersLonger(None, None), True
+        row = {"uid": "a", "session_id": 0, "global_steps": 3, "raw_prompt": [{"content": "who?"}]} | row
+        output = types.SimpleNamespace(response_ids=[0] * tokens, reward_score=None, extra_fields={})
+        asyncio.run(worker._agent_loop_postprocess(output, True, **row))
+        return found[-1]
+
+    return compare
+
+
+@pytest.mark.parametrize(("tokens", "worth"), [(4, 1.0), (3, 0.5), (2, 0.0)])
+def test_a_held_out_answer_is_worth_what_it_is_beside_the_first_one(compare, tokens, worth):
+    noted = [] if tokens == 3 else [{"step": 3}, {"step": 3}]  # the source is not asked about equal ones
+    assert compare(tokens, **{FIRST_ANSWER: "xxx"}) == (worth, noted)
+
+
+def test_the_first_held_out_answers_are_as_good_as_themselves(compare):
+    assert compare(2) == (0.5, [])
+
+
+def test_a_held_out_answer_that_has_none_beside_it_has_no_score(compare):
+    worth, noted = compare(2, **{FIRST_ANSWER: None})
+    assert math.isnan(worth) and noted == []
 
 
 # ---------------------------------------------------------------------- scores that are given later

@@ -178,6 +178,9 @@ def test_a_judge_without_a_reward_takes_prompts_alone(run, tmp_path):
     message = run.refusal(*files, *JUDGE, f"{REWARD}=null")
     assert message.startswith(f"data.val_files='{held_out}', row 0: no reward_model.ground_truth")
     assert message.endswith("(trainer.val_before_train=False trainer.test_freq=-1)")
+    policy = "algorithm.judge.servers=[policy]"  # compares held-out answers too
+    run.check(*files, *JUDGE, policy, f"{REWARD}=null")
+    assert f"data.val_files='{held_out}'" in run.refusal(*files, *JUDGE, policy)
     assert "2 faults" not in run.refusal(*files, *JUDGE, *UNANSWERED)  # the reward is for the reports, and gets rows
     assert "data.train_files" in run.refusal(*files, *UNANSWERED, f"{REWARD}=null")
 

@@ -251,13 +251,18 @@ def test_dynamic_sampling_gives_up_on_a_reward_that_always_ties(task, tiny_llama
 def test_judges_prefer(task, tiny_llama, tmp_path):
     """A server that counts vowels, and the policy itself, whose random answers nobody can read: ties, to be outvoted.
 
-    The reward's function, which every judge could contradict, is for the reports alone."""
+    They take prompts alone, and say what later held-out answers are worth beside the first ones."""
 
     def vowels(request: str, response: str) -> float:
         assert request.startswith("user: ")
         return sum(letter in "aeiou" for letter in response) - 0.01 * len(response)
 
     run = tmp_path / "run"
+    files = {}
+    for name, size in (("train", 8), ("val", 4)):
+        files[name] = tmp_path / f"{name}.jsonl"
+        rows = [{"prompt": [{"role": "user", "content": f"{name} {number}"}]} for number in range(size)]
+        files[name].write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     with RuleJudge(vowels) as server:
         succeed(
             task,
@@ -267,19 +272,27 @@ def test_judges_prefer(task, tiny_llama, tmp_path):
             f"algorithm.judge.servers=[{server.address},policy]",
             "algorithm.judge.max_tokens=4",
             "algorithm.judge.max_unreadable=0.6",
-            "reward.custom_reward_function.name=compute_the_same",
+            "reward.custom_reward_function.path=null",
+            *(f"data.{name}_files={file}" for name, file in files.items()),
             "actor_rollout_ref.rollout.max_model_len=512",
             "actor_rollout_ref.rollout.max_num_batched_tokens=4096",
             "trainer.total_training_steps=2",
-            "trainer.val_before_train=False",
         )
     history = metrics(run)
     for step in (1, 2):
         assert history[step]["pairs/used"] == 4 and history[step]["pairs/score_margin"] > 0.5
         assert history[step]["judge/unreadable_rate"] == pytest.approx(0.5, abs=0.05)
-    asked = sum(history[step]["judge/asked"] for step in (1, 2))
     questions = [question for question in server.questions if EXAMPLE["request"] not in question]
-    assert asked == 2 * len(questions) and len(questions) < len(server.questions)  # before the run too
+    assert len(questions) < len(server.questions)  # before the run too
+    compared = [question for question in questions if "val " in question]  # twice each, and none with itself
+    asked = sum(history[step]["judge/asked"] for step in (1, 2))
+    assert asked == 2 * (len(questions) - len(compared))
+    answers = [json.loads(line) for line in (run / "held_out" / "step_00000000.jsonl").read_text().splitlines()]
+    assert len(answers) == 4 and len(compared) in (2, 4, 6, 8)
+    assert all(any(one["answer"] in question for one in answers) for question in compared)
+    [rate] = [name for name in history[0] if name.startswith("val-greedy-core/") and "/win_rate/" in name]
+    assert history[0][rate] == 0.5 and 0 <= history[2][rate] <= 1
+    assert json.loads((run / "summary.json").read_text())["measure"] == "win rate"
 
 
 @pytest.mark.long

@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "verl_patches": {"common"},
     "engine": {"core_algos"},
     "preferences": {"common", "core_algos", "engine"},
-    "rollout": {"common", "core_algos", "engine", "preferences", "verl_patches"},
+    "rollout": {"common", "core_algos", "engine", "preferences", "run_folder", "verl_patches"},
     "dp_actor": {"core_algos", "engine"},
     "dpo_update": {"core_algos", "dp_actor", "engine"},
     "fsdp_workers": {"dp_actor", "rollout", "verl_patches"},

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from recipe.spin.preferences.source import PreferenceSource
 from recipe.spin.rollout.held_out import HeldOutValidation
 from recipe.spin.run import report
 
@@ -84,7 +85,7 @@ def test_no_metrics_at_all(tmp_path):
     assert (summary["before"], summary["after"], summary["steps"]) == ({}, {}, 0)
 
 
-@pytest.mark.parametrize(("variable", "measure"), [("acc", "accuracy"), ("reward", "score")])
+@pytest.mark.parametrize(("variable", "measure"), [("acc", "accuracy"), ("reward", "score"), ("win_rate", "win rate")])
 def test_the_report_names_what_was_measured(tmp_path, capsys, variable, measure):
     name = f"val-core/sums/{variable}/mean@4"
     put(tmp_path, {0: {name: 0.25}, 4: {name: 0.5}})
@@ -111,6 +112,7 @@ class VerlsValidation:
 
 class Trainer(HeldOutValidation, VerlsValidation):
     global_steps, val_dataloader = 8, []
+    source = PreferenceSource(None, None)
     config = OmegaConf.create(
         {"actor_rollout_ref": {"rollout": {"val_kwargs": {"n": 4, "do_sample": True, "temperature": 1.0}}}}
     )

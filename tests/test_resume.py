@@ -19,7 +19,7 @@ from recipe.spin.common.settings import ConfigError
 from recipe.spin.run import resume
 from recipe.spin.run.contents import contents_of
 from recipe.spin.run.reward_file import WEIGHTED
-from recipe.spin.run_folder import TRACKER, checkpoints
+from recipe.spin.run_folder import TRACKER, checkpoints, first_answers, keep_answers
 
 
 class Folder:
@@ -380,10 +380,13 @@ def test_what_is_above_the_step_is_set_aside(stopped, capsys):
     (stopped.path / "metrics").mkdir()
     for name in ("from_step_00000000.jsonl", "from_step_00000003.jsonl", "from_step_00000007.jsonl"):
         (stopped.path / "metrics" / name).touch()
+    for step in (0, 7):
+        keep_answers(stopped.path, step, [])
     stopped.start()
     aside = stopped.path / "set_aside_1"
     assert sorted(str(path.relative_to(aside)) for path in aside.glob("*/*")) == [
         "global_step_9/actor",
+        "held_out/step_00000007.jsonl",
         "metrics/from_step_00000007.jsonl",
     ]
     assert (aside / "summary.json").exists() and not (stopped.path / "summary.json").exists()
@@ -394,9 +397,11 @@ def test_what_is_above_the_step_is_set_aside(stopped, capsys):
 def test_starting_over_sets_everything_aside(stopped):
     (stopped.path / "metrics").mkdir()
     (stopped.path / "metrics" / "from_step_00000000.jsonl").touch()
+    keep_answers(stopped.path, 0, [])
     config = stopped.start("trainer.resume_mode=disable", "algorithm.dpo_loss_type=ipo")
     assert config.trainer.resume_mode == "disable"
     assert list(checkpoints(stopped.path)) == [] and not (stopped.path / TRACKER).exists()
+    assert first_answers(stopped.path) is None
     assert list(checkpoints(stopped.path / "set_aside_1")) == [3, 6]
     stopped.save(2)
     stopped.start("algorithm.dpo_loss_type=ipo")

@@ -23,8 +23,6 @@ from recipe.spin.engine.rows import nest
 from recipe.spin.preferences.reward_error import RewardError
 from recipe.spin.preferences.source import Pairing, PreferenceSource
 from recipe.spin.rollout import answers, queue
-from recipe.spin.rollout.agent_loop import GREEDY, SAMPLING_SEED
-from recipe.spin.rollout.held_out import HeldOutRows
 from recipe.spin.rollout.scoring import FAULT
 from recipe.spin.run import report
 from recipe.spin.run_folder import TRACKER, checkpoints, tracked_step
@@ -156,75 +154,6 @@ def test_the_learning_rate_goes_on_in_a_step_without_pairs(step):
     assert step.advanced == []
     step(pairs=False)
     assert step.advanced == [7]
-
-
-def held_out(**val_kwargs):
-    """The rows that a validation of two batches hands out."""
-    batches = [{"raw_prompt": np.array(["p0", "p1"], dtype=object), "index": torch.tensor([0, 1])}]
-    batches.append({"raw_prompt": np.array(["p2"], dtype=object), "index": torch.tensor([2])})
-    rows = HeldOutRows(batches, OmegaConf.create({"temperature": 1.0, "do_sample": True, "n": 3} | val_kwargs))
-    return rows, list(rows)
-
-
-def test_each_held_out_prompt_is_sampled_and_answered_greedily_in_one_pass():
-    rows, batches = held_out()
-    assert batches[0]["raw_prompt"].tolist() == ["p0", "p0", "p1", "p1"]
-    assert batches[0]["index"].tolist() == [0, 0, 1, 1]
-    assert batches[0][GREEDY].tolist() == [False, True, False, True]
-    assert batches[0]["__rollout_n__"].tolist() == [3, 1, 3, 1]
-    assert [batch[SAMPLING_SEED].tolist()[::2] for batch in batches] == [["held-out-0", "held-out-1"], ["held-out-2"]]
-    assert rows.greedy == [False, True] * 3
-
-
-@pytest.mark.parametrize("val_kwargs", [{"temperature": 0.0}, {"do_sample": False}])
-def test_held_out_prompts_get_one_greedy_answer_where_no_samples_are_asked_for(val_kwargs):
-    rows, batches = held_out(**val_kwargs)
-    assert batches[0]["raw_prompt"].tolist() == ["p0", "p1"] and rows.greedy == [True] * 3
-    assert batches[0][GREEDY].tolist() == [True, True] and batches[0]["__rollout_n__"].tolist() == [1, 1]
-
-
-RIGHT = [1, 0, 0, 1, 0, 1, 1, 0]
-
-
-def validate(trainer, infos: dict[str, list], answers: int = 8, max_failed: float = 0.0) -> dict[str, float]:
-    """Metrics of three samples and a greedy answer for each of two prompts, in the order in which they came."""
-    trainer.config = OmegaConf.create({"trainer": {"max_failed_validation": max_failed}})
-    trainer._held_out = types.SimpleNamespace(greedy=[False, True, False, True])
-    expected = {("sums", "a"): 3, ("sums", "a+"): 1, ("sums", "b"): 3, ("sums", "b+"): 1}
-    uids = ["b", "b", "a", "b+", "a", "a+", "a", "b"]
-    infos = {name: values[:answers] for name, values in infos.items()}
-    sources, turns = ["sums"] * answers, [2] * answers
-    return trainer._val_metrics_update(sources, uids[:answers], infos, turns, expected_acc_counts=expected)
-
-
-def test_greedy_answers_have_metrics_of_their_own(trainer):
-    infos = {"reward": [2.0 * value for value in RIGHT], "score": RIGHT, "acc": RIGHT}
-    metrics = validate(trainer, infos)
-    assert metrics["val-core/sums/acc/mean@3"] == pytest.approx(2 / 6)
-    assert metrics["val-greedy-core/sums/acc/mean@1"] == 1
-    assert metrics["val-aux/num_turns/mean"] == metrics["val-greedy-aux/num_turns/mean"] == 2
-    assert metrics["val-failed/answers"] == 0
-
-
-def test_a_reward_that_is_a_number_is_no_accuracy(trainer):
-    """verl calls it `acc` as well, and beside it there is no `score`."""
-    metrics = validate(trainer, {"reward": [0.5 * value for value in RIGHT], "acc": [0.5 * value for value in RIGHT]})
-    assert metrics["val-core/sums/reward/mean@3"] == pytest.approx(1 / 6)
-    assert metrics["val-greedy-core/sums/reward/mean@1"] == 0.5
-    assert not [name for name in metrics if "/acc/" in name]
-    response = torch.ones(1, 2)
-    for info, expected in (({"acc": 0.5}, None), ({"acc": 1.0, "score": 0.5}, 1.0)):
-        extra = [{"reward_extra_info": info}]
-        assert answers.response_metrics(response, response, response, {}, extra).get("score/accuracy") == expected
-
-
-def test_held_out_answers_that_failed_stop_the_run_above_a_share(trainer):
-    infos = {"reward": RIGHT, "score": RIGHT, "acc": RIGHT}
-    with pytest.raises(RuntimeError, match=r"step 7: 2 of 8 held-out answers failed.*max_failed_validation=0\.0"):
-        validate(trainer, infos, answers=6)
-    with pytest.raises(RuntimeError, match="max_failed_validation=0.2"):
-        validate(trainer, infos, answers=6, max_failed=0.2)
-    assert validate(trainer, infos, answers=6, max_failed=0.25)["val-failed/answers"] == 0.25
 
 
 # ---- a whole run, verl's loop with steps that do nothing -------------------------------------------------------------
@@ -392,18 +321,6 @@ def test_metrics_of_scores_leave_out_responses_without_one(trainer):
 def test_a_reward_that_gives_no_score_at_all_stops_the_run(trainer):
     with pytest.raises(RewardError, match="no response has a score. The first: broken"):
         answers.count_missing(torch.tensor([[NAN], [NAN]]), [{FAULT: "broken"}, {FAULT: "too"}])
-
-
-def test_held_out_prompts_without_a_score_are_left_out_and_counted(trainer):
-    trainer._held_out = types.SimpleNamespace(greedy=[False, True, False, True])
-    expected = {("sums", "a"): 2, ("sums", "a+"): 1, ("sums", "b"): 2, ("sums", "b+"): 1}
-    trainer.config = OmegaConf.create({"trainer": {"max_failed_validation": 0.0}})
-    right = [1, None, 1, 0, 1, None]
-    infos = {"reward": [1.0, NAN, 1.0, 0.0, 1.0, NAN], "score": right, "acc": right}
-    uids = ["a", "a", "a+", "b", "b", "b+"]
-    metrics = trainer._val_metrics_update(["sums"] * 6, uids, infos, [2] * 6, expected_acc_counts=expected)
-    assert metrics["val-core/sums/acc/mean@2"] == 0.5 and metrics["val-greedy-core/sums/acc/mean@1"] == 1
-    assert metrics["val-aux/prompts_without_score"] == 2
 
 
 def test_skipped_steps_in_a_row_stop_the_run(step):
