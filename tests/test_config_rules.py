@@ -4,9 +4,9 @@ import sys
 
 import pytest
 
+from recipe.spin.checks import rules
 from recipe.spin.common.settings import ConfigError
 from recipe.spin.core_algos import LOSSES
-from recipe.spin.run import rules
 
 ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
 SCORED_BY_REFERENCE = "algorithm.preference_source=reference_source:ReferenceSays"

@@ -12,8 +12,8 @@ from verl.utils.torch_dtypes import PrecisionType
 from verl.utils.tracking import Tracking
 from worker_harness import ROOT
 
-from recipe.spin.run import fit, rules, schema
-from recipe.spin.run.schema import described, readme_table
+from recipe.spin.checks import fit, rules, schema
+from recipe.spin.checks.schema import described, readme_table
 
 CONFIG = ROOT / "config" / "spin_trainer.yaml"
 ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
@@ -21,7 +21,7 @@ ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
 
 # ---- README and config -----------------------------------------------------------------------------------------------
 def test_the_readme_has_the_table_of_the_schema():
-    """`python -m recipe.spin.run.schema` prints it."""
+    """`python -m recipe.spin.checks.schema` prints it."""
     assert readme_table() in (ROOT / "README.md").read_text()
 
 
@@ -52,7 +52,7 @@ def test_every_key_of_the_recipe_is_declared_and_explained():
     ours = {key for name in ("algorithm", "trainer", "actor_rollout_ref") for key in keys_of(config[name], f"{name}.")}
     of_dataclasses = (".ref.checkpoint.", ".ref.fsdp_config.")  # verl's, whose keys its yaml does not list
     ours = {key for key in ours - set(keys_of(verls)) if not any(part in key for part in of_dataclasses)}
-    assert ours <= dict(described()).keys(), "declare them in run/schema.py"
+    assert ours <= dict(described()).keys(), "declare them in checks/schema.py"
     for key in ours:
         name = key.rsplit(".", 1)[-1]
         assert re.search(rf"^ +#.*\n +{name}:", text, re.MULTILINE), f"{key} has no comment in {CONFIG.name}"

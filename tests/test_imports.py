@@ -24,7 +24,8 @@ MAY_IMPORT = {
         "core_algos", "dpo_update", "engine", "fsdp_workers", "preferences", "rollout", "run_folder", "verl_patches",
     },
     "async_trainer": {"rollout", "spin_trainer"},
-    "run": {"common", "core_algos", "engine", "losses", "preferences", "rollout", "run_folder"},
+    "checks": {"common", "core_algos", "losses", "preferences", "run_folder"},
+    "run": {"checks", "common", "rollout", "run_folder"},
 }  # fmt: skip
 
 
@@ -52,7 +53,7 @@ def test_imports_run_one_way(room):
 
 def test_an_import_is_seen_wherever_it_stands(tmp_path):
     (tmp_path / "a.py").write_text(
-        "import recipe.spin.run.check\nfrom recipe.spin import verl_patches\n"
+        "import recipe.spin.checks.check\nfrom recipe.spin import verl_patches\n"
         "def late():\n    from recipe.spin.tools.doctor import main\n    import torch, json\n"
     )
-    assert imported(tmp_path / "a.py") == {"run", "verl_patches", "tools"}
+    assert imported(tmp_path / "a.py") == {"checks", "verl_patches", "tools"}

@@ -6,13 +6,13 @@ data_files.py look at the files that the settings name. machine.py looks at what
 
 from omegaconf import DictConfig
 
+from recipe.spin.checks.data_files import check_data
+from recipe.spin.checks.machine import machine_faults
+from recipe.spin.checks.model_files import check_model, the_source_can_use_the_model
+from recipe.spin.checks.reward_file import check_reward
+from recipe.spin.checks.rules import RULES
+from recipe.spin.checks.schema import check_kinds
 from recipe.spin.common.settings import ConfigError, Settings
-from recipe.spin.run.data_files import check_data
-from recipe.spin.run.machine import machine_faults
-from recipe.spin.run.model_files import check_model, the_source_can_use_the_model
-from recipe.spin.run.reward_file import check_reward
-from recipe.spin.run.rules import RULES
-from recipe.spin.run.schema import check_kinds
 
 
 def check_settings(config: DictConfig) -> None:

@@ -11,11 +11,11 @@ from typing import Any, get_args
 
 import torch
 
+from recipe.spin.checks.schema import Precision
+from recipe.spin.common.ray_address import joins_cluster
 from recipe.spin.common.settings import ConfigError, Settings, Unusable
 from recipe.spin.core_algos import LOSSES, LossOptions, beta_at, check_loss_settings
 from recipe.spin.preferences.source import PreferenceSource, source_class
-from recipe.spin.run import cluster
-from recipe.spin.run.schema import Precision
 from recipe.spin.run_folder import TRACKER, nearest_existing
 
 ACTOR, REF, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.ref", "actor_rollout_ref.rollout"
@@ -346,7 +346,7 @@ def the_machine_has_the_ranks(settings: Settings) -> None:
 def _joins_a_cluster(settings: Settings) -> bool:
     for key in ("trainer.nnodes", "ray_kwargs.ray_init"):
         settings[key]  # leaves, where it has a fault
-    return cluster.joins(settings.config)
+    return joins_cluster(settings.config)
 
 
 def _reward_pool(settings: Settings) -> int:
