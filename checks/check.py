@@ -1,6 +1,6 @@
 """Checks of the settings, the data and the model before Ray starts: all faults in one message, each with its remedy.
 
-schema.py says what each setting may be, rules.py what ties settings together, and model_files.py, reward_file.py and
+schema.py says what each setting may be, rules/ what ties settings together, and model_files.py, reward_file.py and
 data_files.py look at the files that the settings name. machine.py looks at what a run in order would need.
 """
 

@@ -9,9 +9,10 @@ from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 
+from recipe.spin.checks.derived import ROLLOUT, is_self_play, scores_groups
 from recipe.spin.checks.model_files import CHAT_TEMPLATE, load_tokenizer, prompt_writer
 from recipe.spin.checks.reward_file import KEY
-from recipe.spin.checks.rules import ROLLOUT, is_self_play, require_queue, scores_groups
+from recipe.spin.checks.rules.generation import require_queue
 from recipe.spin.common.settings import ConfigError, Settings
 
 TRAIN, VAL = "data.train_files", "data.val_files"

@@ -9,10 +9,10 @@ from math import ceil, inf
 from omegaconf import DictConfig, OmegaConf
 
 from recipe.spin.checks import memory
+from recipe.spin.checks.derived import ACTOR, REF, ROLLOUT, longest_row
 from recipe.spin.checks.finding import FAIL, OK, WARN, Finding, gigabytes
 from recipe.spin.checks.gpu import Device
 from recipe.spin.checks.memory import Layout, Model
-from recipe.spin.checks.rules import ACTOR, REF, ROLLOUT, longest_row
 from recipe.spin.preferences.source import source_class
 
 BYTES = {"fp32": 4, "float32": 4, "bf16": 2, "bfloat16": 2, "fp16": 2, "float16": 2}

@@ -8,11 +8,11 @@ import psutil
 from omegaconf import DictConfig
 
 from recipe.spin.checks import memory
+from recipe.spin.checks.derived import ACTOR
 from recipe.spin.checks.finding import FAIL, OK, WARN, Finding, gigabytes
 from recipe.spin.checks.fit import BYTES, layout_of
 from recipe.spin.checks.memory import Model
 from recipe.spin.checks.model_files import weight_bucket
-from recipe.spin.checks.rules import ACTOR
 from recipe.spin.run_folder import checkpoints, nearest_existing
 
 SHARED_MEMORY = "/dev/shm"

@@ -11,8 +11,8 @@ from pathlib import Path
 from omegaconf import DictConfig
 from safetensors import SafetensorError, safe_open
 
+from recipe.spin.checks.derived import source_of
 from recipe.spin.checks.fit import compute_bytes
-from recipe.spin.checks.rules import source_of
 from recipe.spin.common.settings import ConfigError, Settings
 
 PATH = "actor_rollout_ref.model.path"

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from worker_harness import ROOT, compose, cpu_environment
 
 from recipe.spin import main_spin
-from recipe.spin.checks import rules
+from recipe.spin.checks.rules.reference import adapters_are_gathered_alone
 from recipe.spin.common.settings import Settings
 
 
@@ -163,7 +163,7 @@ TWO_GPUS += "actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype=bf1
 def test_on_one_gpu_fsdp1_has_nothing_to_gather_for_adapters(nodes, faults):
     asked = [*TWO_GPUS.split(), f"trainer.nnodes={nodes}", LORA, "actor_rollout_ref.actor.strategy=fsdp"]
     settings = Settings(override(composed("cpu"), asked))
-    rules.adapters_are_gathered_alone(settings)
+    adapters_are_gathered_alone(settings)
     assert len(settings.faults) == faults
 
 

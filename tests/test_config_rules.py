@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from recipe.spin.checks import rules
+from recipe.spin.checks.rules import around_the_run
 from recipe.spin.common.settings import ConfigError
 from recipe.spin.core_algos import LOSSES
 
@@ -98,7 +98,7 @@ def test_settings_that_do_not_fit_are_refused(run, overrides, words):
 
 
 def test_a_logger_whose_package_is_missing(run, monkeypatch):
-    monkeypatch.setattr(rules, "find_spec", lambda package: None)
+    monkeypatch.setattr(around_the_run, "find_spec", lambda package: None)
     message = run.refusal("trainer.logger=[file,wandb]")
     assert message.startswith("trainer.logger=['file', 'wandb']") and "package wandb is not installed" in message
     run.check("trainer.logger=[file,console]")

@@ -12,8 +12,9 @@ from verl.utils.torch_dtypes import PrecisionType
 from verl.utils.tracking import Tracking
 from worker_harness import ROOT
 
-from recipe.spin.checks import fit, rules, schema
+from recipe.spin.checks import fit, schema
 from recipe.spin.checks.schema import described, readme_table
+from recipe.spin.common.settings import Settings
 
 CONFIG = ROOT / "config" / "spin_trainer.yaml"
 ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
@@ -28,7 +29,7 @@ def test_the_readme_has_the_table_of_the_schema():
 @pytest.mark.parametrize("key", [key for key, _ in described()])
 def test_defaults_are_those_of_the_config(key):
     field = dict(described())[key]
-    value = rules.Settings(composed("gpu")).value(key)
+    value = Settings(composed("gpu")).value(key)
     shown = field.json_schema_extra["shown"]  # another key, or a file of the recipe
     if shown and shown not in composed("gpu").data:
         assert value.endswith(f"/{shown}") and (ROOT / shown).is_file()

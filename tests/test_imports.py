@@ -46,7 +46,7 @@ def imported(file: Path) -> set[str]:
 
 @pytest.mark.parametrize("room", MAY_IMPORT)
 def test_imports_run_one_way(room):
-    files = sorted((ROOT / room).glob("*.py")) or [ROOT / f"{room}.py"]
+    files = sorted((ROOT / room).rglob("*.py")) or [ROOT / f"{room}.py"]
     found = {file.name: more for file in files if (more := imported(file) - MAY_IMPORT[room] - {room})}
     assert found == {}
 
