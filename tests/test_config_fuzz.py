@@ -12,7 +12,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from benchmarks.rule_judge import RuleJudge
 from recipe.spin.checks.check import check_config
-from recipe.spin.checks.schema import Config, Section
+from recipe.spin.checks.kinds import Section
+from recipe.spin.checks.schema import Config
 
 
 def declared(section: type[Section] = Config, prefix: str = "") -> list[str]:

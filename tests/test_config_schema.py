@@ -12,7 +12,7 @@ from verl.utils.torch_dtypes import PrecisionType
 from verl.utils.tracking import Tracking
 from worker_harness import ROOT
 
-from recipe.spin.checks import fit, schema
+from recipe.spin.checks import fit, kinds
 from recipe.spin.checks.schema import described, readme_table
 from recipe.spin.common.settings import Settings
 
@@ -60,10 +60,10 @@ def test_every_key_of_the_recipe_is_declared_and_explained():
 
 
 def test_the_loggers_are_verls():
-    assert sorted(schema.LOGGERS) == sorted(Tracking.supported_backend)
+    assert sorted(kinds.LOGGERS) == sorted(Tracking.supported_backend)
 
 
-@pytest.mark.parametrize("name", get_args(schema.Precision))
+@pytest.mark.parametrize("name", get_args(kinds.Precision))
 def test_precisions_are_those_that_verl_and_the_estimate_of_memory_know(name):
     assert PrecisionType.to_dtype(name).itemsize == fit.BYTES[name]
 
@@ -71,7 +71,7 @@ def test_precisions_are_those_that_verl_and_the_estimate_of_memory_know(name):
 def test_vllms_precisions_are_those_that_it_takes():
     from vllm.config.model import ModelDType
 
-    assert set(get_args(schema.RolloutPrecision)) == set(get_args(ModelDType))
+    assert set(get_args(kinds.RolloutPrecision)) == set(get_args(ModelDType))
 
 
 # ---- Settings that are refused by themselves -------------------------------------------------------------------------

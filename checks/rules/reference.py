@@ -3,7 +3,7 @@
 from typing import get_args
 
 from recipe.spin.checks.derived import ACTOR, MODEL, REF, ROLLOUT, SHARE_PROMPT, ranks, takes_reference
-from recipe.spin.checks.schema import Precision
+from recipe.spin.checks.kinds import Precision
 from recipe.spin.common.settings import ConfigError, Settings
 
 FP32 = ("fp32", "float32", "32", 32)  # verl's names for it
