@@ -11,19 +11,19 @@ import hydra
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from recipe.spin.checks.check import check_config
+from recipe.spin.checks.finding import FAIL
+from recipe.spin.checks.machine import check_cluster
+from recipe.spin.checks.model_files import fit_weight_bucket
+from recipe.spin.checks.paths import expand_home
+from recipe.spin.checks.pinned_model import fetch_pinned_model
 from recipe.spin.common import heap
 from recipe.spin.common.settings import ConfigError
 from recipe.spin.engine.kernels import has_flash_attention_2
 from recipe.spin.run import resume, signals
-from recipe.spin.run.check import check_config
 from recipe.spin.run.console import without_chatter
 from recipe.spin.run.failure import RunFailed
-from recipe.spin.run.finding import FAIL
 from recipe.spin.run.lock import hold_run_folder
-from recipe.spin.run.machine import check_cluster
-from recipe.spin.run.model_files import fit_weight_bucket
-from recipe.spin.run.paths import expand_home
-from recipe.spin.run.pinned_model import fetch_pinned_model
 
 FOLDER = Path(__file__).resolve().parent
 OmegaConf.register_new_resolver("spin_folder", lambda name: str(FOLDER / name), replace=True)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from recipe.spin.run.memory import Model
+from recipe.spin.checks.memory import Model
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,15 @@
 """How a training step grows: seconds by phase, memory of a device and network volume, from a few constants.
 
 Pure arithmetic over a Machine, a Model and a Load; docs/scaling.md has the formulas' assumptions, sources and checks.
-Memory is run/memory.py's, which the check before a run asks too.
+Memory is checks/memory.py's, which the check before a run asks too.
 """
 
 from dataclasses import dataclass
 from math import ceil
 
 from benchmarks.arithmetic import Work, causal, forward_flop, necessary
-from recipe.spin.run import memory
-from recipe.spin.run.memory import BF16, FP32, Layout, Model
+from recipe.spin.checks import memory
+from recipe.spin.checks.memory import BF16, FP32, Layout, Model
 
 
 @dataclass(frozen=True)

@@ -42,8 +42,8 @@ from benchmarks.machine import (
     write_result,
 )
 from benchmarks.random_model import save_random_model
-from recipe.spin.run import fit as checks
-from recipe.spin.run import memory
+from recipe.spin.checks import memory
+from recipe.spin.checks.fit import fitting
 
 DOCUMENT = ROOT / "docs" / "scaling.md"
 RESULTS = ROOT / "benchmarks" / "results"
@@ -297,7 +297,7 @@ def fit_row(name: str, model: Model, machine: Machine, gpus: int) -> str:
     layout = layout_of(machine, PROFILE_FULLEST, gpus)
     peaks = memory.peaks(model, layout, machine.memory)
     cells = [name, f"{gpus} x {machine.name}", *(f"{peaks[phase] / 1e9:.0f}" for phase in ("training", "generation"))]
-    fit = checks.fitting(model, layout, machine.memory, row=LONGEST_ROW)
+    fit = fitting(model, layout, machine.memory, row=LONGEST_ROW)
     if fit is None:
         return f"| {' | '.join([*cells, 'none suffice', *[''] * 6])} |"
     settings, layout = fit

@@ -1,1 +1,1 @@
-"""Around a run: what is checked before it, what is watched during it, what is reported after it."""
+"""Around a run: where it starts or goes on, what is watched during it, what is reported after it."""

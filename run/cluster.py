@@ -10,6 +10,7 @@ from uuid import uuid4
 
 from omegaconf import DictConfig, open_dict
 
+from recipe.spin.common.ray_address import cluster_address, joins_cluster
 from recipe.spin.common.secrets import has_password, is_secret
 from recipe.spin.common.settings import ConfigError
 from recipe.spin.rollout.weights import ONE_MACHINE, RUN_NAME
@@ -34,17 +35,6 @@ ON_LOOPBACK = {
 }
 
 
-def address(config: DictConfig) -> str:
-    """The address of the cluster that a run joins; "local" for one that it starts for itself."""
-    named = config.ray_kwargs.ray_init.get("address") or os.environ.get("RAY_ADDRESS")
-    return named or ("auto" if config.trainer.nnodes > 1 else "local")
-
-
-def joins(config: DictConfig) -> bool:
-    """Whether the run joins a Ray cluster that is there, rather than start its own."""
-    return address(config) != "local"
-
-
 def prepare(config: DictConfig) -> bool:
     """Completes `ray_kwargs.ray_init` for this run; returns whether it joins a cluster.
 
@@ -57,10 +47,10 @@ def prepare(config: DictConfig) -> bool:
     ray_init = config.ray_kwargs.ray_init
     name = f"spin-{uuid4().hex[:8]}"
     with open_dict(config):
-        ray_init.address = address(config)
+        ray_init.address = cluster_address(config)
         ray_init.setdefault("namespace", name)
         variables = {RUN_NAME: name, LOG_LEVEL: os.environ.get(LOG_LEVEL, "WARNING")}
-        joined = joins(config)
+        joined = joins_cluster(config)
         if joined:
             for key in ("num_cpus", "num_gpus", "object_store_memory"):  # the cluster's own, which a joiner cannot set
                 ray_init.pop(key, None)

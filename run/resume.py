@@ -8,9 +8,9 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
+from recipe.spin.checks.contents import contents_of
 from recipe.spin.common.secrets import without_secrets
 from recipe.spin.common.settings import ConfigError
-from recipe.spin.run.contents import contents_of
 from recipe.spin.run_folder import (
     TRACKER,
     answers_files,

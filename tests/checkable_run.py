@@ -17,8 +17,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from worker_harness import compose
 
+from recipe.spin.checks.check import check_config
 from recipe.spin.common.settings import ConfigError
-from recipe.spin.run.check import check_config
 
 REFUSED = (ConfigError, HydraException, OmegaConfBaseException)
 SUM = "def compute_score(data_source, solution_str, ground_truth, extra_info=None):\n    return 1.0\n"

@@ -9,7 +9,8 @@ from tiny_models import ARCHITECTURES, save_tiny_model
 from whole_runs import write_task
 from worker_harness import Ranks
 
-from recipe.spin.run import cluster, model_files
+from recipe.spin.checks import model_files
+from recipe.spin.run import cluster
 
 os.environ.setdefault(cluster.LOG_LEVEL, "WARNING")  # as a run's processes have it
 

@@ -15,6 +15,7 @@ from verl.trainer.ppo.v1 import agent_loop_tq
 from verl.utils import tensordict_utils as tu
 from verl.workers.rollout.replica import TokenOutput
 
+from recipe.spin.checks.data_files import TAKEN
 from recipe.spin.preferences.reward_error import RewardError
 from recipe.spin.preferences.source import Group, PreferenceSource, Score
 from recipe.spin.rollout import agent_loop, queue
@@ -27,7 +28,6 @@ from recipe.spin.rollout.agent_loop import (
     VerlWorker,
 )
 from recipe.spin.rollout.rounds import Round
-from recipe.spin.run.data_files import TAKEN
 
 
 def test_no_column_of_the_data_meets_an_argument_of_the_rollout():

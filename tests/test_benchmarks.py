@@ -11,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import arithmetic, compare, growth, machine, plain_step, results, scaling, step, trl_settings, update
 from benchmarks.arithmetic import Model, Work
+from recipe.spin.checks import memory
 from recipe.spin.examples.arithmetic.prepare import prepare
-from recipe.spin.run import memory
 
 ROWS = [plain_step.Row([5, 6, 7], [[8, 9], [10, 11, 12, 13]]), plain_step.Row([20], [[21], [22, 23]])]
 SMALL = Model(layers=2, hidden=8, intermediate=16, heads=2, kv_heads=1, head_size=4, vocabulary=100)

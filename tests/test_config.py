@@ -14,8 +14,8 @@ from omegaconf import OmegaConf
 from worker_harness import ROOT, compose, cpu_environment
 
 from recipe.spin import main_spin
+from recipe.spin.checks.rules.reference import adapters_are_gathered_alone
 from recipe.spin.common.settings import Settings
-from recipe.spin.run import rules
 
 
 # ---- Settings that work ----------------------------------------------------------------------------------------------
@@ -97,7 +97,7 @@ MODE = "trainer.v1.trainer_mode"
 
 def test_gpu_profile(run, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
-    monkeypatch.setattr("recipe.spin.run.check.machine_faults", lambda config: [])  # test_machine.py has its checks
+    monkeypatch.setattr("recipe.spin.checks.check.machine_faults", lambda config: [])  # test_machine.py has its checks
     config = run.check(device="gpu")
     assert config.trainer.device == "cuda"
     actor, ref, rollout = (config.actor_rollout_ref[name] for name in ("actor", "ref", "rollout"))
@@ -114,7 +114,7 @@ def test_responses_are_seeded_only_where_it_costs_nothing(device):
 @pytest.mark.parametrize("device", ["cpu", "gpu"])
 def test_the_reference_computes_in_the_actors_precision(run, monkeypatch, device):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
-    monkeypatch.setattr("recipe.spin.run.check.machine_faults", lambda config: [])
+    monkeypatch.setattr("recipe.spin.checks.check.machine_faults", lambda config: [])
     key = "actor_rollout_ref.actor.fsdp_config.mixed_precision.reduce_dtype"
     config = run.check(f"{key}=bf16", device=device)
     assert config.actor_rollout_ref.ref.fsdp_config.mixed_precision.reduce_dtype == "bf16"
@@ -163,7 +163,7 @@ TWO_GPUS += "actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype=bf1
 def test_on_one_gpu_fsdp1_has_nothing_to_gather_for_adapters(nodes, faults):
     asked = [*TWO_GPUS.split(), f"trainer.nnodes={nodes}", LORA, "actor_rollout_ref.actor.strategy=fsdp"]
     settings = Settings(override(composed("cpu"), asked))
-    rules.adapters_are_gathered_alone(settings)
+    adapters_are_gathered_alone(settings)
     assert len(settings.faults) == faults
 
 

@@ -14,8 +14,8 @@ from checkable_run import row, write_classifier, write_rows
 from transformers import AutoTokenizer
 from verl.utils.reward_score import default_compute_score
 
-from recipe.spin.run import data_files
-from recipe.spin.run.data_files import REWARDED
+from recipe.spin.checks import data_files
+from recipe.spin.checks.data_files import REWARDED
 
 
 @pytest.fixture(scope="session")

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 
 from benchmarks.rule_judge import RuleJudge
-from recipe.spin.run.check import check_config
-from recipe.spin.run.schema import Config, Section
+from recipe.spin.checks.check import check_config
+from recipe.spin.checks.kinds import Section
+from recipe.spin.checks.schema import Config
 
 
 def declared(section: type[Section] = Config, prefix: str = "") -> list[str]:

@@ -14,8 +14,8 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 from omegaconf import OmegaConf
 
 from recipe.spin import main_spin
-from recipe.spin.run import check, model_files
-from recipe.spin.run.model_files import BUCKET, fit_weight_bucket
+from recipe.spin.checks import check, model_files
+from recipe.spin.checks.model_files import BUCKET, fit_weight_bucket
 
 PATH = "actor_rollout_ref.model.path"
 

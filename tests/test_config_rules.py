@@ -4,9 +4,9 @@ import sys
 
 import pytest
 
+from recipe.spin.checks.rules import around_the_run
 from recipe.spin.common.settings import ConfigError
 from recipe.spin.core_algos import LOSSES
-from recipe.spin.run import rules
 
 ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
 SCORED_BY_REFERENCE = "algorithm.preference_source=reference_source:ReferenceSays"
@@ -98,7 +98,7 @@ def test_settings_that_do_not_fit_are_refused(run, overrides, words):
 
 
 def test_a_logger_whose_package_is_missing(run, monkeypatch):
-    monkeypatch.setattr(rules, "find_spec", lambda package: None)
+    monkeypatch.setattr(around_the_run, "find_spec", lambda package: None)
     message = run.refusal("trainer.logger=[file,wandb]")
     assert message.startswith("trainer.logger=['file', 'wandb']") and "package wandb is not installed" in message
     run.check("trainer.logger=[file,console]")

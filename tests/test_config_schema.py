@@ -12,8 +12,9 @@ from verl.utils.torch_dtypes import PrecisionType
 from verl.utils.tracking import Tracking
 from worker_harness import ROOT
 
-from recipe.spin.run import fit, rules, schema
-from recipe.spin.run.schema import described, readme_table
+from recipe.spin.checks import fit, kinds
+from recipe.spin.checks.schema import described, readme_table
+from recipe.spin.common.settings import Settings
 
 CONFIG = ROOT / "config" / "spin_trainer.yaml"
 ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
@@ -21,14 +22,14 @@ ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
 
 # ---- README and config -----------------------------------------------------------------------------------------------
 def test_the_readme_has_the_table_of_the_schema():
-    """`python -m recipe.spin.run.schema` prints it."""
+    """`python -m recipe.spin.checks.schema` prints it."""
     assert readme_table() in (ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize("key", [key for key, _ in described()])
 def test_defaults_are_those_of_the_config(key):
     field = dict(described())[key]
-    value = rules.Settings(composed("gpu")).value(key)
+    value = Settings(composed("gpu")).value(key)
     shown = field.json_schema_extra["shown"]  # another key, or a file of the recipe
     if shown and shown not in composed("gpu").data:
         assert value.endswith(f"/{shown}") and (ROOT / shown).is_file()
@@ -52,17 +53,17 @@ def test_every_key_of_the_recipe_is_declared_and_explained():
     ours = {key for name in ("algorithm", "trainer", "actor_rollout_ref") for key in keys_of(config[name], f"{name}.")}
     of_dataclasses = (".ref.checkpoint.", ".ref.fsdp_config.")  # verl's, whose keys its yaml does not list
     ours = {key for key in ours - set(keys_of(verls)) if not any(part in key for part in of_dataclasses)}
-    assert ours <= dict(described()).keys(), "declare them in run/schema.py"
+    assert ours <= dict(described()).keys(), "declare them in checks/schema.py"
     for key in ours:
         name = key.rsplit(".", 1)[-1]
         assert re.search(rf"^ +#.*\n +{name}:", text, re.MULTILINE), f"{key} has no comment in {CONFIG.name}"
 
 
 def test_the_loggers_are_verls():
-    assert sorted(schema.LOGGERS) == sorted(Tracking.supported_backend)
+    assert sorted(kinds.LOGGERS) == sorted(Tracking.supported_backend)
 
 
-@pytest.mark.parametrize("name", get_args(schema.Precision))
+@pytest.mark.parametrize("name", get_args(kinds.Precision))
 def test_precisions_are_those_that_verl_and_the_estimate_of_memory_know(name):
     assert PrecisionType.to_dtype(name).itemsize == fit.BYTES[name]
 
@@ -70,7 +71,7 @@ def test_precisions_are_those_that_verl_and_the_estimate_of_memory_know(name):
 def test_vllms_precisions_are_those_that_it_takes():
     from vllm.config.model import ModelDType
 
-    assert set(get_args(schema.RolloutPrecision)) == set(get_args(ModelDType))
+    assert set(get_args(kinds.RolloutPrecision)) == set(get_args(ModelDType))
 
 
 # ---- Settings that are refused by themselves -------------------------------------------------------------------------

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from worker_harness import ROOT, cpu_environment
 
-from recipe.spin.run.finding import FAIL, OK, WARN, Finding
-from recipe.spin.run.machine import cpus_needed
+from recipe.spin.checks.finding import FAIL, OK, WARN, Finding
+from recipe.spin.checks.machine import cpus_needed
 from recipe.spin.tools import device_probe, doctor
 
 PROBED = ["matrix products", "attention", "update", "refresh", "update's speed", "memory"]

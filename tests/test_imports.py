@@ -24,7 +24,8 @@ MAY_IMPORT = {
         "core_algos", "dpo_update", "engine", "fsdp_workers", "preferences", "rollout", "run_folder", "verl_patches",
     },
     "async_trainer": {"rollout", "spin_trainer"},
-    "run": {"common", "core_algos", "engine", "losses", "preferences", "rollout", "run_folder"},
+    "checks": {"common", "core_algos", "losses", "preferences", "run_folder"},
+    "run": {"checks", "common", "rollout", "run_folder"},
 }  # fmt: skip
 
 
@@ -45,14 +46,14 @@ def imported(file: Path) -> set[str]:
 
 @pytest.mark.parametrize("room", MAY_IMPORT)
 def test_imports_run_one_way(room):
-    files = sorted((ROOT / room).glob("*.py")) or [ROOT / f"{room}.py"]
+    files = sorted((ROOT / room).rglob("*.py")) or [ROOT / f"{room}.py"]
     found = {file.name: more for file in files if (more := imported(file) - MAY_IMPORT[room] - {room})}
     assert found == {}
 
 
 def test_an_import_is_seen_wherever_it_stands(tmp_path):
     (tmp_path / "a.py").write_text(
-        "import recipe.spin.run.check\nfrom recipe.spin import verl_patches\n"
+        "import recipe.spin.checks.check\nfrom recipe.spin import verl_patches\n"
         "def late():\n    from recipe.spin.tools.doctor import main\n    import torch, json\n"
     )
-    assert imported(tmp_path / "a.py") == {"run", "verl_patches", "tools"}
+    assert imported(tmp_path / "a.py") == {"checks", "verl_patches", "tools"}

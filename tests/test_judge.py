@@ -20,11 +20,11 @@ from transformers import AutoTokenizer
 from worker_harness import compose
 
 from benchmarks.rule_judge import Handler, RuleJudge, is_sum
+from recipe.spin.checks.check import check_config
+from recipe.spin.checks.pinned_model import fetch_pinned_model
 from recipe.spin.preferences import judge_server
 from recipe.spin.preferences.judge import JudgeFailed, JudgeSource, read_verdict
 from recipe.spin.preferences.source import Group, PreferenceSource, Score, source_class
-from recipe.spin.run.check import check_config
-from recipe.spin.run.pinned_model import fetch_pinned_model
 
 ROOT = Path(__file__).resolve().parents[1]
 RESPONSES = ["3", "7", "11", "7"]

@@ -15,9 +15,9 @@ from omegaconf import OmegaConf
 from packaging.requirements import Requirement
 from worker_harness import ROOT
 
-from recipe.spin.run import fit, gpu, host, machine, memory
-from recipe.spin.run.finding import FAIL, OK, WARN
-from recipe.spin.run.gpu import Device
+from recipe.spin.checks import fit, gpu, host, machine, memory
+from recipe.spin.checks.finding import FAIL, OK, WARN
+from recipe.spin.checks.gpu import Device
 
 
 def settings(*overrides: str, device: str = "gpu"):
@@ -420,7 +420,9 @@ def test_an_unknown_amount_of_gpu_memory_is_a_warning(model):
 
 
 def test_the_checks_need_neither_verl_nor_ray():
-    code = "import sys, recipe.spin.run.machine; print(*{'verl', 'ray', 'vllm', 'transformers'} & sys.modules.keys())"
+    code = (
+        "import sys, recipe.spin.checks.machine; print(*{'verl', 'ray', 'vllm', 'transformers'} & sys.modules.keys())"
+    )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (result.stdout.strip(), result.returncode) == ("", 0), result.stderr
 

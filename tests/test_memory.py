@@ -10,10 +10,10 @@ from tiny_models import save_tiny_model
 
 from benchmarks import growth, scaling
 from benchmarks.growth import QWEN_0_5B, QWEN_3B, QWEN_7B
-from recipe.spin.run import fit, memory
-from recipe.spin.run.finding import FAIL, OK, WARN, Finding
-from recipe.spin.run.gpu import Device
-from recipe.spin.run.memory import Layout, Model
+from recipe.spin.checks import fit, memory
+from recipe.spin.checks.finding import FAIL, OK, WARN, Finding
+from recipe.spin.checks.gpu import Device
+from recipe.spin.checks.memory import Layout, Model
 
 EIGHT = Layout(devices=8, whole_gradients=False)
 QWEN_3B_CONFIG = {

@@ -5,8 +5,8 @@ from checkable_run import composed, override
 from omegaconf import OmegaConf
 
 from recipe.spin import main_spin
+from recipe.spin.checks.paths import PATHS, expand_home
 from recipe.spin.common.settings import ConfigError
-from recipe.spin.run.paths import PATHS, expand_home
 
 
 def test_the_users_folder_is_put_in_place_of_a_tilde(monkeypatch):

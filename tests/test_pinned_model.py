@@ -6,9 +6,9 @@ from checkable_run import composed, override
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from omegaconf import OmegaConf
 
+from recipe.spin.checks import pinned_model
+from recipe.spin.checks.pinned_model import fetch_pinned_model
 from recipe.spin.common.settings import ConfigError
-from recipe.spin.run import pinned_model
-from recipe.spin.run.pinned_model import fetch_pinned_model
 
 
 @pytest.fixture

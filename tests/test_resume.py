@@ -14,11 +14,11 @@ from checkable_run import row as data_row
 from omegaconf import OmegaConf, open_dict
 from worker_harness import ROOT, compose, cpu_environment
 
+from recipe.spin.checks.contents import contents_of
+from recipe.spin.checks.reward_file import WEIGHTED
 from recipe.spin.common.secrets import is_secret
 from recipe.spin.common.settings import ConfigError
 from recipe.spin.run import resume
-from recipe.spin.run.contents import contents_of
-from recipe.spin.run.reward_file import WEIGHTED
 from recipe.spin.run_folder import TRACKER, checkpoints, first_answers, keep_answers
 
 

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import torch
 
-from recipe.spin.run import memory
-from recipe.spin.run.finding import FAIL, OK, WARN, Finding
+from recipe.spin.checks import memory
+from recipe.spin.checks.finding import FAIL, OK, WARN, Finding
 from recipe.spin.tools.probe_model import HALF_BILLION, TINY, save_probe_model
 
 TEMPERATURE, BETA = 0.7, 0.5
@@ -254,7 +254,7 @@ class Worker:
         """The highest so far beside the estimate that a run is checked with."""
         if self.device != "cuda":
             return Finding("memory", OK, "a process on a CPU has no figure to compare with the estimate for GPUs")
-        from recipe.spin.run.fit import layout_of
+        from recipe.spin.checks.fit import layout_of
 
         estimate = sum(memory.training(self.shape(), layout_of(self.config)).values())
         measured = torch.cuda.max_memory_allocated()

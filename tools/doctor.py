@@ -28,11 +28,11 @@ import psutil
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from recipe.spin.run.finding import FAIL, OK, WARN, Finding
-from recipe.spin.run.gpu import devices
-from recipe.spin.run.host import free_shared_memory
-from recipe.spin.run.machine import findings
-from recipe.spin.run.paths import expand_home
+from recipe.spin.checks.finding import FAIL, OK, WARN, Finding
+from recipe.spin.checks.gpu import devices
+from recipe.spin.checks.host import free_shared_memory
+from recipe.spin.checks.machine import findings
+from recipe.spin.checks.paths import expand_home
 
 ROOT = Path(__file__).resolve().parents[1]
 REQUIRED = {"verl", "transferqueue"}  # of the constraints, what the recipe's code is made for

@@ -9,8 +9,8 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from recipe.spin.checks.model_files import check_reward_model
 from recipe.spin.common.settings import ConfigError, Settings
-from recipe.spin.run.model_files import check_reward_model
 
 KEY = "reward.custom_reward_function"
 # What verl calls the reward with, by keyword

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig
 
-from recipe.spin.run.finding import FAIL, OK, WARN, Finding
+from recipe.spin.checks.finding import FAIL, OK, WARN, Finding
 
 # The oldest driver for the CUDA that torch was built with, by its major version (NVIDIA's CUDA compatibility guide)
 DRIVERS = {11: 450, 12: 525, 13: 580}

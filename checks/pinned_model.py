@@ -4,8 +4,8 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from recipe.spin.checks.check import check_settings
 from recipe.spin.common.settings import ConfigError
-from recipe.spin.run.check import check_settings
 
 KEY = "actor_rollout_ref.model.path"
 # The weights once more, in formats that neither PyTorch nor vLLM is given here

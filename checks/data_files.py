@@ -9,10 +9,11 @@ from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 
+from recipe.spin.checks.derived import ROLLOUT, compares_held_out, is_self_play, scores_groups
+from recipe.spin.checks.model_files import CHAT_TEMPLATE, load_tokenizer, prompt_writer
+from recipe.spin.checks.reward_file import KEY
+from recipe.spin.checks.rules.generation import require_queue
 from recipe.spin.common.settings import ConfigError, Settings
-from recipe.spin.run.model_files import CHAT_TEMPLATE, load_tokenizer, prompt_writer
-from recipe.spin.run.reward_file import KEY
-from recipe.spin.run.rules import ROLLOUT, compares_held_out, is_self_play, require_queue, scores_groups
 
 TRAIN, VAL = "data.train_files", "data.val_files"
 # Columns of a response, which a column of the data by the same name would overwrite, or meet in a call

@@ -1,18 +1,18 @@
 """Checks of the settings, the data and the model before Ray starts: all faults in one message, each with its remedy.
 
-schema.py says what each setting may be, rules.py what ties settings together, and model_files.py, reward_file.py and
+schema.py says what each setting may be, rules/ what ties settings together, and model_files.py, reward_file.py and
 data_files.py look at the files that the settings name. machine.py looks at what a run in order would need.
 """
 
 from omegaconf import DictConfig
 
+from recipe.spin.checks.data_files import check_data
+from recipe.spin.checks.machine import machine_faults
+from recipe.spin.checks.model_files import check_model, the_source_can_use_the_model
+from recipe.spin.checks.reward_file import check_reward
+from recipe.spin.checks.rules import RULES
+from recipe.spin.checks.schema import check_kinds
 from recipe.spin.common.settings import ConfigError, Settings
-from recipe.spin.run.data_files import check_data
-from recipe.spin.run.machine import machine_faults
-from recipe.spin.run.model_files import check_model, the_source_can_use_the_model
-from recipe.spin.run.reward_file import check_reward
-from recipe.spin.run.rules import RULES
-from recipe.spin.run.schema import check_kinds
 
 
 def check_settings(config: DictConfig) -> None:

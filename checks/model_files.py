@@ -11,9 +11,9 @@ from pathlib import Path
 from omegaconf import DictConfig
 from safetensors import SafetensorError, safe_open
 
+from recipe.spin.checks.derived import source_of
+from recipe.spin.checks.fit import compute_bytes
 from recipe.spin.common.settings import ConfigError, Settings
-from recipe.spin.run.fit import compute_bytes
-from recipe.spin.run.rules import source_of
 
 PATH = "actor_rollout_ref.model.path"
 TOKENIZER_PATH = "actor_rollout_ref.model.tokenizer_path"

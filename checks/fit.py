@@ -8,12 +8,12 @@ from math import ceil, inf
 
 from omegaconf import DictConfig, OmegaConf
 
+from recipe.spin.checks import memory
+from recipe.spin.checks.derived import ACTOR, REF, ROLLOUT, longest_row
+from recipe.spin.checks.finding import FAIL, OK, WARN, Finding, gigabytes
+from recipe.spin.checks.gpu import Device
+from recipe.spin.checks.memory import Layout, Model
 from recipe.spin.preferences.source import source_class
-from recipe.spin.run import memory
-from recipe.spin.run.finding import FAIL, OK, WARN, Finding, gigabytes
-from recipe.spin.run.gpu import Device
-from recipe.spin.run.memory import Layout, Model
-from recipe.spin.run.rules import ACTOR, REF, ROLLOUT, longest_row
 
 BYTES = {"fp32": 4, "float32": 4, "bf16": 2, "bfloat16": 2, "fp16": 2, "float16": 2}
 SHAPE = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")

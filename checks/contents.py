@@ -5,9 +5,9 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from recipe.spin.run.data_files import count_rows, files_of
-from recipe.spin.run.model_files import WEIGHTS
-from recipe.spin.run.reward_file import reward_files
+from recipe.spin.checks.data_files import count_rows, files_of
+from recipe.spin.checks.model_files import WEIGHTS
+from recipe.spin.checks.reward_file import reward_files
 
 # Of a model's folder: what it computes, how it ends, and how messages become tokens
 MODEL_FILES = ("*config.json", "tokenizer*", "vocab.json", "merges.txt", "chat_template*", *WEIGHTS)

@@ -11,11 +11,11 @@ from math import ceil
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from recipe.spin.run import cluster
-from recipe.spin.run.finding import FAIL, OK, WARN, Finding
-from recipe.spin.run.fit import check_device_memory, load_shape
-from recipe.spin.run.gpu import Device, check_compiler, check_devices, check_driver, check_system, devices
-from recipe.spin.run.host import check_disk, check_host_memory, check_shared_memory
+from recipe.spin.checks.finding import FAIL, OK, WARN, Finding
+from recipe.spin.checks.fit import check_device_memory, load_shape
+from recipe.spin.checks.gpu import Device, check_compiler, check_devices, check_driver, check_system, devices
+from recipe.spin.checks.host import check_disk, check_host_memory, check_shared_memory
+from recipe.spin.common.ray_address import joins_cluster
 
 UNITS = "transfer_queue.backend.SimpleStorage.num_data_storage_units"
 CPUS_A_RANK = 3  # verl's placement groups hold so many for each GPU (ResourcePoolManager.max_colocate_count)
@@ -34,7 +34,7 @@ def machine_faults(config: DictConfig) -> list[str]:
 
 def findings(config: DictConfig) -> Iterator[Finding]:
     """All checks that apply to the run, the quick ones first."""
-    if not cluster.joins(config):
+    if not joins_cluster(config):
         yield check_cores(config)
     if not _is_only_a_head(config):
         yield check_shared_memory(config)
@@ -64,7 +64,7 @@ def _estimates(config: DictConfig, gpus: list[Device] | None) -> Iterator[Findin
 
 def _is_only_a_head(config: DictConfig) -> bool:
     """Whether the GPUs are on the cluster's other machines, so that this one says nothing about them."""
-    return cluster.joins(config) and torch.cuda.device_count() == 0
+    return joins_cluster(config) and torch.cuda.device_count() == 0
 
 
 # ---- Cores -----------------------------------------------------------------------------------------------------------

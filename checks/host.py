@@ -7,12 +7,12 @@ from pathlib import Path
 import psutil
 from omegaconf import DictConfig
 
-from recipe.spin.run import memory
-from recipe.spin.run.finding import FAIL, OK, WARN, Finding, gigabytes
-from recipe.spin.run.fit import BYTES, layout_of
-from recipe.spin.run.memory import Model
-from recipe.spin.run.model_files import weight_bucket
-from recipe.spin.run.rules import ACTOR
+from recipe.spin.checks import memory
+from recipe.spin.checks.derived import ACTOR
+from recipe.spin.checks.finding import FAIL, OK, WARN, Finding, gigabytes
+from recipe.spin.checks.fit import BYTES, layout_of
+from recipe.spin.checks.memory import Model
+from recipe.spin.checks.model_files import weight_bucket
 from recipe.spin.run_folder import checkpoints, nearest_existing
 
 SHARED_MEMORY = "/dev/shm"

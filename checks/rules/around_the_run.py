@@ -1,0 +1,62 @@
+"""Loggers, the run's folder, and what a run goes on from."""
+
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+
+from recipe.spin.common.settings import Settings
+from recipe.spin.run_folder import TRACKER, nearest_existing
+
+# Packages that verl's loggers import
+LOGGER_PACKAGES = {name: name for name in ("wandb", "tensorboard", "mlflow", "swanlab", "clearml", "trackio")}
+
+
+def loggers_are_installed(settings: Settings) -> None:
+    names = settings["trainer.logger"]
+    for name in [names] if isinstance(names, str) else names:
+        package = LOGGER_PACKAGES.get(name)
+        settings.require(
+            package is None or find_spec(package) is not None,
+            "trainer.logger",
+            f"the package {package} is not installed; install it or leave {name} out",
+        )
+
+
+def the_run_folder_can_be_written(settings: Settings) -> None:
+    key, folder = "trainer.default_local_dir", Path(settings["trainer.default_local_dir"]).expanduser().absolute()
+    existing = nearest_existing(folder)
+    settings.require(existing.is_dir(), key, f"{existing} is no folder; name another folder (RUN_DIR)")
+    if existing.is_dir():
+        try:
+            tempfile.TemporaryFile(dir=existing).close()
+        except OSError as error:
+            settings.require(False, key, f"nothing can be written in {existing} ({error}); name another (RUN_DIR)")
+
+
+def an_evaluation_finishes_no_run(settings: Settings) -> None:
+    """It ends with a summary, by which the run of its folder would count as finished."""
+    folder = Path(settings["trainer.default_local_dir"]).expanduser()
+    settings.require(
+        not settings["trainer.val_only"] or not (folder / TRACKER).exists(),
+        "trainer.val_only",
+        f"{folder} holds a training run; name another folder (RUN_DIR), and the checkpoint's actor/huggingface as "
+        "model (MODEL_PATH)",
+    )
+
+
+def a_path_to_resume_from_is_there(settings: Settings) -> None:
+    path = settings["trainer.resume_from_path"]
+    settings.require(
+        settings["trainer.resume_mode"] != "resume_path"
+        or (path is not None and "global_step_" in path and Path(path).is_dir()),
+        "trainer.resume_from_path",
+        "trainer.resume_mode=resume_path needs a folder global_step_N of a run; name one",
+    )
+
+
+RULES = (
+    loggers_are_installed,
+    the_run_folder_can_be_written,
+    an_evaluation_finishes_no_run,
+    a_path_to_resume_from_is_there,
+)
