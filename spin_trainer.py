@@ -21,7 +21,7 @@ from verl.utils.debug import marked_timer
 from verl.workers.rollout.replica import RolloutReplicaRegistry
 
 from recipe.spin import run_folder, verl_patches
-from recipe.spin.core_algos import beta_at, penalize_missing_eos
+from recipe.spin.core_algos import PreferencePairs, beta_at, penalize_missing_eos
 from recipe.spin.dpo_update import DPOUpdate
 from recipe.spin.engine.rows import pad_rows
 from recipe.spin.fsdp_workers import SpinWorker
@@ -231,6 +231,7 @@ class SpinTrainer(OpponentInVLLM, StaleWeights, HeldOutValidation, PPOTrainerSyn
             rewards[:, 0] = penalize_missing_eos(rewards[:, 0], ended, penalty)
 
         responses, pairs, prompt_of = self.source.pair(responses, rewards, mask, self.global_steps)
+        pairs = PreferencePairs(*(column[pairs.weight > 0] for column in pairs))
         paired_prompts = prompt_of[pairs.rejected].unique().numel()
         metrics["pairs/used"] = pairs.chosen.numel()
         metrics["pairs/prompts_answered"] = self._fetched_now
