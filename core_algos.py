@@ -66,7 +66,7 @@ class PreferencePairs(NamedTuple):
     chosen: Tensor  # (P,) long
     rejected: Tensor  # (P,) long
     margin: Tensor  # (P,) float32: score of chosen - score of rejected; 0 where tie_policy, not the scores, decided
-    weight: Tensor  # (P,) float32: 1 / number of pairs of the prompt, which is 1 unless pairing="all"
+    weight: Tensor  # (P,) float32: 1 / number of pairs of the prompt, so that prompts count alike
 
 
 def compute_onlineDPO_pref(

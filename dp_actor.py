@@ -282,9 +282,17 @@ def coupled_gradient(table: torch.Tensor, settings: DPOSettings) -> tuple[torch.
     """Gradient (2, P) of a batch-coupled loss by the policy's log-probs, and the losses (P,); 0 for copies.
 
     table: (7, P), the log-probs, reference log-probs and lengths of Pairs and their weights.
+
+    Raises:
+        ValueError: when the pairs have different weights, of which a sorted loss knows nothing.
     """
     real = table[6] > 0
     columns = table[:, real].double()
+    if len(weights := columns[6].unique()) > 1:
+        raise ValueError(
+            f"pairs weigh between {weights[0]:g} and {weights[-1]:g}, which a loss that sorts them "
+            "(algorithm.dpo_loss_type: aot, aot_unpaired) cannot; let algorithm.preference_source give all one weight"
+        )
     logps = columns[:2].clone().requires_grad_()
     reference = columns[2:4]
     pairs = Pairs(logps, reference, columns[4:6], columns[6], torch.empty(0), compared=(logps, reference))

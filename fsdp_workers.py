@@ -1,5 +1,5 @@
-"""The Ray worker: FSDP actor, vLLM rollout and FSDP reference in one process, and the copy of the actor into the
-reference."""
+"""The Ray worker: FSDP actor and FSDP reference in one process, what sends their weights to vLLM's, and the copy of the
+actor into the reference."""
 
 import os
 import tempfile

@@ -339,6 +339,10 @@ def check_loss_settings(
     weights = [1.0] * len(names) if loss_weights is None else list(loss_weights)
     if len(weights) != len(names) or not all(map(is_number, weights)):
         raise ValueError(f"loss_weights (algorithm.dpo_loss_weights) is {weights}: give a number for each of {names}.")
+    if not any(weights):
+        raise ValueError(
+            f"loss_weights (algorithm.dpo_loss_weights) is {weights}: nothing would be trained, give one > 0."
+        )
     check_beta(beta)
     valid = is_number(label_smoothing) and 0 <= label_smoothing <= 0.5
     if not valid or (label_smoothing == 0 and "exo_pair" in names) or (label_smoothing == 0.5 and "robust" in names):

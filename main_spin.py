@@ -11,6 +11,7 @@ import hydra
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from recipe.spin import verl_patches
 from recipe.spin.checks.check import check_config
 from recipe.spin.checks.finding import FAIL
 from recipe.spin.checks.machine import check_cluster
@@ -112,8 +113,8 @@ def run_spin(config: DictConfig) -> None:
     monitor = RunMonitor(logs, memory_seconds, joins=cluster.prepare(config))
     heap.hand_back()
     with explained(logs):
-        by_ray = cluster.without_folder_of_the_call()
-        with monitor, explained(logs, monitor.logs), Liveness(), signals.kept_from_ray(), by_ray:
+        sigterm, imports = verl_patches.sigterm_kept_from_ray(), verl_patches.workers_without_folder_of_the_call()
+        with monitor, explained(logs, monitor.logs), Liveness(), sigterm, imports:
             run_ppo(config, task_runner_class=runner)
         report.write(config, seconds=monitor.seconds, peak_memory_gb=monitor.peak_memory_gb)
 

@@ -21,7 +21,7 @@ from verl.utils.debug import marked_timer
 from verl.workers.rollout.replica import RolloutReplicaRegistry
 
 from recipe.spin import run_folder, verl_patches
-from recipe.spin.core_algos import beta_at, penalize_missing_eos
+from recipe.spin.core_algos import PreferencePairs, beta_at, penalize_missing_eos
 from recipe.spin.dpo_update import DPOUpdate
 from recipe.spin.engine.rows import pad_rows
 from recipe.spin.fsdp_workers import SpinWorker
@@ -31,7 +31,7 @@ from recipe.spin.rollout.agent_loop import PREFERENCE, SAMPLING_SEED, RolloutCli
 from recipe.spin.rollout.buffers import OldestFirst, WholeRounds
 from recipe.spin.rollout.held_out import HeldOutValidation
 from recipe.spin.rollout.opponent import OpponentInVLLM
-from recipe.spin.rollout.reward_worker import use_reward_worker
+from recipe.spin.rollout.reward_worker import RewardWorker
 from recipe.spin.rollout.staleness import StaleWeights
 from recipe.spin.rollout.weights import has_own_sockets
 
@@ -45,7 +45,7 @@ class SpinTrainer(OpponentInVLLM, StaleWeights, HeldOutValidation, PPOTrainerSyn
     def __init__(self, config):
         super().__init__(config)
         self.use_reference_policy = True
-        use_reward_worker()
+        verl_patches.use_reward_worker(RewardWorker)
         self._sends_rounds = sends_rounds(config)
         if has_own_sockets(config.actor_rollout_ref.rollout):
             RolloutReplicaRegistry.register("vllm", _load_replica)
@@ -69,7 +69,9 @@ class SpinTrainer(OpponentInVLLM, StaleWeights, HeldOutValidation, PPOTrainerSyn
 
     def _build_replay_buffer(self) -> ReplayBuffer:
         buffer = super()._build_replay_buffer()
-        if type(buffer) in OWN_BUFFERS:  # not a sampler that the config names; ours have methods more, no state
+        # verl tells a sampler that the config names nothing of dynamic sampling, so ours are no such: one that verl has
+        # built as its own becomes ours, which have methods more and no state
+        if type(buffer) in OWN_BUFFERS:
             buffer.__class__ = OWN_BUFFERS[type(buffer)]
             buffer.settle = lambda seconds: self.agent_loop_manager.settle(seconds)
             buffer.is_idle = lambda: self.agent_loop_manager.is_idle()
@@ -229,6 +231,7 @@ class SpinTrainer(OpponentInVLLM, StaleWeights, HeldOutValidation, PPOTrainerSyn
             rewards[:, 0] = penalize_missing_eos(rewards[:, 0], ended, penalty)
 
         responses, pairs, prompt_of = self.source.pair(responses, rewards, mask, self.global_steps)
+        pairs = PreferencePairs(*(column[pairs.weight > 0] for column in pairs))
         paired_prompts = prompt_of[pairs.rejected].unique().numel()
         metrics["pairs/used"] = pairs.chosen.numel()
         metrics["pairs/prompts_answered"] = self._fetched_now

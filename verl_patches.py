@@ -1,4 +1,7 @@
-"""What verl 0.9.1, and its vLLM and torch, get wrong for this recipe and offer no hook for."""
+"""What verl 0.9.1, and Ray, TransferQueue, vLLM and torch under it, get wrong for this recipe and offer no hook for.
+
+Every patch stands here, but for those that let verl train without a GPU: verl_cpu/patches.py.
+"""
 
 import asyncio
 import importlib
@@ -50,6 +53,16 @@ def without_load_balancer() -> None:
         self.global_load_balancer = None
 
     LLMServerManager._init_global_load_balancer = keep_none
+
+
+def use_reward_worker(worker: type) -> None:
+    """verl's trainer builds its reward loop in the midst of all else, and that starts verl's own class of workers.
+
+    To be called in the process that starts them, with a class derived from verl's.
+    """
+    from verl.experimental.reward_loop import reward_loop
+
+    reward_loop.RewardLoopWorker = worker
 
 
 @contextmanager
@@ -122,6 +135,47 @@ def own_transfer_queue() -> None:
     interface.ray = SimpleNamespace(
         get=ray.get, kill=ray.kill, get_actor=lambda name, namespace=None: ray.get_actor(name)
     )
+
+
+def keep_ray_on_loopback() -> None:
+    """Ray reads its switch for loopback when it is imported, which Hydra does in looking for verl's config.
+
+    Before the settings are there, that is, by which a run joins a cluster or not. An address of `ray.init`'s is no way:
+    Ray puts the machine's in place of 127.0.0.1.
+    """
+    from ray._private import ray_constants
+
+    ray_constants.ENABLE_RAY_CLUSTER = False
+
+
+@contextmanager
+def sigterm_kept_from_ray() -> Iterator[None]:
+    """`ray.init` sets a handler of SIGTERM that ends the process without a chance to clean up. Here it sets none."""
+    from ray._private import utils
+
+    original = utils.set_sigterm_handler
+    utils.set_sigterm_handler = lambda handler: None
+    try:
+        yield
+    finally:
+        utils.set_sigterm_handler = original
+
+
+@contextmanager
+def workers_without_folder_of_the_call() -> Iterator[None]:
+    """Lets workers import by their PYTHONPATH alone. Held around verl's run_ppo, which calls `ray.init`.
+
+    It would put the folder of the call before all others, and a `recipe/spin` in there, which older trees of verl have,
+    would be run in place of this one. Ray leaves it out where it is told of a working folder, and has no other switch.
+    """
+    from ray.job_config import JobConfig
+
+    original = JobConfig._runtime_env_has_working_dir
+    JobConfig._runtime_env_has_working_dir = lambda job: True
+    try:
+        yield
+    finally:
+        JobConfig._runtime_env_has_working_dir = original
 
 
 def limit_weight_transfer(seconds: float = WEIGHTS_WAIT_SECONDS) -> None:

@@ -56,7 +56,10 @@ class Score(NamedTuple):
 
 
 class Pairing(NamedTuple):
-    """What a step trains on: N responses, pairs of them, and the number of each one's prompt (N,)."""
+    """What a step trains on: N responses, pairs of them, and the number of each one's prompt (N,).
+
+    Pairs whose weight is not above 0 are left out.
+    """
 
     responses: TensorDict
     pairs: PreferencePairs

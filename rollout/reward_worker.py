@@ -2,24 +2,34 @@
 
 import asyncio
 
-from verl.experimental.reward_loop import reward_loop
+from verl.experimental.reward_loop.reward_loop import RewardLoopWorker
+from verl.trainer.ppo.reward import load_reward_manager
 from verl.utils import hf_tokenizer
+from verl.utils.fs import copy_to_local
 
 from recipe.spin.common import heap
 from recipe.spin.preferences.reward_error import NoScore, Patience, RewardError, reward_name
 
-VerlWorker = reward_loop.RewardLoopWorker
 
-
-class RewardWorker(VerlWorker):
+class RewardWorker(RewardLoopWorker):
     """Scores responses by a reward function or a reward model."""
 
     def _init_reward_fn(self):
-        """verl loads tokenizers with `trust_remote_code=True`, whatever the run was told."""
-        trusts = self.config.actor_rollout_ref.model.trust_remote_code
-        reward_loop.hf_tokenizer = lambda path, **options: hf_tokenizer(path, **options | {"trust_remote_code": trusts})
-        super()._init_reward_fn()
+        """As verl's, which loads tokenizers with `trust_remote_code=True`, whatever the run was told."""
+        model, reward_model = self.config.actor_rollout_ref.model, self.config.reward.reward_model
+        self.input_tokenizer = self._tokenizer(model.path if model.tokenizer_path is None else model.tokenizer_path)
+        self.reward_model_tokenizer = self._tokenizer(reward_model.model_path) if reward_model.enable else None
+        self.reward_manager = load_reward_manager(
+            self.config,
+            self.input_tokenizer,
+            reward_router_address=self.reward_router_address,
+            reward_model_tokenizer=self.reward_model_tokenizer,
+        )
         heap.hand_back()
+
+    def _tokenizer(self, path: str):
+        trusts = self.config.actor_rollout_ref.model.trust_remote_code
+        return hf_tokenizer(copy_to_local(path), trust_remote_code=trusts)
 
     async def compute_score_batch(self, data) -> list[dict]:
         """A step's scores where the reward model shares the trainer's devices; verl would wait without end.
@@ -40,8 +50,3 @@ class RewardWorker(VerlWorker):
     async def compute_score_disrm(self, data) -> dict:
         """verl's agent loop reads `reward_extra_info` of every answer; a reward model's has none."""
         return {"reward_extra_info": {}, **await super().compute_score_disrm(data)}
-
-
-def use_reward_worker() -> None:
-    """Puts it in place of verl's, for which verl has no hook; called in the process that starts the workers."""
-    reward_loop.RewardLoopWorker = RewardWorker

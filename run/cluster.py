@@ -2,14 +2,13 @@
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from uuid import uuid4
 
 from omegaconf import DictConfig, open_dict
 
+from recipe.spin import verl_patches
 from recipe.spin.common.ray_address import cluster_address, joins_cluster
 from recipe.spin.common.secrets import has_password, is_secret
 from recipe.spin.common.settings import ConfigError
@@ -113,23 +112,6 @@ def import_paths(pythonpath: str) -> list[str]:
     return list(dict.fromkeys([*paths, *(path for path in of_the_command if path in looked_in)]))
 
 
-@contextmanager
-def without_folder_of_the_call() -> Iterator[None]:
-    """Lets workers import by `import_paths` alone. Held around verl's run_ppo, which calls `ray.init`.
-
-    It would put the folder of the call before all others, and a `recipe/spin` in there, which older trees of verl have,
-    would be run in place of this one. Ray leaves it out where it is told of a working folder, and has no other switch.
-    """
-    from ray.job_config import JobConfig
-
-    original = JobConfig._runtime_env_has_working_dir
-    JobConfig._runtime_env_has_working_dir = lambda job: True
-    try:
-        yield
-    finally:
-        JobConfig._runtime_env_has_working_dir = original
-
-
 def logging_settings(environment: dict[str, str], run: Path) -> dict[str, str]:
     """The variables, keys among them, of the services that metrics are logged to.
 
@@ -141,8 +123,6 @@ def logging_settings(environment: dict[str, str], run: Path) -> dict[str, str]:
 
 def keep_to_loopback() -> None:
     """Makes Ray, TransferQueue, vLLM, gloo and NCCL of a run on one machine listen on loopback alone."""
-    from ray._private import ray_constants
-
     for name, value in ON_LOOPBACK.items():
         os.environ.setdefault(name, value)
-    ray_constants.ENABLE_RAY_CLUSTER = False  # Ray read its switch when Hydra, looking for verl's config, imported it
+    verl_patches.keep_ray_on_loopback()

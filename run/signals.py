@@ -1,8 +1,6 @@
 """Signals that stop a run: an exception in the main thread, so that what the run started and made is removed."""
 
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -27,16 +25,3 @@ def raise_received() -> None:
     """Raises again what the code of a library swallowed."""
     if received:
         raise KeyboardInterrupt
-
-
-@contextmanager
-def kept_from_ray() -> Iterator[None]:
-    """Leaves SIGTERM to us: `ray.init` sets a handler that ends the process without a chance to clean up."""
-    from ray._private import utils
-
-    original = utils.set_sigterm_handler
-    utils.set_sigterm_handler = lambda handler: None
-    try:
-        yield
-    finally:
-        utils.set_sigterm_handler = original

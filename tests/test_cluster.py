@@ -19,7 +19,7 @@ from ray.job_config import JobConfig
 from verl.trainer.ppo.v1 import trainer_base
 from verl.utils import tracking
 
-from recipe.spin import fsdp_workers
+from recipe.spin import fsdp_workers, verl_patches
 from recipe.spin.common.settings import ConfigError
 from recipe.spin.main_spin import TaskRunner
 from recipe.spin.rollout.weights import ONE_MACHINE, RUN_NAME
@@ -203,7 +203,7 @@ def test_ray_does_not_put_the_folder_of_the_call_before_the_checkout():
     guard = "if not job_config._client_job and not job_config._runtime_env_has_working_dir():\n"
     assert source.count("code_paths.append(") == 2 and guard in source and "script_directory in sys.path" in source
     assert not JobConfig()._runtime_env_has_working_dir()
-    with cluster.without_folder_of_the_call():
+    with verl_patches.workers_without_folder_of_the_call():
         assert JobConfig()._runtime_env_has_working_dir()
     assert not JobConfig()._runtime_env_has_working_dir()
 

@@ -143,10 +143,11 @@ def test_what_verl_refuses_is_one_message():
 
 STOPPED = """
 import os, signal, sys, time
+from recipe.spin import verl_patches
 from recipe.spin.run import signals
 signals.honor()
 import ray
-with signals.kept_from_ray():
+with verl_patches.sigterm_kept_from_ray():
     import ray._private.utils
     ray._private.utils.set_sigterm_handler(lambda number, frame: sys.exit(number))  # as ray.init does
     try:

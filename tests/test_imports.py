@@ -25,7 +25,7 @@ MAY_IMPORT = {
     },
     "async_trainer": {"rollout", "spin_trainer"},
     "checks": {"common", "core_algos", "losses", "preferences", "run_folder"},
-    "run": {"checks", "common", "rollout", "run_folder"},
+    "run": {"checks", "common", "rollout", "run_folder", "verl_patches"},
 }  # fmt: skip
 
 

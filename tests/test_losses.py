@@ -486,6 +486,7 @@ def test_settings_that_are_fine():
         (dict(loss_weights=[1.0, 2.0]), r"dpo_loss_weights\) is \[1.0, 2.0\]"),
         (dict(loss_weights=["1"]), r"dpo_loss_weights\) is \['1'\]"),
         (dict(loss_weights=[float("nan")]), r"dpo_loss_weights\) is \[nan\]"),
+        (dict(loss_type=["sigmoid", "sft"], loss_weights=[0, 0.0]), r"dpo_loss_weights\) is \[0, 0.0\].*one > 0"),
         (dict(discopop_tau=0.0), "discopop_tau is 0.0"),
         (dict(discopop_tau=1.5), "discopop_tau is 1.5"),
         (dict(loss_type="sft", average_log_prob=True), "dpo_average_log_prob is true, but the loss sft"),

@@ -8,11 +8,14 @@ import types
 import pytest
 from omegaconf import OmegaConf
 from verl.experimental.reward_loop import reward_loop
+from verl.experimental.reward_loop.reward_loop import RewardLoopManager, RewardLoopWorker
 from worker_harness import compose
 
+from recipe.spin import verl_patches
 from recipe.spin.preferences import reward_error
 from recipe.spin.preferences.reward_error import RewardError
-from recipe.spin.rollout.reward_worker import RewardWorker, VerlWorker
+from recipe.spin.rollout import reward_worker
+from recipe.spin.rollout.reward_worker import RewardWorker
 
 CODE = """
 from pathlib import Path
@@ -35,28 +38,59 @@ def folder(tmp_path, tiny_models):
     return folder
 
 
-@pytest.mark.parametrize("trusts", [False, True])
-def test_code_in_a_model_folder_runs_only_where_it_is_trusted(folder, tmp_path, monkeypatch, trusts):
-    monkeypatch.setattr(reward_loop, "load_reward_manager", lambda *args, **options: None)
-    monkeypatch.setattr(reward_loop, "hf_tokenizer", reward_loop.hf_tokenizer)  # put back afterwards
-    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
-    model = f"actor_rollout_ref.model.path={folder}"
+def begin(*settings: str) -> RewardWorker:
+    """A worker that has loaded what it scores with."""
     worker = RewardWorker.__new__(RewardWorker)
-    worker.reward_router_address = None
-    worker.config = compose(model, f"actor_rollout_ref.model.trust_remote_code={trusts}", device="cpu")
+    worker.reward_router_address = "host:1"
+    worker.config = compose(*settings, device="cpu")
+    worker._init_reward_fn()
+    return worker
+
+
+@pytest.mark.parametrize("trusts", [False, True])
+@pytest.mark.parametrize("key", ["actor_rollout_ref.model.path", "reward.reward_model.model_path"])
+def test_code_in_a_model_folder_runs_only_where_it_is_trusted(folder, tiny_models, tmp_path, monkeypatch, trusts, key):
+    monkeypatch.setattr(reward_worker, "load_reward_manager", lambda *args, **options: None)
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    paths = dict.fromkeys(("actor_rollout_ref.model.path", "reward.reward_model.model_path"), tiny_models["llama"])
+    settings = [f"{name}={path}" for name, path in (paths | {key: folder}).items()]
+    settings += ["reward.reward_model.enable=True", f"actor_rollout_ref.model.trust_remote_code={trusts}"]
     if trusts:
-        worker._init_reward_fn()
+        begin(*settings)
     else:
         with pytest.raises(ValueError, match="trust_remote_code"):
-            worker._init_reward_fn()
+            begin(*settings)
     assert (tmp_path / "ran").exists() == trusts
+
+
+@pytest.mark.parametrize("enable", [False, True])
+def test_the_reward_manager_gets_what_verls_worker_gives_it(tiny_models, monkeypatch, enable):
+    """Of verl's own loading of tokenizers nothing is left, so it is compared with verl's."""
+    given = []
+    for module in (reward_loop, reward_worker):
+        monkeypatch.setattr(module, "hf_tokenizer", lambda path, trust_remote_code: path)
+        monkeypatch.setattr(module, "load_reward_manager", lambda *args, **options: given.append((args, options)))
+    llama, qwen2 = tiny_models["llama"], tiny_models["qwen2"]
+    model = [f"actor_rollout_ref.model.path={llama}", f"actor_rollout_ref.model.tokenizer_path={qwen2}"]
+    worker = begin(*model, f"reward.reward_model.enable={enable}", f"reward.reward_model.model_path={llama}")
+    RewardLoopWorker._init_reward_fn(worker)
+    assert given[0] == given[1] and given[0][0] == (worker.config, str(qwen2))
+    assert given[0][1]["reward_model_tokenizer"] == (str(llama) if enable else None)
+
+
+def test_verls_trainer_starts_the_recipes_workers(monkeypatch):
+    monkeypatch.setattr(reward_loop, "RewardLoopWorker", RewardLoopWorker)  # put back afterwards
+    monkeypatch.setattr(reward_loop, "ray", types.SimpleNamespace(remote=lambda actor: actor))
+    monkeypatch.setattr(RewardLoopManager, "_init_reward_loop_workers", lambda self: None)
+    verl_patches.use_reward_worker(RewardWorker)
+    assert RewardLoopManager(compose(device="cpu")).reward_loop_workers_class is RewardWorker
 
 
 def test_a_reward_models_answer_has_what_the_agent_loop_reads(monkeypatch):
     async def compute_score_disrm(self, data):
         return {"reward_score": 1.5}
 
-    monkeypatch.setattr(VerlWorker, "compute_score_disrm", compute_score_disrm)
+    monkeypatch.setattr(RewardLoopWorker, "compute_score_disrm", compute_score_disrm)
     answer = asyncio.run(RewardWorker.__new__(RewardWorker).compute_score_disrm(None))
     assert answer == {"reward_score": 1.5, "reward_extra_info": {}}
 
@@ -95,7 +129,7 @@ def scores_of(monkeypatch, seconds: list[float], limit: float) -> list[dict]:
             await asyncio.sleep(data[0])
         return {"reward_score": data[0]}
 
-    monkeypatch.setattr(VerlWorker, "compute_score", compute_score)
+    monkeypatch.setattr(RewardLoopWorker, "compute_score", compute_score)
     worker = RewardWorker.__new__(RewardWorker)
     reward = {"custom_reward_function": {"path": None}, "reward_model": {"enable": True}}
     worker.config = OmegaConf.create({"algorithm": {"reward_timeout_s": limit}, "reward": reward})

@@ -16,7 +16,14 @@ from verl.utils.torch_functional import get_constant_schedule_with_warmup
 from worker_harness import nest, response_batch
 
 from recipe.spin.core_algos import LossOptions, PreferencePairs
-from recipe.spin.dp_actor import DataParallelPPOActor, DPOSettings, dpo_loss, largest_divisor, split_mini_batches
+from recipe.spin.dp_actor import (
+    DataParallelPPOActor,
+    DPOSettings,
+    coupled_gradient,
+    dpo_loss,
+    largest_divisor,
+    split_mini_batches,
+)
 from recipe.spin.engine.plan import MiniBatch, Plan, plan_mini_batches
 from recipe.spin.engine.rows import arrange, build_rows, make_rows, pad_rows, pair_totals, row_lists
 from recipe.spin.fsdp_workers import mix_parameters
@@ -431,6 +438,16 @@ def test_weights_of_pairs_are_relative():
     output, data, _ = micro_batch(weights=(0.5, 0.5, 1.0), total=2.0)
     loss, _ = dpo_loss(output, data, settings=DPOSettings(beta=BETA))
     assert loss.item() == pytest.approx((PAIR_LOSSES[0] + PAIR_LOSSES[1] + 2 * PAIR_LOSSES[2]) / 4, rel=1e-6)
+
+
+def test_a_loss_that_sorts_pairs_refuses_weights_of_which_it_would_know_nothing():
+    table = torch.cat([torch.randn(4, 3), torch.ones(2, 3), torch.tensor([[1.0, 1.0, 0.0]])])  # the last one is a copy
+    settings = DPOSettings(beta=BETA, loss_type=("aot",))
+    gradient, losses = coupled_gradient(table, settings)
+    assert (gradient != 0).all(0).tolist() == (losses != 0).tolist() == [True, True, False]
+    table[6, 1] = 0.5
+    with pytest.raises(ValueError, match=r"weigh between 0.5 and 1, .* aot, .*preference_source"):
+        coupled_gradient(table, settings)
 
 
 def test_a_response_of_several_pairs_gets_the_gradient_of_each():

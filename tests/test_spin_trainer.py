@@ -335,12 +335,17 @@ def test_skipped_steps_in_a_row_stop_the_run(step):
 class RejectsItsOwn(PreferenceSource):
     """Puts a response of its own behind each prompt's, and prefers the last prompt's first to its others."""
 
+    weights = (0.5, 0.5)
+
     def pair(self, responses, rewards, mask, step) -> Pairing:
-        pairs = PreferencePairs(torch.tensor([2, 2]), torch.tensor([3, 5]), torch.ones(2), torch.full((2,), 0.5))
+        pairs = PreferencePairs(torch.tensor([2, 2]), torch.tensor([3, 5]), torch.ones(2), torch.tensor(self.weights))
         return Pairing(responses, pairs, torch.tensor([0, 0, 1, 1, 0, 1]))
 
 
-def test_prompts_without_a_pair_are_counted_where_a_source_adds_responses(trainer, monkeypatch):
+@pytest.fixture
+def prefer(trainer, monkeypatch):
+    """Lets a trainer prefer by RejectsItsOwn, with pairs of these weights: the metrics, and what is trained on."""
+    laid_out = []
     trainer.config = OmegaConf.create(
         {
             "actor_rollout_ref": {"rollout": {"n": 2}},
@@ -351,12 +356,33 @@ def test_prompts_without_a_pair_are_counted_where_a_source_adds_responses(traine
     trainer.source, trainer._fetched = RejectsItsOwn(trainer.config, None), (7, 2)
     trainer.source.end_tokens = {9}
     trainer.dpo = DPOUpdate(trainer.config, workers=None)
-    monkeypatch.setattr(trainer.dpo, "lay_out", lambda *laid_out: None)
+    monkeypatch.setattr(trainer.dpo, "lay_out", lambda responses, pairs, prompt_of: laid_out.append(pairs))
     ones = nest([torch.ones(2)] * 4)
     fetched = {name: ones for name in ("prompts", "responses", "response_mask", "rollout_log_probs", "rm_scores")}
     fetched |= {"extra_fields": NonTensorStack(*[{} for _ in range(4)])}
     monkeypatch.setattr(queue.tq, "kv_batch_get", lambda **asked: TensorDict(fetched, batch_size=4))
     keys = [f"{uid}_{number}_0" for uid in ("a", "b") for number in (0, 1)]
-    metrics: dict[str, float] = {}
-    trainer._prefer(KVBatchMeta(keys=keys, tags=[{}] * 4, partition_id="train"), metrics)
+
+    def prefer(*weights: float) -> tuple[dict[str, float], list[PreferencePairs]]:
+        metrics: dict[str, float] = {}
+        trainer.source.weights = weights
+        trainer._prefer(KVBatchMeta(keys=keys, tags=[{}] * 4, partition_id="train"), metrics)
+        return metrics, laid_out
+
+    return prefer
+
+
+def test_prompts_without_a_pair_are_counted_where_a_source_adds_responses(prefer):
+    metrics, _ = prefer(0.5, 0.5)
     assert metrics["pairs/tie_rate"] == 0.5 and metrics["pairs/used"] == 2
+
+
+def test_pairs_to_which_a_source_gives_no_weight_are_left_out(prefer):
+    """A mini-batch of them alone would have no mean."""
+    metrics, [pairs] = prefer(0.0, 0.5)
+    assert pairs.rejected.tolist() == [5] and pairs.weight.tolist() == [0.5] and metrics["pairs/used"] == 1
+
+
+def test_a_step_whose_pairs_weigh_nothing_has_none(prefer):
+    metrics, laid_out = prefer(0.0, 0.0)
+    assert laid_out == [] and metrics["pairs/used"] == 0 and metrics["pairs/tie_rate"] == 1
