@@ -5,6 +5,7 @@ import huggingface_hub
 import pytest
 import torch
 from checkable_run import Run, hub_without_network
+from fake_checkout import Checkout, copy_checkout
 from tiny_models import ARCHITECTURES, save_tiny_model
 from whole_runs import write_task
 from worker_harness import Ranks
@@ -48,6 +49,12 @@ def run(tmp_path, tiny_models, monkeypatch) -> Run:
     monkeypatch.setattr(huggingface_hub, "model_info", hub_without_network)
     model_files._is_on_hub.cache_clear()
     return Run(tmp_path, tiny_models["llama"])
+
+
+@pytest.fixture
+def checkout(tmp_path) -> Checkout:
+    """The scripts in a folder of their own, with a stand-in for Python."""
+    return copy_checkout(tmp_path)
 
 
 @pytest.fixture(scope="session")
