@@ -5,10 +5,10 @@ import huggingface_hub
 import pytest
 import torch
 from checkable_run import Run, hub_without_network
-from tiny_models import ARCHITECTURES, save_tiny_model
 from whole_runs import write_task
 from worker_harness import Ranks
 
+from benchmarks.tiny_models import ARCHITECTURES, save_tiny_model
 from recipe.spin.run import cluster, model_files
 
 os.environ.setdefault(cluster.LOG_LEVEL, "WARNING")  # as a run's processes have it
