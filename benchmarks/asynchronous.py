@@ -9,7 +9,6 @@ stopping.
 """
 
 import argparse
-import re
 import statistics
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from benchmarks.default_run import (
     summarize,
     train,
 )
-from benchmarks.machine import ROOT, provenance, results_file, run_missing
+from benchmarks.machine import ROOT, provenance, results_file, run_missing, slug
 
 ASYNC = ["trainer.v1.trainer_mode=colocate_async"]
 EVERY_4 = ["trainer.rollout_sync_freq=4", "actor_rollout_ref.rollout.free_cache_engine=False"]
@@ -39,7 +38,7 @@ ARMS = {
 def run(name: str, runs: Path) -> dict:
     """One run of an arm with a seed: accuracies before and after, staleness, seconds of a step."""
     arm, seed = arm_and_seed(name)
-    folder = runs.resolve() / re.sub(r"[^a-z0-9_]+", "-", name)
+    folder = runs.resolve() / slug(name)
     history, _ = train([*SETTINGS, *ARMS[arm], *seeded(seed)], folder)
     steps = [one for one in history if "staleness/mean" in one]
     staleness = {

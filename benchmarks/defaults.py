@@ -8,7 +8,6 @@ is made anew. A run takes 4.5 minutes on two cores, with 8 responses more.
 """
 
 import argparse
-import re
 import statistics
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from benchmarks.default_run import (
     runs_of,
     seeded,
 )
-from benchmarks.machine import ROOT, results_file, run_missing
+from benchmarks.machine import ROOT, results_file, run_missing, slug
 from benchmarks.scaling import fill
 
 DOCUMENT = ROOT / "docs" / "defaults.md"
@@ -81,7 +80,7 @@ def sweep(arms: list[str], seeds: list[int], runs: Path, file: Path) -> dict[str
 
     def run_one(name: str) -> dict:
         arm, seed = arm_and_seed(name)
-        return recorded([*seeded(seed), *ARMS[arm]], runs.resolve() / re.sub(r"[^a-z0-9.]+", "-", name.lower()))
+        return recorded([*seeded(seed), *ARMS[arm]], runs.resolve() / slug(name))
 
     return run_missing([], arms_with_seeds(arms or list(ARMS), seeds), run_one, file, "runs")
 

@@ -9,12 +9,11 @@ A run takes 4.5 minutes on two cores, all of them about two hours.
 """
 
 import argparse
-import re
 import statistics
 from pathlib import Path
 
 from benchmarks.default_run import KINDS, markdown, recorded, seeded
-from benchmarks.machine import ROOT, results_file, run_missing
+from benchmarks.machine import ROOT, results_file, run_missing, slug
 from benchmarks.scaling import fill
 
 DOCUMENT = ROOT / "docs" / "losses.md"
@@ -80,7 +79,7 @@ def sweep(names: list[str], runs: Path, file: Path) -> dict[str, dict]:
     """Runs the losses of these names, without names those that the file lacks; the file's losses with them."""
 
     def run_one(name: str) -> dict:
-        folder = runs.resolve() / re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
+        folder = runs.resolve() / slug(name)
         return recorded([*SETTINGS, *(f"algorithm.{setting}" for setting in ARMS[name])], folder)
 
     return run_missing(names, ARMS, run_one, file, "losses")

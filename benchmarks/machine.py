@@ -1,5 +1,6 @@
 """What a measurement was made on: the machine, its matrix products, versions, commit, and the memory of processes."""
 
+import hashlib
 import json
 import os
 import platform
@@ -92,6 +93,12 @@ def write_result(name: str, result: dict, folder: Path | None = None) -> Path:
 def results_file(name: str) -> Path:
     """Where a benchmark of many runs keeps them, on whatever machine they were made: each says on which."""
     return ROOT / "benchmarks" / "results" / f"{name}.json"
+
+
+def slug(name: str) -> str:
+    """A name for the file or folder of a name: letters and digits of it, and a digest, as others may share these."""
+    words = re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
+    return f"{words}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def run_missing(
@@ -195,10 +202,9 @@ def run_measured(command: list[str], environment: dict[str, str], log: Path) -> 
             with PeakMemory(process.pid) as memory:
                 others = OthersCores(lambda: time.process_time() + memory.cpu_seconds)
                 code = process.wait()
-        except BaseException:
-            process.terminate()
+        finally:
+            process.terminate()  # where the wait was cut short; one that has ended is let be
             process.wait()
-            raise
     if code != 0:
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
         raise RuntimeError(f"{' '.join(command)}\nended with {code}; its last words ({log}):\n{tail}")

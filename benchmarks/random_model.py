@@ -1,11 +1,12 @@
-"""Models of random weights for benchmarks; their tokenizer is the tests'."""
+"""Models of random weights for benchmarks; their tokenizer is that of the tiny ones."""
 
 from pathlib import Path
 
+from benchmarks.tiny_models import make_tokenizer
+
 
 def save_random_model(config_class: type, folder: Path, vocabulary: int, **shape) -> str:
-    """Saves a model of a transformers configuration with the tests' tokenizer, in fp32; returns the folder."""
-    from tiny_models import make_tokenizer
+    """Saves a model of a transformers configuration with the tiny models' tokenizer, in fp32; returns the folder."""
     from transformers import AutoModelForCausalLM
 
     tokenizer = make_tokenizer()

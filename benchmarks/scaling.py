@@ -42,6 +42,7 @@ from benchmarks.machine import (
     write_result,
 )
 from benchmarks.random_model import save_random_model
+from benchmarks.tiny_models import save_tiny_model
 from recipe.spin.checks import memory
 from recipe.spin.checks.fit import fitting
 
@@ -58,8 +59,7 @@ PLAIN += [("0.5B", 4, 16), ("0.5B", 8, 16), ("tiny", 32, 16)]
 
 
 def save_model(name: str, folder: Path) -> str:
-    """A model of a shape with random weights and the tests' tokenizer."""
-    from tiny_models import save_tiny_model
+    """A model of a shape with random weights and the tiny models' tokenizer."""
     from transformers import Qwen2Config
 
     if name == "tiny":
@@ -366,7 +366,6 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=ROOT / "data" / "arithmetic")
     parser.add_argument("--rounds", type=int, default=1, help="rounds of a plain step that count (1)")
     options = parser.parse_args()
-    sys.path.append(str(ROOT / "tests"))  # the tests' tiny model and tokenizer
     if options.what == "plain":
         write_result("scaling-plain", provenance() | measure_plain(options.model, options.rounds))
     elif options.what == "engine":

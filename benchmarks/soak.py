@@ -66,7 +66,6 @@ def look(root: psutil.Process) -> dict[str, dict[str, float]]:
 
 def soak(steps: int, early: int, folder: Path) -> dict[str, dict]:
     """One run; what was held in its step `early` and shortly before its end."""
-    sys.path.insert(0, str(ROOT / "tests"))  # the tiny model is the tests'
     model = save_model("tiny", folder / "model")
     environment = os.environ | {"RUN_DIR": str(folder / "run"), "MODEL_PATH": model, "SPIN_PROFILE": "cpu"}
     quiet = ["trainer.val_before_train=False", "trainer.test_freq=-1", "trainer.save_freq=50"]

@@ -228,7 +228,7 @@ def main() -> None:
     tried = settings_file()
     if not tried.exists():
         sys.exit(f"error: {tried} is missing: TRL's fastest setting here; run python -m benchmarks.trl_settings first")
-    best = fastest(json.loads(tried.read_text())["tried"])
+    best = fastest(json.loads(tried.read_text())["tried"].values())
     setting = {"batch": best["batch"], "allocator": best["allocator"]}
     from transformers import AutoConfig
 

@@ -8,11 +8,10 @@ run, again if need be, and no others. Then the table of docs/tasks.md is made an
 """
 
 import argparse
-import re
 from pathlib import Path
 
 from benchmarks.default_run import KINDS, arm_and_seed, arms_with_seeds, cell, markdown, over_seeds, recorded, seeded
-from benchmarks.machine import ROOT, results_file, run_missing
+from benchmarks.machine import ROOT, results_file, run_missing, slug
 from benchmarks.scaling import fill
 from recipe.spin.examples.tasks.prepare import TASKS, prepare
 
@@ -58,7 +57,7 @@ def sweep(names: list[str], seeds: list[int], runs: Path, file: Path) -> dict[st
     """Runs the arms of these names, without names those that the file lacks; the file's with them."""
 
     def run_one(name: str) -> dict:
-        return run(name, runs.resolve() / re.sub(r"[^a-z0-9]+", "-", name))
+        return run(name, runs.resolve() / slug(name))
 
     return run_missing(names, arms_with_seeds(list(TASKS), seeds), run_one, file, "tasks")
 

@@ -4,20 +4,30 @@
 
 Every setting trains on the same 32 pairs a step, in a process of its own; the first step warms up and does not count,
 and the shortest of the others does.
-All go into one file, benchmarks/results/trl-settings-MACHINE.json, to which a second call adds what is missing; step.py
-takes the fastest from it. All sixteen take 40 minutes on two cores.
+Each is added to one file, benchmarks/results/trl-settings-MACHINE.json, at once; one that stands there is skipped.
+step.py takes the fastest from it. All sixteen take 40 minutes on two cores.
 """
 
 import argparse
 import json
-import re
 import statistics
 import sys
 import tempfile
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks.machine import ROOT, allocator_settings, describe, plain_environment, provenance, run_measured
+from benchmarks.machine import (
+    ROOT,
+    allocator_settings,
+    describe,
+    plain_environment,
+    provenance,
+    results_file,
+    run_measured,
+    run_missing,
+    slug,
+)
 
 BATCHES = (4, 8, 16, 32)
 PHASES = ("gen", "ref", "update", "optimizer")
@@ -42,10 +52,23 @@ def run_trl(model: str, data: Path, steps: int, batch: int, allocator: str, fold
     }
 
 
-def settings_file(folder: Path | None = None) -> Path:
+def settings_file() -> Path:
     """Where the settings that were tried on this kind of machine stand."""
-    name = re.sub(r"[^a-z0-9]+", "-", describe()["kind"].lower()).strip("-")
-    return (folder or ROOT / "benchmarks" / "results") / f"trl-settings-{name}.json"
+    return results_file(f"trl-settings-{slug(describe()['kind'])}")
+
+
+def try_missing(model: str, data: Path, steps: int, settings: list[tuple[int, str]], file: Path) -> list[dict]:
+    """Runs the settings (prompts a micro-batch, allocator) that the file lacks; all that stand there then."""
+    named = {f"{batch} prompts, allocator {allocator}": (batch, allocator) for batch, allocator in settings}
+
+    def run_one(name: str) -> dict:
+        batch, allocator = named[name]
+        with tempfile.TemporaryDirectory() as folder:
+            found = run_trl(model, data, steps, batch, allocator, Path(folder))
+        return {"batch": batch, "allocator": allocator} | found
+
+    source = provenance() | {"allocators": allocator_settings()}
+    return list(run_missing([], named, run_one, file, "tried", **source).values())
 
 
 def best_step(setting: dict) -> float:
@@ -53,7 +76,7 @@ def best_step(setting: dict) -> float:
     return min(step["seconds"] for step in setting["steps"])
 
 
-def fastest(tried: list[dict]) -> dict:
+def fastest(tried: Iterable[dict]) -> dict:
     """The setting with the shortest step."""
     return min(tried, key=best_step)
 
@@ -79,18 +102,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2, help="steps of each that count (2)")
     options = parser.parse_args()
 
-    file = settings_file()
-    found = json.loads(file.read_text()) if file.exists() else provenance() | {"allocators": allocators, "tried": []}
-    for batch in options.batches:
-        for allocator in options.allocators:
-            if any((one["batch"], one["allocator"]) == (batch, allocator) for one in found["tried"]):
-                continue
-            with tempfile.TemporaryDirectory() as folder:
-                run = run_trl(options.model, options.data, options.steps, batch, allocator, Path(folder))
-            found["tried"].append({"batch": batch, "allocator": allocator} | run)
-            file.parent.mkdir(exist_ok=True)
-            file.write_text(json.dumps(found, indent=1) + "\n")
-    print(table(found["tried"]))
+    settings = [(batch, allocator) for batch in options.batches for allocator in options.allocators]
+    print(table(try_missing(options.model, options.data, options.steps, settings, settings_file())))
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def contents_of(config: DictConfig) -> dict[str, str]:
 
 
 def _absolute(name: str) -> Path:
-    return Path(name).expanduser().absolute()
+    return Path(name).absolute()
 
 
 def _digest(file: Path) -> str:

@@ -49,7 +49,7 @@ MANY = 10_000  # prompts whose measuring takes seconds, which is said
 def check_data(settings: Settings) -> None:
     """Every file must be readable and its rows must be prompts; there must be enough of them for a batch."""
     files = {key: files_of(settings[key]) for key in (TRAIN, VAL)}
-    train, val = ({Path(file).expanduser().resolve() for file in files[key]} for key in (TRAIN, VAL))
+    train, val = ({Path(file).resolve() for file in files[key]} for key in (TRAIN, VAL))
     settings.require(not train & val, VAL, "held-out prompts must not be trained on; name a file of others")
     prompts: dict[str, list[Prompts]] = {TRAIN: [], VAL: []}
     for key in (TRAIN, VAL):
@@ -95,7 +95,7 @@ def read_prompts(settings: Settings, key: str, file: str) -> Prompts:
     Raises:
         ConfigError: names the file, and the first row with a fault.
     """
-    path = Path(file).expanduser()
+    path = Path(file)
     if not path.is_file():
         raise ConfigError(f"{key}={file!r}: there is no such file; make it (examples/) or name another")
     rows = _read_rows(key, path)

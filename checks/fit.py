@@ -1,6 +1,5 @@
 """Whether the run's model fits its GPUs by the estimate of memory.py, and which settings would make it fit."""
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -28,7 +27,7 @@ def load_shape(config: DictConfig) -> tuple[Model | None, str]:
     settings = config.actor_rollout_ref.model
     try:
         found = AutoConfig.from_pretrained(
-            os.path.expanduser(settings.path),
+            settings.path,
             trust_remote_code=settings.trust_remote_code,
             local_files_only=config.trainer.device != "cuda",
         ).get_text_config()

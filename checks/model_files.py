@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from recipe.spin.checks.derived import source_of
 from recipe.spin.checks.fit import compute_bytes
-from recipe.spin.common.settings import ConfigError, Settings
+from recipe.spin.common.settings import MODEL_LENGTH, ConfigError, Settings
 
 PATH = "actor_rollout_ref.model.path"
 TOKENIZER_PATH = "actor_rollout_ref.model.tokenizer_path"
@@ -21,7 +21,6 @@ ADAPTER = "actor_rollout_ref.model.lora_adapter_path"
 LORA_RANK = "actor_rollout_ref.model.lora_rank"
 REWARD_MODEL = "reward.reward_model.model_path"
 OVERRIDES = "actor_rollout_ref.model.override_config"
-MODEL_LENGTH = "actor_rollout_ref.rollout.max_model_len"
 CHAT_TEMPLATE = "actor_rollout_ref.model.custom_chat_template"
 BUCKET = "actor_rollout_ref.rollout.checkpoint_engine.update_weights_bucket_megabytes"
 CONFIGURATION = ("config.json",)
@@ -104,7 +103,7 @@ def check_reward_model(settings: Settings) -> None:
 def _folder(settings: Settings, key: str, file: str = "config.json") -> Path | None:
     """The folder that a key names; None where it is a name that the hub has or may have. Else notes a fault."""
     path = settings[key]
-    folder = Path(path).expanduser()
+    folder = Path(path)
     if folder.is_dir():
         return folder
     if folder.exists() or not HUB_NAME.fullmatch(path):
@@ -264,7 +263,7 @@ def load_tokenizer(settings: Settings):
     """
     key = TOKENIZER_PATH if settings[TOKENIZER_PATH] else PATH
     path = settings[key]
-    folder = Path(path).expanduser()
+    folder = Path(path)
     here = folder.is_dir() or _cached_file(path, "tokenizer_config.json") is not None
     on_hub = here or _is_on_hub(path, key)
     if on_hub is False:  # of the model check_model says it
@@ -355,7 +354,7 @@ def weight_bucket(config: DictConfig) -> int:
     and stops at the first push. For a checked config.
     """
     path = config.actor_rollout_ref.model.path
-    folder = Path(path).expanduser()
+    folder = Path(path)
     file = folder / "config.json" if folder.is_dir() else _cached_file(path, "config.json")
     model = _of_text(json.loads(file.read_bytes())) if file else {}
     embedding = ceil(model.get("vocab_size", 0) * model.get("hidden_size", 0) * compute_bytes(config) / 2**20)

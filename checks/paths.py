@@ -1,4 +1,4 @@
-"""Paths that begin with `~`: neither a shell expands that within KEY=~/x, nor do all who open the files."""
+"""Paths that begin with `~`, which no shell expands within KEY=~/x: once, and before anything reads the settings."""
 
 import os
 

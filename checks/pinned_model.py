@@ -23,7 +23,7 @@ def fetch_pinned_model(config: DictConfig) -> None:
     """
     path = OmegaConf.select(config, KEY)  # None too where a section is null, which check_config tells
     name, at, revision = str(path).partition("@")
-    if not at or Path(path).expanduser().exists():
+    if not at or Path(path).exists():
         return
     check_settings(config)
     from huggingface_hub import snapshot_download

@@ -30,7 +30,7 @@ def check_reward(settings: Settings) -> None:
         return
     if settings["reward.reward_model.enable"]:
         arguments |= dict.fromkeys(OF_A_MODEL)
-    parts = _parts(arguments) if Path(path).expanduser().resolve() == WEIGHTED else {}
+    parts = _parts(arguments) if Path(path).resolve() == WEIGHTED else {}
     _check_function(settings, KEY, path, settings[f"{KEY}.name"], arguments)
     more = {name: value for name, value in arguments.items() if name != "functions"}
     settings.run(*(partial(_check_part, key=f"{PARTS}.{name}", part=part, more=more) for name, part in parts.items()))
@@ -40,7 +40,7 @@ def reward_files(reward: DictConfig) -> list[str]:
     """The files of a reward function that check_reward has found in order; none where verl's own scores."""
     if reward.path is None:
         return []
-    weighs = Path(reward.path).expanduser().resolve() == WEIGHTED
+    weighs = Path(reward.path).resolve() == WEIGHTED
     return [reward.path, *(part.path for part in reward.reward_kwargs.functions.values())] if weighs else [reward.path]
 
 
@@ -63,7 +63,7 @@ def _check_part(settings: Settings, key: str, part: Any, more: dict) -> None:
 
 def _check_function(settings: Settings, key: str, path: str, name: str, more: dict) -> None:
     """The file and name of a reward function, which is called with `more` besides what verl gives every one."""
-    file = Path(path).expanduser()
+    file = Path(path)
     if not file.is_file():
         raise ConfigError(f"{key}.path={path!r}: there is no such file; name a Python file with the reward")
     try:

@@ -5,6 +5,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+MODEL_LENGTH = "actor_rollout_ref.rollout.max_model_len"  # of a prompt with its response, in vLLM
+
 
 class ConfigError(ValueError):
     """Settings, files or rows that a run cannot use; each fault names the thing, the cause and the remedy."""

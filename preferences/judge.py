@@ -19,7 +19,7 @@ from string import Template
 from omegaconf import DictConfig
 
 from recipe.spin.common.secrets import shown_address
-from recipe.spin.common.settings import Settings, Unusable
+from recipe.spin.common.settings import MODEL_LENGTH, Settings, Unusable
 from recipe.spin.preferences.judge_server import (
     SHOWN,
     Answer,
@@ -36,7 +36,6 @@ REFERENCE = "reference"
 OWN = ("policy", REFERENCE)
 # What a server is asked about before a run
 EXAMPLE = {"request": "user: What is 1 + 1? Answer with the number only.", "first": "2", "second": "3"}
-MODEL_LENGTH = "actor_rollout_ref.rollout.max_model_len"
 VERDICT = re.compile(r"\[\[([ABC])\]\]")
 VERDICTS = {"A": ("first", 1), "B": ("second", -1), "C": ("neither", 0)}
 
@@ -264,8 +263,8 @@ def read_template(path: str) -> Template:
     """
     key = f"algorithm.judge.prompt={path!r}"
     try:
-        template = Template(Path(path).expanduser().read_text())
-    except (OSError, ValueError, RuntimeError) as error:  # of its text, its name, and of a ~ without a home
+        template = Template(Path(path).read_text())
+    except (OSError, ValueError) as error:  # of its text, and its name
         raise ValueError(f"{key}: cannot be read ({error}); name a text file") from error
     names = {match["named"] or match["braced"] for match in template.pattern.finditer(template.template)} - {None}
     if names != EXAMPLE.keys() or not template.is_valid():

@@ -5,7 +5,6 @@ import importlib.util
 import inspect
 from collections.abc import Callable, Mapping
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from recipe.spin.preferences.reward_error import NoScore, finite_number
@@ -50,7 +49,7 @@ async def compute_score(
 @cache
 def load(path: str, name: str) -> Callable[..., Any]:
     """The function of that name in a Python file."""
-    spec = importlib.util.spec_from_file_location(f"reward_{abs(hash(path))}", Path(path).expanduser())
+    spec = importlib.util.spec_from_file_location(f"reward_{abs(hash(path))}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return getattr(module, name)

@@ -236,8 +236,8 @@ def settings_of(config: DictConfig) -> dict:
 def _absolute(value):
     if isinstance(value, list):
         return [_absolute(entry) for entry in value]
-    exists = isinstance(value, str) and Path(value).expanduser().exists()
-    return str(Path(value).expanduser().absolute()) if exists else value
+    exists = isinstance(value, str) and Path(value).exists()
+    return str(Path(value).absolute()) if exists else value
 
 
 def _store(settings: dict, folder: Path) -> None:

@@ -6,10 +6,10 @@ import pytest
 import torch
 from checkable_run import Run, hub_without_network
 from fake_checkout import Checkout, copy_checkout
-from tiny_models import ARCHITECTURES, save_tiny_model
 from whole_runs import write_task
 from worker_harness import Ranks
 
+from benchmarks.tiny_models import ARCHITECTURES, save_tiny_model
 from recipe.spin.checks import model_files
 from recipe.spin.run import cluster
 

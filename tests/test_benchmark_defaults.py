@@ -7,7 +7,7 @@ from checkable_run import Run
 
 from benchmarks import defaults
 from benchmarks.default_run import seeded
-from benchmarks.machine import results_file
+from benchmarks.machine import results_file, slug
 
 
 @pytest.mark.parametrize("arm", defaults.ARMS)
@@ -48,7 +48,8 @@ def test_runs_that_are_there_are_not_made_again(tmp_path, monkeypatch):
     file = tmp_path / "defaults.json"
     defaults.sweep(["n=2"], [1], tmp_path, file)
     found = defaults.sweep(["n=2", "dpo_beta=0.3"], [1, 2], tmp_path, file)
-    assert [name for name, _ in asked] == ["n-2-seed-1", "dpo-beta-0.3-seed-1", "n-2-seed-2", "dpo-beta-0.3-seed-2"]
+    names = ["n=2, seed 1", "dpo_beta=0.3, seed 1", "n=2, seed 2", "dpo_beta=0.3, seed 2"]
+    assert [name for name, _ in asked] == [slug(name) for name in names]
     assert asked[3][1] == [*seeded(2), "algorithm.dpo_beta=0.3"]
     assert json.loads(file.read_text())["runs"].keys() == found.keys()
 

@@ -6,7 +6,7 @@ import pytest
 from checkable_run import Run
 
 from benchmarks import losses
-from benchmarks.machine import results_file, run_missing
+from benchmarks.machine import results_file, run_missing, slug
 from recipe.spin.core_algos import LOSSES, LossOptions
 
 
@@ -51,7 +51,8 @@ def test_losses_that_are_there_are_not_run_again(tmp_path, monkeypatch):
     monkeypatch.setattr(losses, "recorded", lambda overrides, folder: ran.append((folder.name, overrides)) or {})
     file = tmp_path / "results" / "losses.json"
     assert losses.sweep([], tmp_path, file) == {"one": {}, "two": {}}
-    assert ran == [("one", losses.SETTINGS), ("two", [*losses.SETTINGS, "algorithm.dpo_beta=1"])]
+    two = [*losses.SETTINGS, "algorithm.dpo_beta=1"]
+    assert ran == [(slug("one"), losses.SETTINGS), (slug("two"), two)]
     assert losses.sweep([], tmp_path, file).keys() == {"one", "two"} and len(ran) == 2
     losses.sweep(["two"], tmp_path, file)
     assert ran[2:] == ran[1:2] and json.loads(file.read_text())["losses"].keys() == {"one", "two"}

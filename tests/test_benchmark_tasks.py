@@ -6,7 +6,7 @@ import pytest
 from checkable_run import Run
 
 from benchmarks import tasks
-from benchmarks.machine import results_file
+from benchmarks.machine import results_file, slug
 from recipe.spin.examples.tasks.prepare import TASKS, prepare
 
 
@@ -45,9 +45,10 @@ def test_arms_that_are_there_are_not_run_again(tmp_path, monkeypatch):
     monkeypatch.setattr(tasks, "run", lambda name, folder: ran.append(folder.name) or result(0.1, 0.2))
     file = tmp_path / "results" / "tasks.json"
     tasks.sweep(["larger, seed 2"], [1, 2], tmp_path, file)
-    assert ran == ["larger-seed-2"]
+    assert ran == [slug("larger, seed 2")]
     found = tasks.sweep([], [2], tmp_path, file)
-    assert ran[1:] == ["sums-seed-2", "differences-seed-2", "opposites-seed-2"] and len(found) == 4
+    others = [slug(f"{task}, seed 2") for task in ("sums", "differences", "opposites")]
+    assert ran[1:] == others and len(found) == 4
     assert json.loads(file.read_text())["tasks"].keys() == found.keys()
 
 

@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import re
 import sys
 
+import psutil
 import pytest
 import torch
 from plain_model import load_model, response_logp
@@ -218,6 +220,25 @@ def test_the_fastest_setting_is_the_one_with_the_shortest_step():
     assert trl_settings.fastest(tried)["batch"] == 8
 
 
+def test_a_setting_that_was_tried_is_kept_and_not_tried_again(tmp_path, monkeypatch):
+    def run_trl(model, data, steps, batch, allocator, folder):
+        tried.append((batch, allocator))
+        if allocator == "keep" and len(tried) == 2:
+            raise KeyboardInterrupt
+        return {"steps": [{"seconds": batch}]}
+
+    tried, settings, file = [], [(8, "none"), (8, "keep"), (4, "none")], tmp_path / "tried.json"
+    monkeypatch.setattr(trl_settings, "run_trl", run_trl)
+    with pytest.raises(KeyboardInterrupt):
+        trl_settings.try_missing("model", tmp_path, 2, settings, file)
+    found = trl_settings.try_missing("model", tmp_path, 2, settings, file)
+    assert tried == [(8, "none"), (8, "keep"), (8, "keep"), (4, "none")]
+    assert [(one["batch"], one["allocator"]) for one in found] == settings
+    recorded = json.loads(file.read_text())
+    assert recorded["allocators"] == machine.allocator_settings() and recorded["commit"]
+    assert list(recorded["tried"].values()) == found and trl_settings.fastest(found)["batch"] == 4
+
+
 def test_parts_of_a_trl_step_add_up():
     pytest.importorskip("trl", reason="pip install --no-deps trl==1.16.0")
     from collections import Counter
@@ -298,6 +319,13 @@ def test_results_of_one_day_do_not_overwrite_each_other(tmp_path):
     assert [json.loads(path.read_text())["value"] for path in (first, second)] == [1, 2]
 
 
+def test_names_that_differ_give_folders_that_differ():
+    names = ["lr=1e-5, seed 1", "lr=1e 5, seed 1", "LR=1e-5, seed 1", "lr=1e-5, seed 11", "x=-1", "x=1", "(DPO)", "dpo"]
+    slugs = [machine.slug(name) for name in names]
+    assert len(set(slugs)) == len(names) and all(re.fullmatch("[a-z0-9.-]+", one) for one in slugs)
+    assert slugs[0].startswith("lr-1e-5-seed-1-") and slugs[0] == machine.slug(names[0])
+
+
 def test_allocator_settings_are_the_profiles_own():
     settings = machine.allocator_settings()
     assert set(settings["recipe"]) == {"MALLOC_ARENA_MAX", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"}
@@ -316,6 +344,17 @@ def test_a_process_that_fails_tells_its_last_words(tmp_path):
     command = [sys.executable, "-c", "raise SystemExit('no such thing')"]
     with pytest.raises(RuntimeError, match="ended with 1(.|\n)*no such thing"):
         machine.run_measured(command, machine.plain_environment(), tmp_path / "log")
+
+
+def test_a_measurement_that_is_stopped_ends_its_process(tmp_path, monkeypatch):
+    def stop(own_seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(machine, "OthersCores", stop)
+    command = [sys.executable, "-c", "import time; time.sleep(61)"]
+    with pytest.raises(KeyboardInterrupt):
+        machine.run_measured(command, machine.plain_environment(), tmp_path / "log")
+    assert command not in [child.cmdline() for child in psutil.Process().children()]
 
 
 def test_two_descriptions_of_this_machine_are_of_one_kind():

@@ -22,7 +22,8 @@ from recipe.spin.examples.tasks import prepare as tasks
 from recipe.spin.examples.tasks import reward as tasks_reward
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-README = EXAMPLES.parent / "README.md"
+ROOT = EXAMPLES.parent
+README = ROOT / "README.md"
 COLUMNS = ["data_source", "prompt", "ability", "reward_model", "extra_info"]
 ARITHMETIC_COLUMNS = ["data_source", "prompt", "real", "ability", "reward_model", "extra_info"]
 
@@ -75,9 +76,19 @@ def test_arithmetic_files_are_in_verls_format_and_reproducible(tmp_path: Path) -
     assert sorted(path.name for path in (tmp_path / "one").iterdir()) == ["test.parquet", "train.parquet"]
 
 
-def test_arithmetic_script_fails_with_one_line(tmp_path: Path) -> None:
-    command = [sys.executable, str(EXAMPLES / "arithmetic/prepare.py"), "--output", str(tmp_path), "--max-operand", "3"]
-    result = subprocess.run(command, capture_output=True, text=True)
+@pytest.mark.parametrize(
+    ("script", "folder", "pythonpath"),
+    [
+        (["-m", "recipe.spin.examples.arithmetic.prepare"], ROOT, ""),
+        ([str(EXAMPLES / "arithmetic/prepare.py")], "/", str(ROOT / "pythonpath")),  # as run_spin.sh starts it
+    ],
+)
+def test_arithmetic_script_fails_with_one_line(
+    tmp_path: Path, script: list[str], folder: Path, pythonpath: str
+) -> None:
+    command = [sys.executable, *script, "--output", str(tmp_path), "--max-operand", "3"]
+    environment = os.environ | {"PYTHONPATH": pythonpath}
+    result = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
     assert result.returncode == 1
     assert result.stderr.startswith("[data] error: ") and result.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
@@ -151,7 +162,7 @@ def test_tasks_files_are_in_the_format_of_the_arithmetic_example_and_reproducibl
 def test_tasks_script_fails_with_one_line(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "recipe.spin.examples.tasks.prepare", "--task", "opposites"]
     command += ["--output", str(tmp_path), "--test-size", "1000"]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=EXAMPLES.parent)
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 1
     assert result.stderr.startswith("[data] error: the task's 204 questions") and result.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
@@ -240,6 +251,16 @@ def test_gsm8k_is_taken_from_the_hub_at_a_revision(tmp_path: Path, monkeypatch, 
     assert asked == [("openai/gsm8k", "main", options) for options in splits]
 
 
+def test_a_hub_that_does_not_answer_is_told_with_the_way_around_it(tmp_path: Path, monkeypatch) -> None:
+    def load_dataset(*names, **options):
+        raise OSError("offline")
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    with pytest.raises(ConnectionError, match=r"openai/gsm8k, split train, could not .*offline.* by --local\.$"):
+        gsm8k.prepare(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_empty_and_missing_gsm8k_files(tmp_path: Path) -> None:
     local = write_jsonl(tmp_path / "local", [json.dumps(GOOD)], [])
     with pytest.raises(ValueError, match="the split test has no row"):
@@ -321,7 +342,7 @@ def test_complete_model_is_found_without_torch(tmp_path: Path, fake_wheel: Path)
         "assert not {'torch', 'transformers'} & set(sys.modules)"
     )
     # subprocess.run is the fixture's; Popen is not
-    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "smol")], cwd=EXAMPLES.parent)
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "smol")], cwd=ROOT)
     assert process.wait(timeout=60) == 0
 
 
@@ -398,7 +419,7 @@ def test_the_lines_for_users_of_the_older_recipe_give_its_mask_and_log_probs() -
     """Of two equal scores the first is chosen; a label of -100 does not count."""
     import torch
 
-    text = (EXAMPLES.parent / "docs" / "from_trl.md").read_text()
+    text = (ROOT / "docs" / "from_trl.md").read_text()
     (code,) = re.findall(r"## From verl's older SPIN recipe\n.*?```python\n(.*?)```", text, re.DOTALL)
     logits = torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(0))
     names = {

@@ -51,6 +51,13 @@ def test_imports_run_one_way(room):
     assert found == {}
 
 
+def test_nothing_but_tests_and_benchmarks_stands_on_an_example():
+    free = {"benchmarks", "examples", "tests", "recipe", "pythonpath"}  # the last two hold links to the root
+    files = [*ROOT.glob("*.py"), *ROOT.glob("*/*.py")]
+    files = [file for file in files if file.relative_to(ROOT).parts[0] not in free]
+    assert len(files) > 50 and [str(file) for file in files if "examples" in imported(file)] == []
+
+
 def test_an_import_is_seen_wherever_it_stands(tmp_path):
     (tmp_path / "a.py").write_text(
         "import recipe.spin.checks.check\nfrom recipe.spin import verl_patches\n"

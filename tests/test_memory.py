@@ -6,10 +6,10 @@ import json
 import pytest
 from checkable_run import composed, override
 from omegaconf import OmegaConf
-from tiny_models import save_tiny_model
 
 from benchmarks import growth, scaling
 from benchmarks.growth import QWEN_0_5B, QWEN_3B, QWEN_7B
+from benchmarks.tiny_models import save_tiny_model
 from recipe.spin.checks import fit, memory
 from recipe.spin.checks.finding import FAIL, OK, WARN, Finding
 from recipe.spin.checks.gpu import Device

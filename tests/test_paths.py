@@ -5,6 +5,7 @@ from checkable_run import composed, override
 from omegaconf import OmegaConf
 
 from recipe.spin import main_spin
+from recipe.spin.checks.check import check_config
 from recipe.spin.checks.paths import PATHS, expand_home
 from recipe.spin.common.settings import ConfigError
 
@@ -34,6 +35,22 @@ def test_files_that_verl_loads_by_its_own_keys_are_among_them():
 
 def test_a_section_that_is_null_is_left_to_the_check():
     expand_home(OmegaConf.create({"trainer": None, "data": {"train_files": 5}}))
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "actor_rollout_ref.model.path",
+        "actor_rollout_ref.model.tokenizer_path",
+        "data.train_files",
+        "reward.custom_reward_function.path",
+    ],
+)
+def test_a_folder_of_a_user_that_is_not_there_is_told_as_any_other(run, key):
+    config = override(composed("cpu"), run.overrides(f"{key}='~nobody-here/x'"))
+    expand_home(config)
+    with pytest.raises(ConfigError, match=f"{key}='~nobody-here/x': there is no such f"):
+        check_config(config)
 
 
 def test_the_command_checks_what_was_expanded(monkeypatch):

@@ -4,10 +4,10 @@ from collections import Counter
 
 import pytest
 import torch
-from tiny_models import save_tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
+from benchmarks.tiny_models import save_tiny_model
 from recipe.spin.engine.recompute import PRODUCTS, keep_products
 
 

@@ -11,54 +11,18 @@ A prompt that stands in several rows is held out with all or none. The same argu
 """
 
 import argparse
-import csv
 import json
 import random
 import sys
-from collections.abc import Iterable
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+from recipe.spin.tools.data_sets import SUFFIXES, read_file, read_hub, write_splits
 
-from recipe.spin.examples.gsm8k.prepare import read_local, write_split
-
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 ROLES = {role: role for role in ("system", "user", "assistant", "tool")} | {"human": "user", "gpt": "assistant"}
 COMPARED = ("chosen", "rejected")
-
-
-def read_file(path: Path) -> Iterable[tuple[str, Any]]:
-    """The rows of a file with their places; what a .csv holds stays text, numbers too."""
-    try:
-        if path.suffix == ".parquet":
-            rows = pq.read_table(path).to_pylist()
-        elif path.suffix == ".csv":
-            with path.open(encoding="utf-8-sig", newline="") as file:
-                rows = list(csv.DictReader(file))
-        elif path.suffix == ".json" and path.read_text("utf-8").lstrip().startswith("["):
-            rows = json.loads(path.read_text("utf-8"))
-        else:
-            return list(read_local(path))
-    except (UnicodeDecodeError, json.JSONDecodeError, csv.Error, pa.ArrowException) as error:
-        raise ValueError(f"{path}: this is no {path.suffix} file ({error}). Correct it or make it again.") from error
-    return [(f"{path}, row {number}", row) for number, row in enumerate(rows)]
-
-
-def read_hub(name: str, subset: str | None, split: str, revision: str | None) -> Iterable[tuple[str, Any]]:
-    """The rows of a split of a data set on the hub with their places."""
-    from datasets import load_dataset
-
-    try:
-        rows = load_dataset(name, subset, split=split, revision=revision)
-    except Exception as error:
-        raise ConnectionError(
-            f"{name}, split {split}, could not be loaded from the hub ({type(error).__name__}: {error}). Check name, "
-            "--subset, --split and network, or give a file that is there."
-        ) from error
-    return ((f"{name}, {split}, row {number}", row) for number, row in enumerate(rows))
+REMEDY = "Check name, --subset, --split and network, or give a file that is there."
 
 
 def column(row: Any, key: str, option: str) -> Any:
@@ -145,7 +109,7 @@ def prepare(options: argparse.Namespace) -> None:
     made = [(options.output / f"{part}.parquet").resolve() for part in ("train", "test")]
     if is_file and (path.suffix not in SUFFIXES or path.resolve() in made):
         raise ValueError(f"{path}: name a file ({', '.join(SUFFIXES)}) that --output does not write over.")
-    hub = (options.source, options.subset, options.split, options.revision)
+    hub = (options.source, options.subset, options.split, options.revision, REMEDY)
     for place, row in read_file(path) if is_file else read_hub(*hub):
         try:
             rows.append(row_of(row, path.stem if is_file else options.source, options))
@@ -154,9 +118,8 @@ def prepare(options: argparse.Namespace) -> None:
     if not (have_responses := all(row["real"] for row in rows)):
         rows = [{key: row[key] for key in row if key != "real"} for row in rows]
     parts = hold_out(rows, options.test_size, options.seed)
-    options.output.mkdir(parents=True, exist_ok=True)
+    write_splits(options.output, parts)
     for part, chosen in parts.items():
-        write_split(options.output, part, chosen)
         print(f"[data] {options.output}/{part}.parquet: {len(chosen)} rows")
     print(f"[data] ground truth: {options.answer or 'none (a reward model or a judge does without)'}")
     print(f"[data] responses for self-play: {'in the column real' if have_responses else 'not in every row, left out'}")

@@ -23,7 +23,7 @@ def loggers_are_installed(settings: Settings) -> None:
 
 
 def the_run_folder_can_be_written(settings: Settings) -> None:
-    key, folder = "trainer.default_local_dir", Path(settings["trainer.default_local_dir"]).expanduser().absolute()
+    key, folder = "trainer.default_local_dir", Path(settings["trainer.default_local_dir"]).absolute()
     existing = nearest_existing(folder)
     settings.require(existing.is_dir(), key, f"{existing} is no folder; name another folder (RUN_DIR)")
     if existing.is_dir():
@@ -35,7 +35,7 @@ def the_run_folder_can_be_written(settings: Settings) -> None:
 
 def an_evaluation_finishes_no_run(settings: Settings) -> None:
     """It ends with a summary, by which the run of its folder would count as finished."""
-    folder = Path(settings["trainer.default_local_dir"]).expanduser()
+    folder = Path(settings["trainer.default_local_dir"])
     settings.require(
         not settings["trainer.val_only"] or not (folder / TRACKER).exists(),
         "trainer.val_only",

@@ -1,20 +1,19 @@
 """Makes the data set of the arithmetic example: sums of two small numbers, in verl's format.
 
-    python examples/arithmetic/prepare.py --output DIR [--seed 0] [--test-size 100] [--train-size N] [--max-operand 20]
+    python -m recipe.spin.examples.arithmetic.prepare --output DIR [--seed 0] [--test-size 100] [--train-size N]
+        [--max-operand 20]
 
 Writes train.parquet and test.parquet. A question that is held out is not trained on the other way round either:
 if 3 + 5 is in the test set, 5 + 3 is not in the training set. The same arguments give the same rows.
 """
 
 import argparse
-import os
 import random
 import sys
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+from recipe.spin.tools.data_sets import write_splits
 
 Pair = tuple[int, int]
 
@@ -55,22 +54,13 @@ def row(index: int, split: str, a: int, b: int) -> dict[str, Any]:
     }
 
 
-def write_split(output: Path, split: str, pairs: list[Pair]) -> None:
-    """Writes one split; the file appears complete or not at all."""
-    table = pa.Table.from_pylist([row(index, split, a, b) for index, (a, b) in enumerate(pairs)])
-    partial = output / f".{split}.parquet.{os.getpid()}"
-    pq.write_table(table, partial)
-    partial.rename(output / f"{split}.parquet")
-
-
 def prepare(
     output: Path, seed: int = 0, test_size: int = 100, train_size: int | None = None, max_operand: int = 20
 ) -> None:
     """Writes train.parquet and test.parquet into the folder."""
     train, test = split_pairs(seed, test_size, train_size, max_operand)
-    output.mkdir(parents=True, exist_ok=True)
-    write_split(output, "train", train)
-    write_split(output, "test", test)
+    pairs = {"train": train, "test": test}
+    write_splits(output, {split: [row(i, split, *pair) for i, pair in enumerate(pairs[split])] for split in pairs})
     print(f"[data] {output}: {len(train)} training and {len(test)} held-out sums of numbers up to {max_operand}")
 
 

@@ -1,6 +1,6 @@
 """Makes the data set of the GSM8K example: grade school word problems (arXiv 2110.14168), in verl's format.
 
-    python examples/gsm8k/prepare.py --output DIR [--local FOLDER | --revision COMMIT]
+    python -m recipe.spin.examples.gsm8k.prepare --output DIR [--local FOLDER | --revision COMMIT]
 
 Takes openai/gsm8k from the Hugging Face hub, its newest or the given revision, or, with --local, train.jsonl and
 test.jsonl from a folder: one JSON object a line with the texts `question` and `answer`, whose last line is `#### N`.
@@ -8,18 +8,16 @@ Writes train.parquet and test.parquet.
 """
 
 import argparse
-import json
-import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+from recipe.spin.tools.data_sets import read_file, read_hub, write_splits
 
 INSTRUCTION = "Think step by step, then end with a line that holds only the final number: #### <answer>"
+REMEDY = "Check the network, or give a folder with train.jsonl and test.jsonl by --local."
 FINAL_ANSWER = re.compile(r"####\s*(-?[0-9][0-9,]*(?:\.[0-9]+)?)\s*$")
 
 
@@ -63,49 +61,13 @@ def rows_of(problems: Iterable[tuple[str, Any]], split: str) -> list[dict[str, A
     return rows
 
 
-def read_local(path: Path) -> Iterator[tuple[str, Any]]:
-    """The problems of a JSON Lines file with their places; empty lines are passed over."""
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                place = f"{path}, line {number}"
-                try:
-                    yield place, json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{place}: no valid JSON ({error}). Correct or remove the line.") from None
-
-
-def read_hub(split: str, revision: str | None) -> Iterator[tuple[str, Any]]:
-    """The problems of openai/gsm8k on the Hugging Face hub with their places."""
-    from datasets import load_dataset
-
-    try:
-        problems = load_dataset("openai/gsm8k", "main", split=split, revision=revision)
-    except Exception as error:
-        raise ConnectionError(
-            f"openai/gsm8k could not be loaded from the hub ({type(error).__name__}: {error}). Check the network, or "
-            "give a folder with train.jsonl and test.jsonl by --local."
-        ) from error
-    for index, problem in enumerate(problems):
-        yield f"openai/gsm8k, {split}, row {index}", problem
-
-
-def write_split(output: Path, split: str, rows: list[dict[str, Any]]) -> None:
-    """Writes one split; the file appears complete or not at all."""
-    partial = output / f".{split}.parquet.{os.getpid()}"
-    pq.write_table(pa.Table.from_pylist(rows), partial)
-    partial.rename(output / f"{split}.parquet")
-
-
 def prepare(output: Path, local: Path | None = None, revision: str | None = None) -> None:
     """Writes train.parquet and test.parquet into the folder, or neither if a row is malformed."""
-    splits = {
-        split: rows_of(read_local(local / f"{split}.jsonl") if local else read_hub(split, revision), split)
-        for split in ("train", "test")
-    }
-    output.mkdir(parents=True, exist_ok=True)
-    for split, rows in splits.items():
-        write_split(output, split, rows)
+    splits = {}
+    for split in ("train", "test"):
+        hub = ("openai/gsm8k", "main", split, revision, REMEDY)
+        splits[split] = rows_of(read_file(local / f"{split}.jsonl") if local else read_hub(*hub), split)
+    write_splits(output, splits)
     print(f"[data] {output}: {len(splits['train'])} training and {len(splits['test'])} held-out problems of GSM8K")
 
 

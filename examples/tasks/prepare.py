@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from recipe.spin.examples.gsm8k.prepare import write_split
+from recipe.spin.tools.data_sets import write_splits
 
 Question = tuple[str, str]  # and its answer; several that are right stand with a | between them
 Group = list[Question]  # questions that give each other away
@@ -122,9 +122,8 @@ def row(index: int, part: str, task: str, question: Question) -> dict[str, Any]:
 def prepare(task: str, output: Path, seed: int = 0, test_size: int = 100, train_size: int | None = None) -> None:
     """Writes train.parquet and test.parquet of a task into the folder."""
     train, test = split(TASKS[task](), seed, test_size, train_size)
-    output.mkdir(parents=True, exist_ok=True)
-    for part, questions in (("train", train), ("test", test)):
-        write_split(output, part, [row(index, part, task, question) for index, question in enumerate(questions)])
+    parts = {"train": train, "test": test}
+    write_splits(output, {part: [row(i, part, task, one) for i, one in enumerate(parts[part])] for part in parts})
     print(f"[data] {output}: {len(train)} training and {len(test)} held-out questions of the task {task}")
 
 

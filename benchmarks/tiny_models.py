@@ -1,4 +1,4 @@
-"""Tiny models with random weights, saved as Hugging Face folders: quick, and nothing to download."""
+"""Tiny models with random weights, saved as Hugging Face folders, for tests and benchmarks: nothing to download."""
 
 from functools import partial
 from pathlib import Path
