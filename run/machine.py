@@ -12,8 +12,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from recipe.spin.run import cluster
-from recipe.spin.run.finding import FAIL, OK, WARN, Finding
-from recipe.spin.run.fit import check_device_memory, load_shape
+from recipe.spin.run.finding import FAIL, HINT, OK, WARN, Finding
+from recipe.spin.run.fit import check_device_memory, load_shape, spare_memory
 from recipe.spin.run.gpu import Device, check_compiler, check_devices, check_driver, check_system, devices
 from recipe.spin.run.host import check_disk, check_host_memory, check_shared_memory
 
@@ -22,13 +22,15 @@ CPUS_A_RANK = 3  # verl's placement groups hold so many for each GPU (ResourcePo
 
 
 def machine_faults(config: DictConfig) -> list[str]:
-    """All reasons why this machine cannot carry the run that the resolved config describes; prints what is doubtful."""
+    """All reasons why this machine cannot carry the run that the resolved config describes; prints doubts and hints."""
     faults = []
     for finding in findings(config):
         if finding.verdict == FAIL:
             faults.append(finding.text)
         elif finding.verdict == WARN:
             sys.stderr.write(f"[spin] warning: {finding.text}\n")
+        elif finding.verdict == HINT:
+            sys.stderr.write(f"[spin] {finding.text}\n")
     return faults
 
 
@@ -60,6 +62,7 @@ def _estimates(config: DictConfig, gpus: list[Device] | None) -> Iterator[Findin
     yield check_host_memory(config, model)
     if config.trainer.device == "cuda":
         yield check_device_memory(config, model, gpus or [])
+        yield from spare_memory(config, model, gpus or [])
 
 
 def _is_only_a_head(config: DictConfig) -> bool:
