@@ -109,8 +109,7 @@ def run_spin(config: DictConfig) -> None:
     _check_by_verl(config)
     runner = TaskRunnerClass(config, name=TASK_RUNNER, num_cpus=1, max_concurrency=2)
     logs = Path(config.trainer.default_local_dir).absolute() / "logs"
-    memory_seconds = 5.0 if config.trainer.device == "cpu" else 10.0  # a GPU's processes map terabytes
-    monitor = RunMonitor(logs, memory_seconds, joins=cluster.prepare(config))
+    monitor = RunMonitor(logs, config.trainer.device, joins=cluster.prepare(config))
     heap.hand_back()
     with explained(logs):
         sigterm, imports = verl_patches.sigterm_kept_from_ray(), verl_patches.workers_without_folder_of_the_call()

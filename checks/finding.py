@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass, field
 
-OK, WARN, FAIL = "ok", "warn", "FAIL"
+OK, HINT, WARN, FAIL = "ok", "hint", "warn", "FAIL"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check found: `text` says it, with the remedy where the verdict is not ok; `figures` are for the record."""
+    """What a check found: `text` says it, with what to do where the verdict is not ok; `figures` are for the record."""
 
     name: str
     verdict: str

@@ -1,6 +1,6 @@
 """Whether the run's model fits its GPUs by the estimate of memory.py, and which settings would make it fit."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from math import ceil, inf
@@ -9,9 +9,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from recipe.spin.checks import memory
 from recipe.spin.checks.derived import ACTOR, REF, ROLLOUT, longest_row
-from recipe.spin.checks.finding import FAIL, OK, WARN, Finding, gigabytes
+from recipe.spin.checks.finding import FAIL, HINT, OK, WARN, Finding, gigabytes
 from recipe.spin.checks.gpu import Device
 from recipe.spin.checks.memory import Layout, Model
+from recipe.spin.engine.kernels import has_flash_attention_2
 from recipe.spin.preferences.source import source_class
 
 BYTES = {"fp32": 4, "float32": 4, "bf16": 2, "bfloat16": 2, "fp16": 2, "float16": 2}
@@ -66,6 +67,9 @@ def layout_of(config: DictConfig) -> Layout:
         reference_bytes=BYTES[ref.fsdp_config.model_dtype or "bf16"],
         checkpointing=model.enable_gradient_checkpointing,
         keeps_products=config.actor_rollout_ref.keep_products,
+        ranks_per_sequence=sequence,
+        kernel_caps_scores=has_flash_attention_2(),
+        eager=not config.actor_rollout_ref.share_prompt and model.override_config.get("attn_implementation") == "eager",
         whole_gradients=devices == 1 or deferred,
         param_offload=fsdp.param_offload,
         optimizer_offload=fsdp.optimizer_offload,
@@ -185,7 +189,7 @@ def check_device_memory(config: DictConfig, model: Model, found: list[Device]) -
     if not found:
         text = "the memory of GPUs was not checked: nvidia-smi did not say how much there is"
         return Finding("GPU memory", WARN, text)
-    device = min(found[: config.trainer.n_gpus_per_node], key=lambda one: one.free)  # Ray hands them out in order
+    device = _fullest(config, found)
     layout = layout_of(config)
     phases = memory.peaks(model, layout, device.total)
     peak = max(phases.values())
@@ -205,6 +209,27 @@ def check_device_memory(config: DictConfig, model: Model, found: list[Device]) -
     else:
         cause = f"the run takes an estimated {gigabytes(peak)} GB of a GPU ({told}), and {room}"
     return Finding("GPU memory", FAIL, f"{cause}; {_advice(config, model, layout, device)}", figures)
+
+
+def _fullest(config: DictConfig, found: list[Device]) -> Device:
+    return min(found[: config.trainer.n_gpus_per_node], key=lambda one: one.free)  # Ray hands them out in order
+
+
+def spare_memory(config: DictConfig, model: Model, found: list[Device]) -> Iterator[Finding]:
+    """A hint where results that are computed twice would fit the GPU with the least memory by the same estimate."""
+    layout = layout_of(config)
+    offloads = config.actor_rollout_ref.model.enable_activation_offload  # goes with no other choice of what is kept
+    if not found or not layout.checkpointing or layout.keeps_products or offloads:
+        return
+    device, kept = _fullest(config, found), replace(layout, keeps_products=True)
+    if fits(model, layout, device.total, device.free) and fits(model, kept, device.total, device.free):
+        yield Finding(
+            "spare memory",
+            HINT,
+            "actor_rollout_ref.keep_products=True would spare an update up to a quarter of its arithmetic, as matrix "
+            f"products are then computed once: an estimated {gigabytes(highest(model, kept, device.total))} of the "
+            f"{gigabytes(device.free)} GB that are free on the {device.name} (tried on a CPU alone)",
+        )
 
 
 def _advice(config: DictConfig, model: Model, layout: Layout, device: Device) -> str:

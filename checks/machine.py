@@ -11,8 +11,8 @@ from math import ceil
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from recipe.spin.checks.finding import FAIL, OK, WARN, Finding
-from recipe.spin.checks.fit import check_device_memory, load_shape
+from recipe.spin.checks.finding import FAIL, HINT, OK, WARN, Finding
+from recipe.spin.checks.fit import check_device_memory, load_shape, spare_memory
 from recipe.spin.checks.gpu import Device, check_compiler, check_devices, check_driver, check_system, devices
 from recipe.spin.checks.host import check_disk, check_host_memory, check_shared_memory
 from recipe.spin.common.ray_address import joins_cluster
@@ -22,13 +22,15 @@ CPUS_A_RANK = 3  # verl's placement groups hold so many for each GPU (ResourcePo
 
 
 def machine_faults(config: DictConfig) -> list[str]:
-    """All reasons why this machine cannot carry the run that the resolved config describes; prints what is doubtful."""
+    """All reasons why this machine cannot carry the run that the resolved config describes; prints doubts and hints."""
     faults = []
     for finding in findings(config):
         if finding.verdict == FAIL:
             faults.append(finding.text)
         elif finding.verdict == WARN:
             sys.stderr.write(f"[spin] warning: {finding.text}\n")
+        elif finding.verdict == HINT:
+            sys.stderr.write(f"[spin] {finding.text}\n")
     return faults
 
 
@@ -60,6 +62,7 @@ def _estimates(config: DictConfig, gpus: list[Device] | None) -> Iterator[Findin
     yield check_host_memory(config, model)
     if config.trainer.device == "cuda":
         yield check_device_memory(config, model, gpus or [])
+        yield from spare_memory(config, model, gpus or [])
 
 
 def _is_only_a_head(config: DictConfig) -> bool:

@@ -6,6 +6,8 @@ arithmetic in bytes; docs/scaling.md says where each part comes from. No run on 
 
 from dataclasses import dataclass
 
+from recipe.spin.engine.kernels import HEAD_STEP
+
 FP32, BF16 = 4, 2  # bytes of a number
 # Of the trainer and vLLM on one device beside their tensors: CUDA contexts, CUDA graphs, NCCL's buffers (assumed)
 PROCESSES = 2.5e9
@@ -13,6 +15,8 @@ PROCESSES = 2.5e9
 ROLLOUT_WORKSPACE = 1.5e9
 # Of vLLM's share as well: its CUDA graphs, which it sets aside before it counts the room for keys and values (assumed)
 CUDA_GRAPHS = 1e9
+# An attention score where all are kept: capped, and as a probability in fp32 and rounded; gradients in a layer at work
+KEPT_SCORE, SCORE = 8, 16
 # Host memory of a rank with its vLLM, and of everything else that runs on a node (assumed)
 RANK_PROCESSES, NODE_PROCESSES = 6e9, 6e9
 # Host memory of a run without GPUs beside its weights: the README's 9.3 GB less the 3.2 GB that cpu_bytes counts there
@@ -33,6 +37,7 @@ class Model:
     tied: bool = True  # input and output embedding are one matrix
     positions: int = 0  # that it was made for
     whole_layers: int | None = None  # those that see all positions, not a window of the last; None: all
+    caps_scores: bool = False  # of attention, as Gemma 2 does
 
     @classmethod
     def of(cls, config) -> "Model":
@@ -50,6 +55,7 @@ class Model:
             config.tie_word_embeddings,
             getattr(config, "max_position_embeddings", None) or 0,
             len(kinds) - kinds.count("sliding_attention") if kinds else None,
+            bool(getattr(config, "attn_logit_softcapping", None)),
         )
 
     @property
@@ -84,6 +90,9 @@ class Layout:
     reference_bytes: int = BF16
     checkpointing: bool = True  # activations recomputed in the backward pass
     keeps_products: bool = False  # but for the results of matrix products and attention
+    ranks_per_sequence: int = 1  # that share one, each with `tokens` of it (Ulysses)
+    kernel_caps_scores: bool = False  # flash-attn 2 is installed, which does
+    eager: bool = False  # attention without a kernel
     whole_gradients: bool = True  # wait unsharded for the last micro-batch
     param_offload: bool = False  # weights on the host except in training
     optimizer_offload: bool = False  # AdamW's moments likewise
@@ -175,7 +184,22 @@ def activation_bytes(model: Model, layout: Layout) -> float:
     values = model.layers * model.hidden + layers * inner
     if layout.checkpointing and layout.keeps_products:
         values += (model.layers - 1) * products
-    return layout.tokens * layout.compute_bytes * values
+    return layout.tokens * layout.compute_bytes * values + score_bytes(model, layout)
+
+
+def score_bytes(model: Model, layout: Layout) -> float:
+    """Of a micro-batch's attention scores where no kernel does without them (engine/attention.py), else 0.
+
+    For every head tokens by tokens, the most that rows of unequal lengths take.
+    """
+    kernel_does = model.head_size % HEAD_STEP == 0 and (layout.kernel_caps_scores or not model.caps_scores)
+    if kernel_does and not layout.eager:
+        return 0.0
+    waiting = KEPT_SCORE
+    if layout.checkpointing:
+        waiting = layout.compute_bytes if layout.keeps_products else 0
+    scores = model.heads * layout.tokens**2 * layout.ranks_per_sequence
+    return scores * (SCORE + (model.layers - 1) * waiting)
 
 
 def host_bytes(model: Model, layout: Layout, ranks: int) -> float:

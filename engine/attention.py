@@ -21,14 +21,13 @@ from verl.utils.ulysses import (
     get_ulysses_sequence_parallel_world_size,
 )
 
-from recipe.spin.engine.kernels import has_flash_attention_2
+from recipe.spin.engine.kernels import HEAD_STEP, LARGEST_HEAD, has_flash_attention_2
 from recipe.spin.engine.packing import Visibility
 
 NAME = "spin_shared_prompt"
 SHARE_PROMPT = "actor_rollout_ref.share_prompt"
 GO_ON = f"set {SHARE_PROMPT}=False: each response then gets a copy of the prompt, and the model's own attention"
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
-LARGEST_HEAD, HEAD_STEP = 256, 8  # of flash attention: up to so many numbers a head, in steps of so many
 
 
 def shared_prompt_attention(

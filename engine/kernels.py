@@ -1,8 +1,10 @@
-"""Which kernels of attention are installed, told without loading any."""
+"""Which kernels of attention are installed and what they take, told without loading any."""
 
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+
+LARGEST_HEAD, HEAD_STEP = 256, 8  # of flash attention: up to so many numbers a head, in steps of so many
 
 
 @cache

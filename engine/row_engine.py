@@ -96,21 +96,27 @@ class RowEngine(FSDPEngineWithLMHead):
     def _build_fsdp_module(self, module):
         """Shards as verl does, but leaves a reference on the device unless `param_offload` asks for the host.
 
-        A single rank that keeps and computes everything in fp32 has nothing to shard, gather, reduce or cast. Any other
-        goes through FSDP, so that a bf16 reference is laid out as its actor with fp32 masters is.
+        What needs FSDP in any respect goes through it, so that a bf16 reference is laid out as its actor with fp32
+        masters is.
         """
-        config, precision = self.engine_config, self._precision()
-        offloaded = config.forward_only and config.param_offload
-        plain = {precision, next(module.parameters()).dtype} == {torch.float32}
-        if plain and torch.distributed.get_world_size() == 1 and not config.offload_policy and not offloaded:
-            self._autocast_dtype = precision
+        if self._needs_no_fsdp(module):
+            self._autocast_dtype = self._precision()
             return module.to(get_device_id())
+        config = self.engine_config
+        offloaded = config.forward_only and config.param_offload
         with self._configured(forward_only=offloaded):  # verl offloads whatever is forward-only
             module = super()._build_fsdp_module(module)
         if isinstance(module, FSDPModule):
             # The root (tied embeddings) ends the forward pass and begins the backward one: it is gathered once for both
             module.set_reshard_after_forward(False, recurse=False)
         return module
+
+    def _needs_no_fsdp(self, module: torch.nn.Module) -> bool:
+        """Whether a single rank keeps and computes everything in fp32: nothing to shard, gather, reduce or cast."""
+        config = self.engine_config
+        plain = {self._precision(), next(module.parameters()).dtype} == {torch.float32}
+        offloaded = config.offload_policy or (config.forward_only and config.param_offload)
+        return plain and torch.distributed.get_world_size() == 1 and not offloaded
 
     def _precision(self) -> torch.dtype:
         """What weights are cast to for arithmetic."""

@@ -18,7 +18,7 @@ import ray
 from recipe.spin.run import private_folder
 from recipe.spin.run.console import Console
 from recipe.spin.run.drift import Drift
-from recipe.spin.run.process_memory import NeededMemory
+from recipe.spin.run.process_memory import NeededMemory, PrivateMemory
 
 TASK_RUNNER = "spin_task_runner"
 POLL_SECONDS = 2.0
@@ -51,9 +51,8 @@ class RunMonitor:
             need, in 10^9 bytes (process_memory.py). None on a cluster that the run joins.
     """
 
-    def __init__(self, log_folder: Path, memory_seconds: float = 5.0, joins: bool = False):
-        """log_folder: gets Ray's logs if the run fails, in place of an older run's. memory_seconds: between two looks
-        at the processes' memory."""
+    def __init__(self, log_folder: Path, device: str = "cpu", joins: bool = False):
+        """log_folder: gets Ray's logs if the run fails, in place of an older run's. device: what the run trains on."""
         self._joins = joins
         self.peak_memory_gb: float | None = None if joins else 0.0
         self.logs = LOGS_OF_A_CLUSTER if joins else str(log_folder)
@@ -61,13 +60,12 @@ class RunMonitor:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="run-monitor", daemon=True)
         self._console = Console()
-        self._memory_seconds = memory_seconds
         self._drift = Drift()
         self._log_folder = log_folder
         self._folder: Path | None = None
         self._shared_memory: set[str] = set()
         self._looks: Counter[str] = Counter()
-        self._memory = NeededMemory()
+        self._memory, self._memory_seconds = (NeededMemory(), 5.0) if device == "cpu" else (PrivateMemory(), 10.0)
         self._looked = -math.inf  # at the processes' memory
 
     def __enter__(self) -> "RunMonitor":

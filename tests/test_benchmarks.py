@@ -212,6 +212,18 @@ def test_the_worker_is_measured_without_ray(tmp_path):
     overrides = [*update.overrides_of(case, str(tmp_path / "model")), *update.ARMS["the prompt once"]]
     found = update.run_arm("long", overrides, 1, tmp_path)
     assert len(found["rounds"]) == 1 and min(found["ref"], found["update"]) > 0
+    shares, _ = update.run_alone(["long", "--profile"], overrides, tmp_path)
+    assert shares["aten::mm"] == max(shares.values()) and min(shares.values()) >= 0
+
+
+def test_a_profile_shows_what_takes_a_hundredth_of_the_time():
+    lines = update.profile_table({"aten::add": 0.5, "aten::mm": 3.0, "aten::neg": 0.03, "Python": 0.47}).splitlines()
+    assert lines[2:] == [
+        "| aten::mm | 3.00 | 75.0% |",
+        "| aten::add | 0.50 | 12.5% |",
+        "| Python | 0.47 | 11.8% |",
+        "| others | 0.03 | 0.8% |",
+    ]
 
 
 def test_the_fastest_setting_is_the_one_with_the_shortest_step():

@@ -24,7 +24,7 @@ MAY_IMPORT = {
         "core_algos", "dpo_update", "engine", "fsdp_workers", "preferences", "rollout", "run_folder", "verl_patches",
     },
     "async_trainer": {"rollout", "spin_trainer"},
-    "checks": {"common", "core_algos", "losses", "preferences", "run_folder"},
+    "checks": {"common", "core_algos", "engine", "losses", "preferences", "run_folder"},
     "run": {"checks", "common", "rollout", "run_folder", "verl_patches"},
 }  # fmt: skip
 

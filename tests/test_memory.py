@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from benchmarks import growth, scaling
 from benchmarks.growth import QWEN_0_5B, QWEN_3B, QWEN_7B
 from benchmarks.tiny_models import save_tiny_model
-from recipe.spin.checks import fit, memory
+from recipe.spin.checks import fit, machine, memory
 from recipe.spin.checks.finding import FAIL, OK, WARN, Finding
 from recipe.spin.checks.gpu import Device
 from recipe.spin.checks.memory import Layout, Model
@@ -66,6 +66,32 @@ def test_training_in_mixed_precision_takes_18_bytes_a_weight_on_one_device():
 
 def test_logits_take_the_vocabulary_for_each_response_token_in_the_precision_of_arithmetic():
     assert memory.training(QWEN_3B, Layout(logits=1000))["logits"] == 1000 * 151936 * 2
+
+
+@pytest.mark.parametrize(
+    ("shape", "changes", "waiting"),
+    [
+        ({"caps_scores": True}, {}, 0),
+        ({"caps_scores": True}, {"keeps_products": True}, 2),
+        ({"caps_scores": True}, {"checkpointing": False}, memory.KEPT_SCORE),
+        (
+            {"head_size": 100},
+            {},
+            0,
+        ),  # flash attention takes steps of 8, and so does what does without scores under a mask
+        ({}, {"eager": True}, 0),
+        ({"caps_scores": True}, {"kernel_caps_scores": True}, None),
+        ({"head_size": 512}, {}, None),
+        ({}, {}, None),
+    ],
+)
+def test_scores_count_where_no_attention_kernel_does_without_them(shape, changes, waiting):
+    model, layout = dataclasses.replace(QWEN_3B, **shape), Layout(tokens=1000, logits=0, **changes)
+    a_pair = 0 if waiting is None else memory.SCORE + (model.layers - 1) * waiting
+    assert memory.score_bytes(model, layout) == model.heads * 1000**2 * a_pair
+    more = dataclasses.replace(layout, tokens=2000)
+    linear = 2 * (memory.activation_bytes(model, layout) - memory.score_bytes(model, layout))
+    assert memory.activation_bytes(model, more) == pytest.approx(linear + 4 * memory.score_bytes(model, layout))
 
 
 def test_gradients_are_whole_only_while_their_reduction_is_deferred():
@@ -200,7 +226,7 @@ def qwen(tmp_path):
     """Folders with the configurations of models that are too large for a test."""
 
     def save(name: str) -> str:
-        shape = {"0.5B": QWEN_0_5B_CONFIG, "3B": QWEN_3B_CONFIG, "long": LONG_CONFIG}[name]
+        shape = {"0.5B": QWEN_0_5B_CONFIG, "3B": QWEN_3B_CONFIG, "long": LONG_CONFIG, "gemma2": GEMMA_2_2B_CONFIG}[name]
         folder = tmp_path / name
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps({"model_type": "qwen2", **shape}))
@@ -266,6 +292,58 @@ def test_a_share_too_small_for_vllms_weights_is_refused(qwen):
     assert finding.verdict == FAIL
     assert "gpu_memory_utilization=0.05 gives vLLM 4.0 GB" in finding.text
     assert "actor_rollout_ref.rollout.gpu_memory_utilization=0.15 makes it" in finding.text
+
+
+GEMMA_2_2B_CONFIG = {
+    "model_type": "gemma2",
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "vocab_size": 256000,
+    "attn_logit_softcapping": 50.0,
+    "max_position_embeddings": 8192,
+}
+
+
+def test_capped_scores_take_small_micro_batches_or_flash_attn_2(qwen, monkeypatch):
+    """All of a micro-batch of 12,288 tokens take 19 GB."""
+    folder = qwen("gemma2")
+    settings = ["trainer.n_gpus_per_node=8", "data.max_response_length=512"]
+    monkeypatch.setattr(fit, "has_flash_attention_2", lambda: False)
+    finding = examined(folder, gpu(24), *settings)
+    assert finding.verdict == FAIL and "ppo_max_token_len_per_gpu=4096" in finding.text
+    tokens = "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=4096"
+    assert examined(folder, gpu(24), *settings, tokens).verdict == OK
+    monkeypatch.setattr(fit, "has_flash_attention_2", lambda: True)
+    assert examined(folder, gpu(24), *settings).verdict == OK
+
+
+@pytest.mark.parametrize(
+    ("gb", "overrides", "hinted"),
+    [
+        (80, [], True),
+        (24, [], False),  # the run fits, and not with all products
+        (80, ["actor_rollout_ref.keep_products=True"], False),
+        (80, ["actor_rollout_ref.model.enable_gradient_checkpointing=False"], False),
+        (80, ["actor_rollout_ref.model.enable_activation_offload=True"], False),
+    ],
+)
+def test_memory_for_what_is_computed_twice_is_told_before_the_run(qwen, gb, overrides, hinted, monkeypatch, capsys):
+    monkeypatch.setattr(machine, "devices", lambda: [gpu(gb)])
+    for check in ("check_driver", "check_devices", "check_system", "check_compiler"):
+        monkeypatch.setattr(machine, check, lambda *_: Finding("", OK, ""))
+    for check in ("check_cores", "check_host_memory", "check_disk", "check_shared_memory"):
+        monkeypatch.setattr(machine, check, lambda *_: Finding("", OK, ""))
+    path = f"actor_rollout_ref.model.path={qwen('0.5B')}"
+    config = override(composed("gpu"), [path, "trainer.n_gpus_per_node=1", *overrides])
+    OmegaConf.resolve(config)
+    assert machine.machine_faults(config) == []
+    told = capsys.readouterr().err
+    assert ("[spin] actor_rollout_ref.keep_products=True would spare" in told) == hinted
+    assert (f" of the {gb}.0 GB that are free" in told) == hinted
 
 
 # Llama-3.2-3B's, without its scaled rotary frequencies

@@ -6,6 +6,7 @@ from importlib.metadata import PackageNotFoundError
 
 import pytest
 import torch
+from as_on_gpus import attention_as_on_gpus, standing_in_for_the_kernel
 from plain_model import response_logp
 from torch.nn.attention import varlen
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -100,28 +101,6 @@ def shared_logps(model, rows, multiple_of: int = 1):
     return response_values(token_logps(logits, packed.labels), mask, lengths, average=False)
 
 
-def standing_in_for_the_kernel(
-    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False
-):
-    """torch's varlen_attn in plain operations: each sequence by itself, the causal mask aligned at the end."""
-    assert window_size[1] == 0 and enable_gqa
-    assert query.shape[2] <= 256 and query.shape[2] % 8 == 0 and query.shape[2] == key.shape[2] == value.shape[2]
-    assert query.shape[1] % key.shape[1] == 0 and key.shape[1] == value.shape[1]
-    assert max_q == cu_seq_q.diff().max() and max_k == cu_seq_k.diff().max() and cu_seq_q.dtype == torch.int32
-    groups = query.shape[1] // key.shape[1]
-    outputs = []
-    for i in range(len(cu_seq_q) - 1):
-        q = query[cu_seq_q[i] : cu_seq_q[i + 1]].transpose(0, 1)
-        k, v = (x[cu_seq_k[i] : cu_seq_k[i + 1]].repeat_interleave(groups, 1).transpose(0, 1) for x in (key, value))
-        back = k.shape[1] - q.shape[1] + torch.arange(q.shape[1])[:, None] - torch.arange(k.shape[1])
-        seen = back >= 0
-        if window_size[0] >= 0:
-            seen &= back <= window_size[0]
-        scores = (q @ k.transpose(1, 2) * (scale or q.shape[-1] ** -0.5)).masked_fill(~seen, -torch.inf)
-        outputs.append((scores.softmax(-1) @ v).transpose(0, 1))
-    return torch.cat(outputs)
-
-
 def standing_in_for_an_older_kernel(query, key, value, *args, scale=None, window_size=(-1, -1)):
     """As torch 2.10 and 2.11 have it: grouped queries are not asked for, and there."""
     assert query.shape[1] > key.shape[1]
@@ -129,13 +108,9 @@ def standing_in_for_an_older_kernel(query, key, value, *args, scale=None, window
 
 
 @pytest.fixture
-def on_an_accelerator(monkeypatch):
-    """Attention is chosen as on a GPU without flash-attn, with a stand-in for torch's kernel."""
-    choose = attention.choose_attention
-    monkeypatch.setattr(attention, "choose_attention", lambda device, *asked: choose("cuda", *asked))
-    monkeypatch.setattr(attention, "has_flash_attention_2", lambda: False)
-    monkeypatch.setattr(attention, "_half", lambda *tensors: tensors)
-    monkeypatch.setattr(varlen, "varlen_attn", standing_in_for_the_kernel)
+def on_an_accelerator():
+    with attention_as_on_gpus():
+        yield
 
 
 def compare(name: str, prompts, answers, multiple_of: int = 1) -> None:

@@ -3,12 +3,14 @@
 import multiprocessing
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
 import pytest
 
-from recipe.spin.run.process_memory import NeededMemory
+from recipe.spin.run.monitor import RunMonitor
+from recipe.spin.run.process_memory import NeededMemory, PrivateMemory
 
 SIZE = 64 << 20
 # A process that does with a block of memory what it is told
@@ -65,7 +67,22 @@ def test_memory_that_two_processes_share_counts_once():
         child.join()
 
 
-def test_a_process_that_has_ended_needs_nothing(subject):
-    gone = psutil.Process(subprocess.Popen(["true"]).pid)
-    gone.wait()
-    assert NeededMemory().total([gone, subject.process]) == NeededMemory().total([subject.process])
+def test_on_gpus_what_a_process_has_for_itself_is_read_without_a_walk_through_its_pages(subject, monkeypatch, tmp_path):
+    """Every 10 s; and not what it shares."""
+    seen, read = [], Path.read_text
+    monkeypatch.setattr(Path, "read_text", lambda path: seen.append(path.name) or read(path))
+    monitor = RunMonitor(tmp_path, device="cuda")
+    monitor._measure_memory([subject.process])
+    before = monitor.peak_memory_gb
+    subject.tell("use 64")
+    monitor._measure_memory([subject.process])
+    assert 1e9 * (monitor.peak_memory_gb - before) == pytest.approx(SIZE, abs=SIZE / 10)
+    assert 1e9 * before < subject.process.memory_info().rss - SIZE - subject.process.memory_info().shared / 2
+    assert set(seen) == {"statm"} and monitor._memory_seconds == 10
+
+
+@pytest.mark.parametrize("kind", [NeededMemory, PrivateMemory])
+def test_a_process_that_has_ended_needs_nothing(subject, kind):
+    with subprocess.Popen(["true"]) as child:  # waits for it at the end, so that psutil sees it before
+        gone = psutil.Process(child.pid)
+    assert kind().total([gone, subject.process]) == kind().total([subject.process])

@@ -7,8 +7,18 @@ ones may be equal while the models are not.
 import numpy as np
 import pytest
 import torch
+from as_on_gpus import fsdp_on_one_rank, segments_on_a_cpu
 from plain_model import load_model, response_logp
-from worker_jobs import count_offloads, make_batches, make_long_batch, play, refresh, refresh_at_once, refuse
+from worker_jobs import (
+    count_offloads,
+    make_batches,
+    make_long_batch,
+    play,
+    refresh,
+    refresh_at_once,
+    refuse,
+    run_within,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -16,11 +26,11 @@ BATCHES = make_batches()
 FSDP = ["actor_rollout_ref.actor.fsdp_config", "actor_rollout_ref.ref.fsdp_config"]
 GATHERED = [f"{config}.reshard_after_forward=False" for config in FSDP]  # FSDP2 then keeps what it gathered
 LAYOUTS = {
-    "fsdp2-1-rank": (1, "fsdp2", []),
-    "fsdp2-2-ranks": (2, "fsdp2", []),
-    "fsdp2-2-ranks-gathered": (2, "fsdp2", GATHERED),
-    "fsdp1-1-rank": (1, "fsdp", []),
-    "fsdp1-2-ranks": (2, "fsdp", []),
+    "1-rank-without-fsdp": (1, "fsdp2", [], []),
+    "fsdp2-1-rank": (1, "fsdp2", [], [fsdp_on_one_rank]),
+    "fsdp2-2-ranks": (2, "fsdp2", [], []),
+    "fsdp2-2-ranks-gathered": (2, "fsdp2", GATHERED, []),
+    "fsdp1-2-ranks": (2, "fsdp", [], []),
 }
 
 
@@ -30,12 +40,18 @@ BF16 = [
     "actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype=bf16",
     "actor_rollout_ref.ref.fsdp_config.model_dtype=bf16",
 ]
+# And attention by segments, everything recomputed, and a micro-batch a row
+GPU = [
+    "actor_rollout_ref.keep_products=False",
+    "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=420",
+    "actor_rollout_ref.ref.log_prob_max_token_len_per_gpu=420",
+]
 BF16_LAYOUTS = {
-    "fsdp2-1-rank": (1, "fsdp2", []),
-    "fsdp2-2-ranks": (2, "fsdp2", []),
-    "fsdp2-2-ranks-offloaded": (2, "fsdp2", [OFFLOADED]),
-    "fsdp1-1-rank": (1, "fsdp", []),
-    "fsdp1-2-ranks": (2, "fsdp", []),
+    "fsdp2-1-rank": (1, "fsdp2", GPU, [segments_on_a_cpu]),
+    "fsdp2-2-ranks": (2, "fsdp2", GPU, [segments_on_a_cpu]),
+    "fsdp2-2-ranks-offloaded": (2, "fsdp2", [OFFLOADED], []),
+    "fsdp1-1-rank": (1, "fsdp", [], []),
+    "fsdp1-2-ranks": (2, "fsdp", [], []),
 }
 
 
@@ -53,10 +69,10 @@ def overrides(folder: str, strategy: str = "fsdp2") -> list[str]:
 @pytest.fixture(scope="module", params=LAYOUTS.values(), ids=LAYOUTS.keys())
 def played(request, tiny_models, ranks, tmp_path_factory) -> dict:
     """What rank 0 saw of `play`; every rank drives the same trainer and sees the same."""
-    world_size, strategy, more = request.param
+    world_size, strategy, more, contexts = request.param
     folder = str(tmp_path_factory.mktemp("checkpoints"))
     settings = [*overrides(tiny_models["llama"], strategy), *more]
-    first, *others = ranks[world_size].run(play, settings, BATCHES, folder)
+    first, *others = ranks[world_size].run(run_within, contexts, play, settings, BATCHES, folder)
     for other in others:
         np.testing.assert_equal(other["seen"], first["seen"])
     return first
@@ -134,11 +150,13 @@ def test_reference_sharded_unlike_the_actor_is_refused(tiny_models, ranks):
         assert "fsdp_size" in message
 
 
-@pytest.mark.parametrize(("world_size", "strategy", "more"), BF16_LAYOUTS.values(), ids=BF16_LAYOUTS.keys())
-def test_bf16_reference_computes_exactly_as_the_actor(tiny_models, ranks, tmp_path, world_size, strategy, more):
+@pytest.mark.parametrize("layout", BF16_LAYOUTS.values(), ids=BF16_LAYOUTS.keys())
+def test_bf16_reference_computes_exactly_as_the_actor(tiny_models, ranks, tmp_path, layout):
     """At position 400 a rotary frequency that was rounded to bf16 would turn a token by up to 0.8 radians more."""
+    world_size, strategy, more, contexts = layout
     settings = [*overrides(tiny_models["llama"], strategy), *BF16, *more]
-    seen, *_ = ranks[world_size].run(refresh, settings, make_long_batch(), str(tmp_path))
+    job = (contexts, refresh, settings, make_long_batch(), str(tmp_path))
+    seen, *_ = ranks[world_size].run(run_within, *job)
     for stage in ("loaded", "refreshed", "resumed"):
         assert same(seen[stage]["reference"], seen[stage]["actor"]), stage
     assert far(seen["trained"]["actor"], seen["trained"]["reference"])

@@ -9,6 +9,7 @@ import os
 import pytest
 import torch
 from plain_model import EPS, LEARNING_RATE, load_model
+from worker_harness import Ranks
 from worker_jobs import MAX_PROMPT, MAX_RESPONSE, Scored, make_scored, train_on_scores
 
 pytestmark = pytest.mark.slow
@@ -98,11 +99,12 @@ def trl_steps(folder: str, output: str, loss_type: str, fed: list[Scored]) -> li
     return trainer.seen
 
 
-def our_steps(ranks, folder: str, loss_type: str, fed: list[Scored]) -> list[dict]:
+def our_steps(ranks: Ranks, folder: str, loss_type: str, fed: list[Scored], share_prompt: bool) -> list[dict]:
     actor = "actor_rollout_ref.actor"
     overrides = [
         f"actor_rollout_ref.model.path={folder}",
         "actor_rollout_ref.rollout.n=2",
+        f"actor_rollout_ref.share_prompt={share_prompt}",
         f"{actor}.ppo_max_token_len_per_gpu=64",
         f"{actor}.optim.lr={LEARNING_RATE}",
         f"{actor}.optim.override_optimizer_config={{eps:{EPS}}}",
@@ -113,14 +115,16 @@ def our_steps(ranks, folder: str, loss_type: str, fed: list[Scored]) -> list[dic
         f"algorithm.dpo_loss_type={loss_type}",
         "trainer.ref_update_freq=0",
     ]
-    return [{name: step[name][0] for name in COMPARED} for step in ranks[1].run(train_on_scores, overrides, fed)[0]]
+    return [{name: step[name][0] for name in COMPARED} for step in ranks.run(train_on_scores, overrides, fed)[0]]
 
 
-@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo"])
-def test_losses_and_rewards_are_trls_at_every_step(ranks, tiny_models, tmp_path, loss_type):
+@pytest.mark.parametrize(
+    ("loss_type", "world_size", "share_prompt"), [("sigmoid", 1, True), ("sigmoid", 2, False), ("ipo", 1, False)]
+)
+def test_losses_and_rewards_are_trls_at_every_step(ranks, tiny_models, tmp_path, loss_type, world_size, share_prompt):
     fed = make_scored()
     theirs = trl_steps(tiny_models["llama"], str(tmp_path), loss_type, fed)
-    ours = our_steps(ranks, tiny_models["llama"], loss_type, fed)
+    ours = our_steps(ranks[world_size], tiny_models["llama"], loss_type, fed, share_prompt)
     assert len(ours) == len(theirs) == len(fed)
     for step, (our, their) in enumerate(zip(ours, theirs, strict=True), start=1):
         for name in COMPARED:

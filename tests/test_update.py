@@ -13,16 +13,18 @@ from functools import cache
 
 import pytest
 import torch
+from as_on_gpus import fsdp_on_one_rank, segments_on_a_cpu
 from plain_model import EPS, LEARNING_RATE, REFRESH_AT, WEIGHT_DECAY, load_model, response_entropy, response_logp
+from ulysses_on_gloo import ulysses_on_gloo
 from worker_jobs import (
     MAX_PROMPT,
     MAX_RESPONSE,
     PROMPTS,
     STEPS,
     make_batches,
+    run_within,
     train,
     train_over_a_bad_step,
-    train_with_ulysses,
 )
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
@@ -55,13 +57,22 @@ def plain_aot(chosen, rejected, ref_chosen, ref_rejected, kind):
 
 
 @cache
-def plain_training(folder: str, n: int, kind: str, temperature: float, clip: float, prompts_per_step: int, epochs: int):
+def plain_training(
+    folder: str,
+    n: int,
+    longest_prompt: int,
+    kind: str,
+    temperature: float,
+    clip: float,
+    prompts_per_step: int,
+    epochs: int,
+):
     policy = load_model(folder)
     initial = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
     reference = copy.deepcopy(policy).requires_grad_(False)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=LEARNING_RATE, eps=EPS, weight_decay=WEIGHT_DECAY)
     steps = []
-    for step, batch in enumerate(make_batches(n), start=1):
+    for step, batch in enumerate(make_batches(n, longest_prompt), start=1):
         if step == REFRESH_AT:
             reference.load_state_dict(policy.state_dict())
 
@@ -166,8 +177,20 @@ class Case:
     temperature: float = 1.0
     loss: str = "sigmoid"
     n: int = 2
+    longest_prompt: int = MAX_PROMPT
     clip: float = 1.0
     ranks_per_sequence: int = 1  # Ulysses
+    by_segment: bool = False  # attention as on GPUs
+    wrapped: bool = False  # one rank goes through FSDP, as on a GPU
+
+    def contexts(self) -> list:
+        """What stands for a GPU in the ranks."""
+        stand_ins = {
+            ulysses_on_gloo: self.ranks_per_sequence > 1,
+            segments_on_a_cpu: self.by_segment,
+            fsdp_on_one_rank: self.wrapped,
+        }
+        return [context for context, needed in stand_ins.items() if needed]
 
     def all_overrides(self, folder: str) -> list[str]:
         actor = "actor_rollout_ref.actor"
@@ -191,7 +214,7 @@ class Case:
             f"{actor}.optim.clip_grad={self.clip}",
             f"{actor}.optim.override_optimizer_config={{eps:{EPS}}}",
             f"data.train_batch_size={PROMPTS}",
-            f"data.max_prompt_length={MAX_PROMPT}",
+            f"data.max_prompt_length={self.longest_prompt}",
             f"data.max_response_length={MAX_RESPONSE}",
             f"algorithm.dpo_beta={BETA}",
             f"trainer.ref_update_freq={REFRESH_AT}",
@@ -203,14 +226,14 @@ TWO = {"world_size": 2}
 SEPARATE = {"share_prompt": False}
 CASES = [
     Case("llama"),
-    Case("llama-fsdp1", strategy="fsdp"),
+    Case("one-rank-as-on-a-gpu", wrapped=True, by_segment=True, longest_prompt=24),
     Case("llama-2-ranks", **TWO),
     Case("llama-2-ranks-fsdp1", **TWO, strategy="fsdp"),
     Case("qwen2", model="qwen2"),
     Case("qwen2-2-ranks", **TWO, model="qwen2"),
     Case("qwen2-2-ranks-fsdp1", **TWO, model="qwen2", strategy="fsdp"),
     Case("micro-batches-of-1", micro_batch=1),
-    Case("micro-batches-of-2", micro_batch=2, strategy="fsdp"),
+    Case("micro-batches-of-2-fsdp1", micro_batch=2, wrapped=True, strategy="fsdp"),
     Case("micro-batches-of-2-on-2-ranks", **TWO, micro_batch=2),
     Case("one-micro-batch", micro_batch=PROMPTS),
     Case("few-tokens", tokens=28),
@@ -224,7 +247,7 @@ CASES = [
     Case("reference-passes-2-ranks-mini-batches", **TWO, reference_passes=True, prompts_per_step=3),
     Case("mini-batches", prompts_per_step=3),
     Case("mini-batches-and-epochs-on-2-ranks", **TWO, prompts_per_step=3, epochs=2),
-    Case("unclipped", clip=1000.0, strategy="fsdp"),
+    Case("unclipped", clip=1000.0),
     Case("temperature", temperature=0.7),
     Case("temperature-padded-2-ranks-fsdp1", **TWO, **SEPARATE, temperature=0.7, remove_padding=False, strategy="fsdp"),
     Case("all-pairs-weighted", n=3, prompts_per_step=3),
@@ -232,7 +255,7 @@ CASES = [
     Case("all-pairs-of-8-responses", n=8, tokens=300),
     Case("all-pairs-of-8-responses-separate-2-ranks", **TWO, **SEPARATE, n=8, tokens=300),
     Case("sliding-windows", model="windows"),
-    Case("sliding-windows-2-ranks", **TWO, model="windows", micro_batch=2),
+    Case("sliding-windows-by-segment-2-ranks", **TWO, model="windows", micro_batch=2, by_segment=True),
     Case("sliding-windows-separate", **SEPARATE, model="windows"),
     Case("ipo", loss="ipo"),
     Case("hinge-2-ranks", **TWO, loss="hinge"),
@@ -243,7 +266,7 @@ CASES = [
     Case("aot-unpaired-2-ranks", **TWO, loss="aot_unpaired", tokens=28),
     Case("ulysses", **TWO, ranks_per_sequence=2),
     Case("ulysses-fsdp1", **TWO, ranks_per_sequence=2, strategy="fsdp", model="qwen2", micro_batch=2),
-    Case("ulysses-mini-batches", **TWO, ranks_per_sequence=2, tokens=18, prompts_per_step=3, epochs=2),
+    Case("ulysses-by-segment", **TWO, ranks_per_sequence=2, by_segment=True, tokens=18, prompts_per_step=3, epochs=2),
     Case("ulysses-separate", **TWO, **SEPARATE, ranks_per_sequence=2),
 ]
 
@@ -256,9 +279,10 @@ def gap(ours, theirs) -> float:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_worker_trains_like_plain_pytorch(case, tiny_models, ranks):
     folder = tiny_models[case.model]
-    plain = plain_training(folder, case.n, case.loss, case.temperature, case.clip, case.prompts_per_step, case.epochs)
-    job = train_with_ulysses if case.ranks_per_sequence > 1 else train
-    outputs = ranks[case.world_size].run(job, case.all_overrides(folder), make_batches(case.n), case.reference_passes)
+    data = (case.n, case.longest_prompt)
+    plain = plain_training(folder, *data, case.loss, case.temperature, case.clip, case.prompts_per_step, case.epochs)
+    job = (case.contexts(), train, case.all_overrides(folder), make_batches(*data), case.reference_passes)
+    outputs = ranks[case.world_size].run(run_within, *job)
     for worker in outputs:
         # Optimizer steps: one list of values a metric and call of update_actor
         steps = [
@@ -285,6 +309,25 @@ def test_worker_trains_like_plain_pytorch(case, tiny_models, ranks):
         assert gaps["parameters"] < 2e-6
         assert gaps["change"] < 1e-4
         assert max(gaps[name] for name in COMPARED) < 5e-5
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_prompts_that_are_computed_once_train_as_those_that_are_copied(world_size, tiny_models, ranks):
+    """Prompts of 1 to 24 tokens."""
+    found = []
+    for share_prompt in (True, False):
+        case = Case("", world_size, share_prompt=share_prompt, longest_prompt=24)
+        batches = make_batches(longest_prompt=case.longest_prompt)
+        found.append(ranks[world_size].run(train, case.all_overrides(tiny_models[case.model]), batches)[0])
+    shared, copied = found
+    for ours, theirs in zip(shared["steps"], copied["steps"], strict=True):
+        for name in COMPARED:
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-5, abs=1e-5), name
+    pairs = (
+        (torch.from_numpy(shared["parameters"][name]), torch.from_numpy(copied["parameters"][name]))
+        for name in shared["parameters"]
+    )
+    assert max(gap(one, other) for one, other in pairs) < 1e-5
 
 
 @pytest.mark.parametrize(

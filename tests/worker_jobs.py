@@ -1,6 +1,8 @@
 """What the tests run on the ranks of worker_harness.Ranks; a module of its own, so that the processes can import it."""
 
 import random
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 
 from ulysses_on_gloo import ulysses_on_gloo
@@ -22,7 +24,7 @@ class Batch:
     n: int = 2
 
 
-def make_batches(n: int = 2, seed: int = 0) -> list[Batch]:
+def make_batches(n: int = 2, longest_prompt: int = MAX_PROMPT, seed: int = 0) -> list[Batch]:
     """Five batches of 6 prompts; in each one prompt gives no pair. Response lengths from 0 to the limit.
 
     With n=2 a pair a prompt; with n=3 all three pairs of a prompt, each weighing a third.
@@ -32,7 +34,7 @@ def make_batches(n: int = 2, seed: int = 0) -> list[Batch]:
     for step in range(STEPS):
         prompts, responses, masks, chosen, rejected, weights = [], [], [], [], [], []
         for prompt in range(PROMPTS):
-            tokens = draw.choices(range(300), k=draw.randint(1, MAX_PROMPT))
+            tokens = draw.choices(range(300), k=draw.randint(1, longest_prompt))
             for _ in range(n):
                 prompts.append(tokens)
                 responses.append(draw.choices(range(300), k=draw.randint(1, MAX_RESPONSE)))
@@ -117,6 +119,14 @@ def train_with_ulysses(rank: int, *args) -> dict:
     """`train` where the ranks share sequences."""
     with ulysses_on_gloo():
         return train(rank, *args)
+
+
+def run_within(rank: int, contexts: list[Callable[[], AbstractContextManager]], job: Callable, *args):
+    """A job of this module within contexts that stand for what its process lacks."""
+    with ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context())
+        return job(rank, *args)
 
 
 @dataclass(frozen=True)

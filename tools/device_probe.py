@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from recipe.spin.checks import memory
-from recipe.spin.checks.finding import FAIL, OK, WARN, Finding
+from recipe.spin.checks.finding import FAIL, OK, WARN, Finding, gigabytes
 from recipe.spin.tools.probe_model import HALF_BILLION, TINY, save_probe_model
 
 TEMPERATURE, BETA = 0.7, 0.5
@@ -256,18 +256,22 @@ class Worker:
             return Finding("memory", OK, "a process on a CPU has no figure to compare with the estimate for GPUs")
         from recipe.spin.checks.fit import layout_of
 
-        estimate = sum(memory.training(self.shape(), layout_of(self.config)).values())
-        measured = torch.cuda.max_memory_allocated()
-        text = f"the update took {measured / 1e9:.1f} GB; the estimate for the profile's fullest micro-batch is "
-        text += f"{estimate / 1e9:.1f} GB, {memory.PROCESSES / 1e9:.1f} GB of them for processes"
-        good = measured < estimate
-        text += "" if good else "; it is too low, report it"
-        return Finding("memory", OK if good else WARN, text, {"measured": measured, "estimate": estimate})
+        return judge_memory(torch.cuda.max_memory_allocated(), memory.training(self.shape(), layout_of(self.config)))
 
     def shape(self) -> memory.Model:
         from transformers import AutoConfig
 
         return memory.Model.of(AutoConfig.from_pretrained(self.model))
+
+
+def judge_memory(measured: float, parts: dict[str, float]) -> Finding:
+    """Bytes of tensors that torch counted beside the estimate's parts, less what it does not count: processes."""
+    estimate = sum(parts.values()) - parts["processes"]
+    text = f"the update's tensors took {gigabytes(measured)} GB; the estimate for the profile's fullest micro-batch is "
+    text += f"{gigabytes(estimate)} GB, and {gigabytes(parts['processes'])} GB more for processes"
+    good = measured < estimate
+    text += "" if good else "; it is too low, report it"
+    return Finding("memory", OK if good else WARN, text, {"measured": measured, "estimate": estimate})
 
 
 class OneRank:
