@@ -473,7 +473,7 @@ def test_the_command_refuses_before_ray_starts(stopped, tmp_path):
     result = subprocess.run(
         [sys.executable, "-m", "recipe.spin.main_spin", "device=cpu", *overrides, "data.seed=7"],
         cwd=tmp_path,
-        env=os.environ | cpu_environment() | {"PYTHONPATH": str(ROOT), "RAY_TMPDIR": str(tmp_path)},
+        env=os.environ | cpu_environment() | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=60,
