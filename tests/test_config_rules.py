@@ -80,6 +80,10 @@ BAD = [
     ("trainer.resume_mode=resume_path", ["trainer.resume_from_path=None", "global_step_N"]),
     ("trainer.resume_mode=resume_path trainer.resume_from_path=/absent/global_step_1", ["trainer.resume_from_path="]),
     (
+        "+ray_kwargs.ray_init._temp_dir=/scratch/me",
+        ["ray_kwargs.ray_init._temp_dir='/scratch/me'", "take it out", "TMPDIR"],
+    ),
+    (
         "trainer.default_local_dir=/dev/null/run",
         ["trainer.default_local_dir='/dev/null/run'", "/dev/null is no folder"],
     ),
@@ -161,3 +165,22 @@ def test_an_evaluation_needs_a_folder_without_a_training_run(run, tmp_path):
     with pytest.raises(ConfigError, match=f"trainer.val_only=True.*{tmp_path}.*RUN_DIR.*MODEL_PATH"):
         run.check(*asked)
     run.check(asked[1], "trainer.resume_mode=force")
+
+
+SECRETS = ("WANDB_API_KEY", "HF_TOKEN", "VLLM_API_KEY", "HF_HUB_TOKEN", "JUDGE_PASSWORD", "AWS_SECRET_ACCESS_KEY")
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+@pytest.mark.parametrize("name", [*SECRETS, "TOKEN", "my_api_key"])
+def test_a_secret_among_rays_variables_is_refused(run, name, nodes):
+    variable = f"ray_kwargs.ray_init.runtime_env.env_vars.{name}"
+    message = run.refusal(f"trainer.nnodes={nodes}", f"+{variable}=s3cret")
+    assert message.startswith(f"{variable}: Ray prints") and "before `ray start`" in message
+    assert "s3cret" not in message
+
+
+def test_a_proxys_password_is_refused(run):
+    message = run.refusal("+trainer.wandb_proxy='http://me:s3cret@proxy:80'")
+    assert message.startswith("trainer.wandb_proxy holds a password") and "WANDB_HTTPS_PROXY" in message
+    assert "s3cret" not in message
+    run.check("+trainer.wandb_proxy='http://proxy:80'")
