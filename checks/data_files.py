@@ -127,7 +127,10 @@ def _read_rows(key: str, path: Path) -> list:
 
 def _read_json(key: str, path: Path) -> list:
     """An object a line, or an array of objects; as datasets reads them, with a byte order mark and empty lines."""
-    content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    try:
+        content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    except OSError as error:
+        raise ConfigError(f"{key}={str(path)!r}: cannot be read ({error.strerror}); let this user read it") from error
     if content.startswith(b"["):
         try:
             return json.loads(content)

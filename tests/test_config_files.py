@@ -1,6 +1,7 @@
 """Data that cannot work is refused before Ray starts, by one message with the remedy."""
 
 import ast
+import errno
 import inspect
 import json
 import textwrap
@@ -78,6 +79,21 @@ def test_broken_json_line(run, tmp_path):
     message = run.refusal(f"data.train_files={path}")
     assert message.startswith("data.train_files=") and "data.jsonl" in message
     assert "line 3" in message and "one JSON object a line" in message
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_json_that_may_not_be_read(run, tmp_path, monkeypatch, name):
+    read = Path.read_bytes
+
+    def refuse(file):
+        if file.name == name:
+            raise PermissionError(errno.EACCES, "Permission denied", str(file))
+        return read(file)
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)  # root may read all files
+    (tmp_path / name).write_text(json.dumps(row(1)))
+    message = run.refusal(f"data.train_files={tmp_path / name}")
+    assert message.startswith(f"data.train_files='{tmp_path / name}': cannot be read (Permission denied)")
 
 
 def test_json_lines_are_read(run, tmp_path):

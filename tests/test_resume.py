@@ -1,5 +1,6 @@
 """A run goes on from its folder's checkpoint with the same settings alone; what is in the way is set aside."""
 
+import errno
 import os
 import re
 import shutil
@@ -459,6 +460,27 @@ def test_a_folder_that_cannot_be_written(folder):
     folder.path.write_text("a file")
     with pytest.raises(ConfigError, match="trainer.default_local_dir"):
         folder.start()
+
+
+@pytest.mark.parametrize("name", [TRACKER, resume.SETTINGS])
+def test_what_cannot_be_read_there_is_told(stopped, name):
+    """A folder of that name stands for a file that this user may not read, which root may."""
+    (stopped.path / name).unlink()
+    (stopped.path / name).mkdir()
+    assert str(stopped.path / name) in stopped.refusal()
+
+
+def test_a_tracker_that_is_no_text_is_told(stopped):
+    (stopped.path / TRACKER).write_bytes(b"\xff\xfe6")
+    assert "there is no such checkpoint" in stopped.refusal()
+
+
+def test_a_file_that_cannot_be_compared_is_told(stopped, monkeypatch):
+    def refuse(config):
+        raise PermissionError(errno.EACCES, "Permission denied", "/models/a/generation_config.json")
+
+    monkeypatch.setattr(resume, "contents_of", refuse)
+    assert "/models/a/generation_config.json: cannot be read (Permission denied)" in stopped.refusal()
 
 
 @pytest.mark.parametrize("number", [1.5, "two", True])
