@@ -41,6 +41,15 @@ BAD = [
     (f"{ROLLOUT}.max_model_len=1000", [f"{ROLLOUT}.max_model_len=1000", "512 tokens at most"]),
     (f"{ROLLOUT}.tensor_model_parallel_size=2", [f"{ROLLOUT}.tensor_model_parallel_size=2", "the 1 ranks"]),
     (f"{ROLLOUT}.data_parallel_size=2", [f"{ROLLOUT}.data_parallel_size=2", "groups of 2"]),
+    (f"{ROLLOUT}.expert_parallel_size=2", [f"{ROLLOUT}.expert_parallel_size=2", "or none; set it to 1"]),
+    (
+        f"trainer.n_gpus_per_node=4 {ROLLOUT}.tensor_model_parallel_size=4 {ROLLOUT}.expert_parallel_size=2",
+        [f"{ROLLOUT}.expert_parallel_size=2", "set it to 4 or 1"],
+    ),
+    (
+        f"{ROLLOUT}.log_prob_use_dynamic_bsz=False",
+        [f"{ROLLOUT}.log_prob_use_dynamic_bsz=False", f"{ACTOR}.use_dynamic_bsz", "set it to True"],
+    ),
     (
         "trainer.n_gpus_per_node=2 ray_kwargs.ray_init.num_gpus=1",
         ["trainer.n_gpus_per_node=2", "ray_kwargs.ray_init.num_gpus=1", "would wait"],
@@ -124,6 +133,7 @@ def test_a_logger_whose_package_is_missing(run, monkeypatch):
         "trainer.logger=console",
         "trainer.n_gpus_per_node=2",
         "trainer.n_gpus_per_node=2 actor_rollout_ref.rollout.tensor_model_parallel_size=2",
+        f"trainer.n_gpus_per_node=2 {ROLLOUT}.tensor_model_parallel_size=2 {ROLLOUT}.expert_parallel_size=2",
         "trainer.default_local_dir=outputs/new/run",
     ],
 )
