@@ -339,7 +339,15 @@ def test_a_prompt_that_is_too_long_is_refused(run, tmp_path):
     path = write_rows(tmp_path / "data.jsonl", [row(0), question(200), row(1), question(300), row(2)])
     message = run.refusal(f"data.train_files={path}")
     assert message.startswith(f"data.train_files='{path}', row 1: the prompt has ") and "2 of 5 rows" in message
-    assert "more than data.max_prompt_length=64" in message and "data.filter_overlong_prompts=True" in message
+    assert "more than data.max_prompt_length=64, and its beginning would be cut off" in message
+    assert "data.filter_overlong_prompts=True" in message
+
+
+@pytest.mark.parametrize("key", ["data.train_files", "data.val_files"])
+def test_prompts_that_verl_fetches_must_be_left_out_where_they_are_too_long(run, key):
+    message = run.refusal(f"{key}=hdfs://a/b.parquet")
+    assert message.startswith(f"{key}='hdfs://a/b.parquet': ") and "data.filter_overlong_prompts=True" in message
+    run.check(f"{key}=hdfs://a/b.parquet", "data.filter_overlong_prompts=True")
 
 
 def test_lengths_are_those_of_the_chat_template(run, tokenizer):
