@@ -5,6 +5,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from recipe.spin.common.secrets import shown_address
+
 
 class ConfigError(ValueError):
     """Settings, files or rows that a run cannot use; each fault names the thing, the cause and the remedy."""
@@ -66,7 +68,7 @@ class Settings:
         return value
 
     def require(self, condition: bool, key: str, remedy: str) -> None:
-        """Notes a fault of a key unless the condition holds."""
+        """Notes a fault of a key unless the condition holds; passwords in its addresses are not shown."""
         if not condition and key not in self._faulty:
             self._faulty.add(key)
-            self.faults.append(f"{key}={self.value(key)!r}: {remedy}")
+            self.faults.append(f"{key}={shown_address(repr(self.value(key)))}: {remedy}")

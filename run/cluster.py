@@ -48,12 +48,24 @@ def prepare(config: DictConfig) -> bool:
             for key in ("num_cpus", "num_gpus", "object_store_memory"):  # the cluster's own, which a joiner cannot set
                 ray_init.pop(key, None)
             variables |= passed_on(dict(os.environ))
+            _warn_where_nobody_is_kept_out(ray_init.address)
         else:
             keep_to_loopback()
             os.environ["PYTHONPATH"] = _worker_path(dict(os.environ))
         runtime_env = ray_init.setdefault("runtime_env", {})
         runtime_env.env_vars = variables | dict(runtime_env.get("env_vars") or {})
     return joined
+
+
+def _warn_where_nobody_is_kept_out(address: str) -> None:
+    """Ray asks for a token in this mode, or on a cluster that it finds itself where a token lies ready."""
+    mode = os.environ.get("RAY_AUTH_MODE", "").lower()
+    lies_ready = address == "auto" and os.path.exists(os.path.expanduser("~/.ray/auth_token"))
+    if mode != "token" and (mode or not lies_ready):
+        sys.stderr.write(
+            f"[spin] warning: the Ray cluster ({address}) is joined without a token: whoever reaches its ports can run "
+            "code on its nodes; set RAY_AUTH_MODE=token on all of them and here (docs/clusters.md)\n"
+        )
 
 
 def passed_on(environment: dict[str, str]) -> dict[str, str]:

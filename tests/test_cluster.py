@@ -93,6 +93,27 @@ def test_a_run_joins_the_cluster_that_is_named(environment, variables, overrides
     assert environment == before and ray_constants.ENABLE_RAY_CLUSTER
 
 
+@pytest.mark.parametrize(
+    ("address", "mode", "token", "warned"),
+    [
+        ("head:6379", None, False, True),
+        ("head:6379", None, True, True),  # which Ray does not look for then
+        ("head:6379", "disabled", True, True),
+        ("head:6379", "token", False, False),
+        ("auto", None, False, True),
+        ("auto", None, True, False),
+        ("local", None, False, False),  # Ray makes one
+    ],
+)
+def test_a_cluster_that_asks_for_no_token_is_warned_of(environment, tmp_path, capsys, address, mode, token, warned):
+    environment |= {"HOME": str(tmp_path), "RAY_ADDRESS": address} | ({"RAY_AUTH_MODE": mode} if mode else {})
+    if token:
+        (tmp_path / ".ray").mkdir()
+        (tmp_path / ".ray" / "auth_token").touch()
+    cluster.prepare(config())
+    assert ("RAY_AUTH_MODE=token" in capsys.readouterr().err) == warned
+
+
 def test_ray_address_local_is_a_cluster_of_its_own(environment):
     environment["RAY_ADDRESS"] = "local"
     assert not cluster.prepare(config())

@@ -176,6 +176,11 @@ def test_setting_is_refused_by_itself(run, override, words):
     assert [word for word in words if word not in message] == [], message
 
 
+def test_a_password_in_an_address_is_not_shown(run):
+    message = run.refusal("algorithm.judge.servers=['http://me:s3cret@judge/v1',5]")
+    assert message.startswith("algorithm.judge.servers=['http://***@judge/v1', 5]: ") and "s3cret" not in message
+
+
 def test_all_faults_are_told_at_once(run):
     message = run.refusal("data.seed=one", f"{ROLLOUT}.top_p=0", "algorithm.dpo_loss_type=stf", f"{ROLLOUT}.n=1")
     assert message.startswith("4 faults\n  1. ")
