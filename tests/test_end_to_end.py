@@ -72,7 +72,7 @@ def test_a_run_reports_what_it_reached(one_rank):
 def test_a_run_shows_its_steps_and_not_what_its_libraries_say(one_rank):
     output = (one_rank.parent / "output.txt").read_text()
     steps = re.findall(r"^\[spin\] step (\d) of 4, ", output, re.MULTILINE)
-    assert steps == sorted(set(steps)) and steps[-1:] == ["4"]
+    assert steps == ["1", "2", "3", "4"]
     for chatter in ("Platform override", "ray init kwargs", "configuration checks passed"):
         assert chatter not in output
 
