@@ -365,7 +365,7 @@ def test_command_refuses_before_ray_starts(run, tmp_path):
         env=os.environ | cpu_environment() | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
     assert result.returncode != 0
     assert result.stderr.count("error: 2 faults\n  1. data.seed='one': must be a whole number") == 1
