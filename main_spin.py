@@ -95,8 +95,7 @@ def run_spin(config: DictConfig) -> None:
     """Runs a checked and resolved config on a Ray cluster and reports what came of it.
 
     Raises:
-        ConfigError: when verl refuses the settings, or the cluster has too little for the run, which would then wait
-            for ever.
+        ConfigError: when the cluster has too little for the run, which would then wait for ever.
         RunFailed: when a step, a worker or the cluster failed; the message has the cause on top.
     """
     from verl.trainer.main_ppo import run_ppo
@@ -106,7 +105,6 @@ def run_spin(config: DictConfig) -> None:
     from recipe.spin.run.liveness import Liveness
     from recipe.spin.run.monitor import TASK_RUNNER, RunMonitor
 
-    _check_by_verl(config)
     runner = TaskRunnerClass(config, name=TASK_RUNNER, num_cpus=1, max_concurrency=2)
     logs = Path(config.trainer.default_local_dir).absolute() / "logs"
     monitor = RunMonitor(logs, config.trainer.device, joins=cluster.prepare(config))
@@ -119,10 +117,12 @@ def run_spin(config: DictConfig) -> None:
 
 
 def _check_by_verl(config: DictConfig) -> None:
+    """Raises ConfigError with what verl itself refuses."""
     from verl.utils.config import validate_config
 
     try:
-        validate_config(config, use_reference_policy=True, use_critic=False)
+        with without_chatter():
+            validate_config(config, use_reference_policy=True, use_critic=False)
     except Exception as error:  # assertions, and whatever its dataclasses raise
         raise ConfigError(f"verl refuses these settings: {error}") from error
 
@@ -192,6 +192,7 @@ def main(config: DictConfig) -> None:
         expand_home(config)
         fetch_pinned_model(config)
         check_config(config)
+        _check_by_verl(config)
         fit_weight_bucket(config)
         hold_run_folder(config.trainer.default_local_dir)
         resume.prepare(config)

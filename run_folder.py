@@ -42,7 +42,7 @@ def is_complete(checkpoint: Path) -> bool:
 def tracked_step(folder: Path) -> int | None:
     """The step that the tracker names; None without one, or where a kill cut it off or a hand changed it."""
     tracker = folder / TRACKER
-    text = tracker.read_text().strip() if tracker.exists() else ""
+    text = tracker.read_text(errors="replace").strip() if tracker.exists() else ""
     return int(text) if re.fullmatch("[0-9]+", text) else None
 
 

@@ -21,8 +21,9 @@ Environment variables:
   MODEL_PATH            model folder or hub name; owner/name@revision is the model at that commit, tag or branch
   DATA_DIR              folder with train.parquet and test.parquet in verl's format; or name files of other kinds by
                         data.train_files=FILE data.val_files=FILE, and the reward by REWARD_PATH
-  REWARD_PATH           file with compute_score(data_source, solution_str, ground_truth, extra_info);
-                        without it DATA_DIR/reward.py, then the example's, then verl's own for the data source
+  REWARD_PATH           file with compute_score(data_source, solution_str, ground_truth, extra_info), whose code is
+                        run; without it DATA_DIR/reward.py, whose code is run too, so look at it where the data is
+                        somebody else's; then the example's, then verl's own for the data source
   RUN_DIR               folder for checkpoints, metrics and the summary (outputs/PROFILE-DATA); loggers get its name
   SPIN_PROFILE          cpu or gpu (by what the machine has)
   CUDA_VISIBLE_DEVICES  the GPUs to use (all)
@@ -183,7 +184,11 @@ tell() {
     spin_say "profile: $SPIN_PROFILE, $NNODES x $N_GPUS_PER_NODE $(if [[ "$SPIN_PROFILE" == gpu ]]; then echo GPU; else echo rank; fi)(s)"
     spin_say "model:   $MODEL"
     spin_say "data:    ${DATA:-as the arguments say}"
-    spin_say "reward:  ${REWARD:-as the arguments say, else the one that verl has for the data source}"
+    if [[ -n "$REWARD" ]]; then
+        spin_say "reward:  $REWARD (its code is run)"
+    else
+        spin_say "reward:  as the arguments say, else the one that verl has for the data source"
+    fi
     if [[ -n "$(ls -A "$RUN" 2>/dev/null)" ]]; then
         spin_say "run:     $RUN, unfinished: continuing from its last checkpoint, or from the start if it has none"
     else

@@ -35,6 +35,7 @@ from recipe.spin.rollout.reward_worker import RewardWorker
 from recipe.spin.rollout.staleness import StaleWeights
 from recipe.spin.rollout.weights import has_own_sockets
 
+SHOWN_STEPS = 32  # the last ones, of which the console asks every few seconds
 RESPONSE_FIELDS = ["prompts", "responses", "response_mask", "rollout_log_probs"]
 OWN_BUFFERS = {ReplayBuffer: WholeRounds, ReplayBufferAsync: OldestFirst}
 
@@ -51,7 +52,13 @@ class SpinTrainer(OpponentInVLLM, StaleWeights, HeldOutValidation, PPOTrainerSyn
             RolloutReplicaRegistry.register("vllm", _load_replica)
         if self._sends_rounds:
             verl_patches.without_load_balancer()
-        self.progress = {"doing": "loading the model into FSDP and vLLM", "step": 0, "total": 0, "metrics": {}}
+        self.progress = {
+            "doing": "loading the model into FSDP and vLLM",
+            "step": 0,
+            "total": 0,
+            "metrics": {},
+            "finished": (),
+        }
         self._fetched = (0, 0)  # step, and the prompts fetched in it so far
         self._without_pairs_in_a_row = 0  # steps
 
@@ -302,7 +309,8 @@ class SpinTrainer(OpponentInVLLM, StaleWeights, HeldOutValidation, PPOTrainerSyn
         metrics["perf/total_num_tokens"] = tokens
         metrics["perf/throughput"] = tokens / (seconds * self._get_n_gpus_for_throughput())
         metrics.update({"training/global_step": global_steps, "training/epoch": epoch})
-        self.progress |= {"step": global_steps, "metrics": dict(metrics)}
+        finished = (*self.progress["finished"][1 - SHOWN_STEPS :], (global_steps, dict(metrics)))
+        self.progress |= {"step": global_steps, "metrics": dict(metrics), "finished": finished}
 
     def _save_checkpoint(self):
         """Saves as verl does, and removes old checkpoints only when the new one is complete."""

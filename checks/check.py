@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 from recipe.spin.checks.data_files import check_data
 from recipe.spin.checks.machine import machine_faults
 from recipe.spin.checks.model_files import check_model, the_source_can_use_the_model
+from recipe.spin.checks.paths import names_can_be_looked_up
 from recipe.spin.checks.reward_file import check_reward
 from recipe.spin.checks.rules import RULES
 from recipe.spin.checks.schema import check_kinds
@@ -18,7 +19,7 @@ from recipe.spin.common.settings import ConfigError, Settings
 def check_settings(config: DictConfig) -> None:
     """Raises ConfigError with what settings and the reward alone show, before a model is fetched for the run."""
     settings = Settings(config)
-    settings.run(check_kinds, *RULES, check_reward)
+    settings.run(check_kinds, names_can_be_looked_up, *RULES, check_reward)
     if settings.faults:
         raise ConfigError(*settings.faults)
 
@@ -30,7 +31,8 @@ def check_config(config: DictConfig) -> None:
     verl nor Ray.
     """
     settings = Settings(config)
-    settings.run(check_kinds, *RULES, check_model, the_source_can_use_the_model, check_reward, check_data)
+    settings.run(check_kinds, names_can_be_looked_up, *RULES)
+    settings.run(check_model, the_source_can_use_the_model, check_reward, check_data)
     if settings.faults:
         raise ConfigError(*settings.faults)
     if faults := machine_faults(config):

@@ -54,6 +54,12 @@ def check_data(settings: Settings) -> None:
     prompts: dict[str, list[Prompts]] = {TRAIN: [], VAL: []}
     for key in (TRAIN, VAL):
         local = [file for file in files[key] if "://" not in file]  # others are fetched by verl
+        settings.require(
+            len(local) == len(files[key]) or settings["data.filter_overlong_prompts"],
+            key,
+            "prompts of files that verl fetches are not measured, and of one that is too long verl would cut off the "
+            "beginning; set data.filter_overlong_prompts=True to leave such prompts out, or name files of this machine",
+        )
         for file in local:
             settings.run(partial(_read, key=key, file=file, prompts=prompts[key]))
     if all(len(prompts[key]) == len(files[key]) for key in (TRAIN, VAL)):
@@ -127,7 +133,10 @@ def _read_rows(key: str, path: Path) -> list:
 
 def _read_json(key: str, path: Path) -> list:
     """An object a line, or an array of objects; as datasets reads them, with a byte order mark and empty lines."""
-    content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    try:
+        content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    except OSError as error:
+        raise ConfigError(f"{key}={str(path)!r}: cannot be read ({error.strerror}); let this user read it") from error
     if content.startswith(b"["):
         try:
             return json.loads(content)
@@ -255,7 +264,7 @@ def _too_few(prompts: str, batch: int) -> ConfigError:
 
 # ---- Lengths ---------------------------------------------------------------------------------------------------------
 def _check_lengths(settings: Settings, prompts: dict[str, list[Prompts]]) -> None:
-    """verl leaves prompts that are too long out, where it is told to, and else answers them with what room is left."""
+    """verl leaves prompts that are too long out, where it is told to, and else cuts off their beginning."""
     tokenizer = load_tokenizer(settings)
     if tokenizer is None:
         return
@@ -288,8 +297,8 @@ def _require_short(settings: Settings, tokenizer, prompts: Prompts) -> None:
         most = max(length for _, length in overlong)
         raise prompts.fault(
             row,
-            f"the prompt has {length} tokens, more than data.max_prompt_length={limit}, and its response would be cut "
-            f"short ({len(overlong)} of {len(prompts.messages)} rows have more, up to {most}); raise "
+            f"the prompt has {length} tokens, more than data.max_prompt_length={limit}, and its beginning would be "
+            f"cut off ({len(overlong)} of {len(prompts.messages)} rows have more, up to {most}); raise "
             "data.max_prompt_length, or set data.filter_overlong_prompts=True to leave such rows out",
         )
 

@@ -81,12 +81,7 @@ def cpus_needed(config: DictConfig) -> int:
     ranks = config.trainer.nnodes * config.trainer.n_gpus_per_node
     if reward.enable and reward.enable_resource_pool:
         ranks += reward.nnodes * reward.n_gpus_per_node
-    return 1 + _storage_units(config) + 1 + CPUS_A_RANK * ranks + 1
-
-
-def _storage_units(config: DictConfig) -> int:
-    queue = config.transfer_queue.backend
-    return queue.SimpleStorage.num_data_storage_units if queue.storage_backend == "SimpleStorage" else 0
+    return 1 + OmegaConf.select(config, UNITS) + 1 + CPUS_A_RANK * ranks + 1
 
 
 def cpus_of_a_node(config: DictConfig, nodes: int) -> int:
@@ -95,7 +90,7 @@ def cpus_of_a_node(config: DictConfig, nodes: int) -> int:
     Its ranks', its share of TransferQueue's storage units, which are dealt out over all nodes, and 1 that is free: verl
     places a vLLM server on its ranks' node and no other.
     """
-    return CPUS_A_RANK * config.trainer.n_gpus_per_node + ceil(_storage_units(config) / nodes) + 1
+    return CPUS_A_RANK * config.trainer.n_gpus_per_node + ceil(OmegaConf.select(config, UNITS) / nodes) + 1
 
 
 def check_cores(config: DictConfig) -> Finding:

@@ -1,6 +1,7 @@
 """The models before they are loaded: their folders, or names on the hub, and their tokenizers."""
 
 import json
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -75,6 +76,8 @@ def check_reward_model(settings: Settings) -> None:
     if not settings["reward.reward_model.enable"]:
         return
     settings.require(settings[REWARD_MODEL] is not None, REWARD_MODEL, "name the reward model: a folder or a hub name")
+    if is_pinned(settings[REWARD_MODEL]):
+        return  # looked at once it is fetched
     if folder := _folder(settings, REWARD_MODEL):
         config = _check_folder(settings, REWARD_MODEL, folder)
         _check_weights(settings, REWARD_MODEL, folder)
@@ -98,6 +101,11 @@ def check_reward_model(settings: Settings) -> None:
         REWARD_MODEL,
         "its tokenizer has no chat template, by which messages become its input; take a model that has one",
     )
+
+
+def is_pinned(path: str | None) -> bool:
+    """Whether a model's path names a revision on the hub, which pinned_model.py fetches; a folder may have an @ too."""
+    return isinstance(path, str) and "@" in path and not os.path.exists(path)
 
 
 def _folder(settings: Settings, key: str, file: str = "config.json") -> Path | None:

@@ -1,8 +1,11 @@
-"""Paths that begin with `~`, which no shell expands within KEY=~/x: once, and before anything reads the settings."""
+"""Settings that name files: `~` in them, which no shell expands within KEY=~/x, and names that no file can have."""
 
 import os
+from collections.abc import Iterable
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from recipe.spin.common.settings import Settings
 
 MODEL, REWARD = "actor_rollout_ref.model", "reward"
 PATHS = (
@@ -28,11 +31,35 @@ PARTS = f"{REWARD}.custom_reward_function.reward_kwargs.functions"  # of prefere
 def expand_home(config: DictConfig) -> None:
     """Puts the user's folder in place of `~` in all settings of a resolved config that name files."""
     parts = OmegaConf.select(config, PARTS)
-    parts = [f"{PARTS}.{name}.path" for name in parts] if isinstance(parts, DictConfig) else []
-    for key in (*PATHS, *parts):
+    for key in _keys(parts if isinstance(parts, DictConfig) else ()):
         value = OmegaConf.select(config, key)  # None too where a section is null, which check_config tells
         if isinstance(value, str | ListConfig):
             OmegaConf.update(config, key, _expanded(value))
+
+
+def names_can_be_looked_up(settings: Settings) -> None:
+    """A name that is too long, or leads through a folder that may not be entered, is a fault of its key."""
+    parts = settings.value(PARTS)
+    for key in _keys(parts if isinstance(parts, dict) else ()):
+        value = settings.value(key)
+        for name in value if isinstance(value, list) else [value]:
+            fault = _fault(name) if isinstance(name, str) else None
+            settings.require(not fault, key, f"no file can be looked for by this name ({fault}); correct it")
+
+
+def _fault(name: str) -> str | None:
+    """Why the system refuses to look for a file; None where it finds it, or finds that it is not there."""
+    try:
+        os.stat(name)
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    except OSError as error:
+        return error.strerror
+    return None
+
+
+def _keys(parts: Iterable[str]) -> list[str]:
+    return [*PATHS, *(f"{PARTS}.{name}.path" for name in parts)]
 
 
 def _expanded(value):

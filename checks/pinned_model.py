@@ -1,19 +1,19 @@
-"""A model of the hub at one revision: `owner/name@revision` as its path."""
-
-from pathlib import Path
+"""Models of the hub at one revision: `owner/name@revision` as their path."""
 
 from omegaconf import DictConfig, OmegaConf
 
 from recipe.spin.checks.check import check_settings
+from recipe.spin.checks.model_files import ADAPTER, PATH, REWARD_MODEL, TOKENIZER_PATH, is_pinned
 from recipe.spin.common.settings import ConfigError
 
-KEY = "actor_rollout_ref.model.path"
 # The weights once more, in formats that neither PyTorch nor vLLM is given here
 UNUSED = ("original/*", "*.gguf", "*.onnx", "*.h5", "*.msgpack", "*.ot")
 
 
 def fetch_pinned_model(config: DictConfig) -> None:
-    """Puts the folder of that revision, downloaded unless it is there, in place of the path; others stay.
+    """Puts the folder of that revision, downloaded unless it is there, in place of a model's path; others stay.
+
+    So of the tokenizer, of the adapter to begin with, and of the reward model where there is one.
 
     verl gives no revision to the hub, which would then serve the newest. Nothing is asked of the hub for settings that
     could not run.
@@ -21,19 +21,25 @@ def fetch_pinned_model(config: DictConfig) -> None:
     Raises:
         ConfigError: when settings are faulty, or the hub does not give that revision.
     """
-    path = OmegaConf.select(config, KEY)  # None too where a section is null, which check_config tells
-    name, at, revision = str(path).partition("@")
-    if not at or Path(path).exists():
-        return
-    check_settings(config)
+    keys = [PATH, TOKENIZER_PATH, ADAPTER]
+    keys += [REWARD_MODEL] if OmegaConf.select(config, "reward.reward_model.enable") else []
+    pinned = {key: path for key in keys if is_pinned(path := OmegaConf.select(config, key))}
+    if pinned:
+        check_settings(config)
+    for key, path in pinned.items():
+        OmegaConf.update(config, key, _fetched(key, path))
+
+
+def _fetched(key: str, path: str) -> str:
+    """The folder in the hub's cache."""
+    name, _, revision = path.partition("@")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
     try:
-        folder = snapshot_download(name, revision=revision, ignore_patterns=list(UNUSED))
+        return snapshot_download(name, revision=revision, ignore_patterns=list(UNUSED))
     except (OSError, HFValidationError) as error:  # no such name or revision, no access, no network
         raise ConfigError(
-            f"{KEY}={path!r}: the hub did not give revision {revision!r} of {name!r} ({str(error).strip()}); correct "
+            f"{key}={path!r}: the hub did not give revision {revision!r} of {name!r} ({str(error).strip()}); correct "
             "name and revision (a commit, tag or branch), or give a folder"
         ) from error
-    config.actor_rollout_ref.model.path = folder

@@ -63,6 +63,7 @@ def _check_part(settings: Settings, key: str, part: Any, more: dict) -> None:
 
 def _check_function(settings: Settings, key: str, path: str, name: str, more: dict) -> None:
     """The file and name of a reward function, which is called with `more` besides what verl gives every one."""
+    settings[f"{key}.path"]  # leaves, where it has a fault
     file = Path(path)
     if not file.is_file():
         raise ConfigError(f"{key}.path={path!r}: there is no such file; name a Python file with the reward")

@@ -75,6 +75,7 @@ class RolloutCorrection(Section):
     rollout_rs_threshold: unused(None)
     rollout_is_batch_normalize: unused(False)
     bypass_mode: unused(False)
+    loss_type: unused("ppo_clip")
 
 
 class KLControl(Section):
@@ -82,6 +83,11 @@ class KLControl(Section):
     kl_coef: unused(0.001)
     horizon: unused(10000)
     target_kl: unused(0.1)
+
+
+class PFPPO(Section):
+    reweight_method: unused("pow")
+    weight_pow: unused(2.0)
 
 
 class Algorithm(Section):
@@ -129,6 +135,7 @@ class Algorithm(Section):
     kl_ctrl: KLControl
     norm_adv_by_std_in_grpo: unused(True)
     use_pf_ppo: unused(False)
+    pf_ppo: PFPPO
     rollout_correction: RolloutCorrection
 
 
@@ -183,13 +190,14 @@ class Trainer(Section):
     save_freq: int
     test_freq: int
     val_before_train: bool
-    max_actor_ckpt_to_keep: Whole | None
+    max_actor_ckpt_to_keep: Whole | None = verl("null or 0 keeps all")
     resume_mode: Literal["auto", "disable", "resume_path", "force"]
     resume_from_path: Text | None
     default_local_dir: Text
     logger: Loggers
     critic_warmup: unused(0)
     balance_batch: unused(True)
+    esi_redundant_time: unused(0)
 
 
 class Data(Section):
@@ -293,6 +301,14 @@ class Actor(Section):
     clip_ratio_high: unused(0.2)
     clip_ratio_c: unused(3.0)
     policy_loss: PolicyLoss
+    calculate_sum_pi_squared: unused(False)
+    use_prefix_grouper: Annotated[
+        unused(False), verl("verl's v1 trainer does not read it; actor_rollout_ref.share_prompt is what it asks for")
+    ]
+    data_loader_seed: Annotated[
+        unused(42), verl("prompts are trained on in the order of the batch; set it to 42, and data.seed for another")
+    ]
+    freeze_vision_tower: Annotated[unused(False), verl("verl's FSDP engine does not read it; set it to False")]
 
 
 class Reference(Section):
@@ -302,6 +318,11 @@ class Reference(Section):
     log_prob_max_token_len_per_gpu: Count
     log_prob_use_dynamic_bsz: bool
     fsdp_config: Engine
+
+
+OneStage = Annotated[
+    Literal[1], verl("verl's vLLM has no pipeline of ranks; set it to 1, and raise tensor_model_parallel_size")
+]
 
 
 class Agent(Section):
@@ -336,6 +357,8 @@ class Rollout(Section):
     dtype: RolloutPrecision
     tensor_model_parallel_size: Count
     data_parallel_size: Count
+    pipeline_model_parallel_size: OneStage
+    expert_parallel_size: Count
     gpu_memory_utilization: TopP
     max_model_len: Count | None
     max_num_seqs: Count
@@ -343,6 +366,12 @@ class Rollout(Section):
     enable_chunked_prefill: bool
     free_cache_engine: bool
     log_prob_micro_batch_size: unused(None)
+    log_prob_micro_batch_size_per_gpu: Count
+    log_prob_max_token_len_per_gpu: Count
+    log_prob_use_dynamic_bsz: bool
+    calculate_log_probs: Literal[True] = verl("a step reads vLLM's log-probs of the responses; set it to True")
+    over_sample_rate: unused(0)
+    moe_load_balance_metrics_interval: unused(0)
     agent: Agent
     checkpoint_engine: CheckpointEngine
     val_kwargs: ValKwargs
@@ -385,7 +414,7 @@ class RewardRollout(Section):
     dtype: RolloutPrecision
     tensor_model_parallel_size: Count
     data_parallel_size: Count
-    pipeline_model_parallel_size: Count
+    pipeline_model_parallel_size: OneStage
 
 
 class RewardModel(Section):
@@ -409,7 +438,9 @@ class SimpleStorage(Section):
 
 
 class Backend(Section):
-    storage_backend: Text
+    storage_backend: Literal["SimpleStorage"] = verl(
+        "other stores serve all runs that reach them, under keys that runs share; set it to SimpleStorage"
+    )
     SimpleStorage: SimpleStorage
 
 

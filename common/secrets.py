@@ -13,6 +13,8 @@ HARMLESS = re.compile(
 # A user's name and password in an address; a password may hold an @, and no slash
 ACCESS = re.compile(r"(?<=://)[^/\s]+@")
 ENVIRONMENT = "env_vars"  # of Ray's workers; whatever the user puts there
+# What the services want that metrics are logged to; only the process that drives the run talks to them
+LOGGING = ("CLEARML_", "MLFLOW_", "MLP_", "SWANLAB_", "TENSORBOARD_", "TRACKIO_", "VOLC_", "WANDB_")
 
 
 def is_secret(name: str) -> bool:

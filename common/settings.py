@@ -5,6 +5,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from recipe.spin.common.secrets import shown_address
+
 MODEL_LENGTH = "actor_rollout_ref.rollout.max_model_len"  # of a prompt with its response, in vLLM
 
 
@@ -68,7 +70,7 @@ class Settings:
         return value
 
     def require(self, condition: bool, key: str, remedy: str) -> None:
-        """Notes a fault of a key unless the condition holds."""
+        """Notes a fault of a key unless the condition holds; passwords in its addresses are not shown."""
         if not condition and key not in self._faulty:
             self._faulty.add(key)
-            self.faults.append(f"{key}={self.value(key)!r}: {remedy}")
+            self.faults.append(f"{key}={shown_address(repr(self.value(key)))}: {remedy}")

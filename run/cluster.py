@@ -10,15 +10,12 @@ from omegaconf import DictConfig, open_dict
 
 from recipe.spin import verl_patches
 from recipe.spin.common.ray_address import cluster_address, joins_cluster
-from recipe.spin.common.secrets import has_password, is_secret
-from recipe.spin.common.settings import ConfigError
+from recipe.spin.common.secrets import LOGGING, is_secret
 from recipe.spin.rollout.weights import ONE_MACHINE, RUN_NAME
 
 # What processes on other nodes need of the driver's environment; those of this machine inherit it
 PASSED_ON = ("GLOO_", "HF_", "MALLOC_", "NCCL_", "OMP_", "PYTORCH_", "TORCH_", "TRANSFORMERS_", "VERL_", "VLLM_")
 OF_A_NODE = ("VLLM_HOST_IP",)
-# What the services want that metrics are logged to; only the process that drives the run talks to them
-LOGGING = ("CLEARML_", "MLFLOW_", "MLP_", "SWANLAB_", "TENSORBOARD_", "TRACKIO_", "VOLC_", "WANDB_")
 # A package of vLLM's sets the root logger and its handlers to this level, ERROR without it, in every process that
 # imports vLLM: warnings of the recipe, and of a user's reward, would be lost there
 LOG_LEVEL = "SAGEMAKER_CONTAINER_LOG_LEVEL"
@@ -38,11 +35,7 @@ def prepare(config: DictConfig) -> bool:
     """Completes `ray_kwargs.ray_init` for this run; returns whether it joins a cluster.
 
     The run gets a name, which is its namespace in Ray and tells its sockets from those of other runs.
-
-    Raises:
-        ConfigError: when secrets stand among the settings that Ray or a logger would show.
     """
-    check_secrets(config)
     ray_init = config.ray_kwargs.ray_init
     name = f"spin-{uuid4().hex[:8]}"
     with open_dict(config):
@@ -54,6 +47,7 @@ def prepare(config: DictConfig) -> bool:
             for key in ("num_cpus", "num_gpus", "object_store_memory"):  # the cluster's own, which a joiner cannot set
                 ray_init.pop(key, None)
             variables |= passed_on(dict(os.environ))
+            _warn_where_nobody_is_kept_out(ray_init.address)
         else:
             keep_to_loopback()
             os.environ["PYTHONPATH"] = _worker_path(dict(os.environ))
@@ -62,21 +56,14 @@ def prepare(config: DictConfig) -> bool:
     return joined
 
 
-def check_secrets(config: DictConfig) -> None:
-    """Raises ConfigError where a secret is a variable of Ray's runtime environment, or part of wandb's proxy."""
-    variables = (config.ray_kwargs.ray_init.get("runtime_env") or {}).get("env_vars") or {}
-    secrets = [name for name in variables if is_secret(name)]
-    if secrets:
-        raise ConfigError(
-            f"ray_kwargs.ray_init.runtime_env.env_vars.{secrets[0]}: Ray prints its runtime environment, logs it and "
-            "shows it in its dashboard, so no secret may stand there. Take it out, and set the variable in the "
-            "environment: of this command, for a run on one machine and for the keys of "
-            f"{', '.join(f'{name}*' for name in LOGGING)}; else on each node before `ray start` (docs/clusters.md)"
-        )
-    if has_password(str(config.trainer.get("wandb_proxy"))):
-        raise ConfigError(
-            "trainer.wandb_proxy holds a password, which would be logged with the settings: take it out, and set "
-            "WANDB_HTTPS_PROXY in this command's environment"
+def _warn_where_nobody_is_kept_out(address: str) -> None:
+    """Ray asks for a token in this mode, or on a cluster that it finds itself where a token lies ready."""
+    mode = os.environ.get("RAY_AUTH_MODE", "").lower()
+    lies_ready = address == "auto" and os.path.exists(os.path.expanduser("~/.ray/auth_token"))
+    if mode != "token" and (mode or not lies_ready):
+        sys.stderr.write(
+            f"[spin] warning: the Ray cluster ({address}) is joined without a token: whoever reaches its ports can run "
+            "code on its nodes; set RAY_AUTH_MODE=token on all of them and here (docs/clusters.md)\n"
         )
 
 

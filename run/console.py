@@ -48,7 +48,8 @@ class Console:
     def show(self, progress: dict) -> None:
         """The TaskRunner's progress: `doing`, the last finished `step` of `total`, and its `metrics`.
 
-        After a validation also `validation`: its `step`, and what it had of a validation's `faults` (report.py).
+        `finished` has the last few steps with their metrics, as several may have ended since the last look. After a
+        validation also `validation`: its `step`, and what it had of a validation's `faults` (report.py).
         """
         training = progress["doing"] == "training"
         if self._bar is None and not (training or self._step):
@@ -56,7 +57,7 @@ class Console:
         elif self._terminal:
             self._draw(progress)
         else:
-            self._write_step(progress)
+            self._write_steps(progress)
             if not (training and self._step):
                 self.waits_for(progress["doing"])
         self._look_at_validation(progress)
@@ -77,7 +78,7 @@ class Console:
     def close(self, progress: dict | None = None) -> None:
         """Ends with what the run reached, unless it failed."""
         if progress is not None and progress["step"]:
-            self._draw(progress) if self._terminal else self._write_step(progress)
+            self._draw(progress) if self._terminal else self._write_steps(progress)
             self._look_at_validation(progress)
         if self._bar is not None:
             self._bar.close()
@@ -105,16 +106,18 @@ class Console:
         self._bar.update(progress["step"] - self._bar.n)
         self._bar.refresh()  # the clock goes on within a step
 
-    def _write_step(self, progress: dict) -> None:
-        step, total, metrics = progress["step"], progress["total"], progress["metrics"]
-        if step == self._step or not metrics:
-            return
+    def _write_steps(self, progress: dict) -> None:
+        for step, metrics in progress["finished"]:
+            if step > self._step:
+                self._write_step(step, progress["total"], metrics)
+        self._stream.flush()
+
+    def _write_step(self, step: int, total: int, metrics: dict) -> None:
         self._step, self._doing = step, ""
         values = "".join(f", {label} {value}" for label, value in shown(metrics).items())
         seconds = metrics["timing_s/step"]
         left = f"{seconds:.1f} s, {seconds * (total - step) / 60:.0f} min left"
         self._stream.write(f"[spin] step {step} of {total}{values} ({left})\n")
-        self._stream.flush()
 
 
 def shown(metrics: dict) -> dict[str, str]:

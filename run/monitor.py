@@ -74,7 +74,8 @@ class RunMonitor:
         if not self._joins:
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", _compiled_kernels())  # they serve the next run too
             self._folder, self._lock = private_folder.make()
-            os.environ.update(TMPDIR=str(self._folder), VLLM_RPC_BASE_PATH=str(self._folder))
+            # Ray reads RAY_TMPDIR, which Slurm's users often set, before TMPDIR
+            os.environ.update(dict.fromkeys(("TMPDIR", "RAY_TMPDIR", "VLLM_RPC_BASE_PATH"), str(self._folder)))
         self._thread.start()
         return self
 

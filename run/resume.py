@@ -125,21 +125,26 @@ def prepare(config: DictConfig) -> None:
         ConfigError: when the run may not go on from the checkpoint, or its folder cannot be written.
     """
     folder = Path(config.trainer.default_local_dir)
+    settings = settings_of(config) | {CONTENTS: _contents(config)}
+    try:
+        _prepare(config, folder, settings)
+    except OSError as error:
+        raise ConfigError(
+            f"trainer.default_local_dir={str(folder)!r}: {error}; let this user read and write all of it and make room "
+            "there, or name another folder (RUN_DIR)"
+        ) from error
+
+
+def _prepare(config: DictConfig, folder: Path, settings: dict) -> None:
     step, origin = _beginning(config, folder)
-    settings = settings_of(config) | {CONTENTS: contents_of(config)}
     if step > 0 and origin.resolve() != folder.resolve():
         _say(f"goes on from {origin}, not this run's folder: loading a checkpoint runs code that its maker put into it")
     if step > 0:
         _compare(settings, origin, step, config)
     if config.trainer.resume_mode == "force":
         config.trainer.resume_mode = "auto"
-    try:
-        moved_to = set_aside(folder, step)
-        _store(settings, folder)
-    except OSError as error:
-        raise ConfigError(
-            f"trainer.default_local_dir={str(folder)!r}: {error}; make room there, or name another folder (RUN_DIR)"
-        ) from error
+    moved_to = set_aside(folder, step)
+    _store(settings, folder)
     if moved_to:
         _say(f"begins at step {step}; what {folder} held beyond that is in {moved_to}, which may be deleted")
 
@@ -178,14 +183,14 @@ def _latest(folder: Path) -> int:
         return 0
     step, saved = tracked_step(folder), checkpoints(folder)
     complete = [number for number, path in saved.items() if is_complete(path)]
-    if step is None and tracker.read_text().strip() == "" and complete:
+    if step is None and tracker.read_text(errors="replace").strip() == "" and complete:
         step = max(complete)
         tracker.write_text(str(step))
         _say(f"{tracker} was empty, as a kill leaves it; {saved[step].name} is complete and taken")
     if step is None or (step not in saved and complete):
         raise ConfigError(
-            f"{tracker} says {tracker.read_text()!r}, and there is no such checkpoint. Write one of these into it: "
-            f"{', '.join(map(str, complete)) or 'there are none'}; or delete it to start over"
+            f"{tracker} says {tracker.read_text(errors='replace')!r}, and there is no such checkpoint. Write one of "
+            f"these into it: {', '.join(map(str, complete)) or 'there are none'}; or delete it to start over"
         )
     return step if step in saved else 0
 
@@ -233,6 +238,16 @@ def settings_of(config: DictConfig) -> dict:
     return without_secrets(settings)
 
 
+def _contents(config: DictConfig) -> dict[str, str]:
+    try:
+        return contents_of(config)
+    except OSError as error:
+        raise ConfigError(
+            f"{error.filename}: cannot be read ({error.strerror}), and a run notes what its files hold; let this user "
+            "read it"
+        ) from error
+
+
 def _absolute(value):
     if isinstance(value, list):
         return [_absolute(entry) for entry in value]
@@ -248,7 +263,7 @@ def _store(settings: dict, folder: Path) -> None:
 def _read(file: Path) -> dict:
     try:
         settings = yaml.safe_load(file.read_text())
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, OSError) as error:
         raise ConfigError(f"{file}: not readable ({error}); correct it, or delete it to go on uncompared") from error
     if not isinstance(settings, dict) or "trainer" not in settings:
         raise ConfigError(f"{file} holds no settings; correct it, or delete it to go on uncompared")

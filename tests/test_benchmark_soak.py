@@ -3,8 +3,9 @@
 import os
 
 import psutil
+import pytest
 
-from benchmarks.soak import held, last_step, look, table, title
+from benchmarks.soak import held, last_step, look, soak, table, title
 
 
 def test_a_process_is_looked_at_by_its_title():
@@ -30,3 +31,12 @@ def test_the_table_shows_what_grew():
     *_, engine, worker = table({"early": {"held": early}, "late": {"held": late}}).splitlines()
     assert engine == "| VLLM::EngineCore | 0 -> 500 | 0 -> 30 | 0 -> 5 | 0 -> 20 |"
     assert worker == "| ray::WorkerDict | 700 -> 700 | 40 -> 40 | 9 -> 9 | 30 -> 30 |"
+
+
+@pytest.mark.long
+def test_nothing_grows_with_steps_but_rays_control_service(tmp_path):
+    found = soak(steps=300, early=50, folder=tmp_path)
+    early, late = (found[when]["held"] for when in ("early", "late"))
+    for name in early.keys() & late.keys() - {"gcs_server"}:
+        assert late[name]["memory_mb"] < 1.05 * early[name]["memory_mb"] + 10, (name, found)
+        assert late[name]["files"] < early[name]["files"] + 10 and late[name]["sockets"] < early[name]["sockets"] + 10

@@ -1,6 +1,7 @@
 """Data that cannot work is refused before Ray starts, by one message with the remedy."""
 
 import ast
+import errno
 import inspect
 import json
 import textwrap
@@ -78,6 +79,21 @@ def test_broken_json_line(run, tmp_path):
     message = run.refusal(f"data.train_files={path}")
     assert message.startswith("data.train_files=") and "data.jsonl" in message
     assert "line 3" in message and "one JSON object a line" in message
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_json_that_may_not_be_read(run, tmp_path, monkeypatch, name):
+    read = Path.read_bytes
+
+    def refuse(file):
+        if file.name == name:
+            raise PermissionError(errno.EACCES, "Permission denied", str(file))
+        return read(file)
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)  # root may read all files
+    (tmp_path / name).write_text(json.dumps(row(1)))
+    message = run.refusal(f"data.train_files={tmp_path / name}")
+    assert message.startswith(f"data.train_files='{tmp_path / name}': cannot be read (Permission denied)")
 
 
 def test_json_lines_are_read(run, tmp_path):
@@ -323,7 +339,15 @@ def test_a_prompt_that_is_too_long_is_refused(run, tmp_path):
     path = write_rows(tmp_path / "data.jsonl", [row(0), question(200), row(1), question(300), row(2)])
     message = run.refusal(f"data.train_files={path}")
     assert message.startswith(f"data.train_files='{path}', row 1: the prompt has ") and "2 of 5 rows" in message
-    assert "more than data.max_prompt_length=64" in message and "data.filter_overlong_prompts=True" in message
+    assert "more than data.max_prompt_length=64, and its beginning would be cut off" in message
+    assert "data.filter_overlong_prompts=True" in message
+
+
+@pytest.mark.parametrize("key", ["data.train_files", "data.val_files"])
+def test_prompts_that_verl_fetches_must_be_left_out_where_they_are_too_long(run, key):
+    message = run.refusal(f"{key}=hdfs://a/b.parquet")
+    assert message.startswith(f"{key}='hdfs://a/b.parquet': ") and "data.filter_overlong_prompts=True" in message
+    run.check(f"{key}=hdfs://a/b.parquet", "data.filter_overlong_prompts=True")
 
 
 def test_lengths_are_those_of_the_chat_template(run, tokenizer):

@@ -26,9 +26,13 @@ def declared(section: type[Section] = Config, prefix: str = "") -> list[str]:
     return keys
 
 
-LEAVES = (
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(["1e400", "-1"])
+# Names as a file, a folder and a command line may have them, and longer than the 255 bytes of a file's
+NAMES = st.sampled_from(
+    ["~", "~/x", "/dev/null", "/proc/1/root/x", "hdfs://a/b.parquet", "a/b@c", "x" * 300, "ü" * 200]
 )
+NAMES = NAMES | st.text("ab/.@ü", min_size=250, max_size=5000)
+LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | NAMES
+LEAVES = LEAVES | st.sampled_from(["1e400", "-1"])
 VALUES = st.recursive(
     LEAVES,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("abc", max_size=3), inner, max_size=3),
@@ -65,6 +69,9 @@ def changed(values: dict, changes: dict) -> DictConfig:
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(CHANGES)
 @example({"actor_rollout_ref.rollout": {}})
+@example({"data.train_files": "x" * 300})
+@example({"trainer.resume_mode": "resume_path", "trainer.resume_from_path": f"global_step_{'1' * 300}"})
+@example({"reward.reward_model.enable": True, "reward.reward_model.model_path": "x" * 300})
 def test_settings_of_any_kind(values, changes):
     try:
         check_config(changed(values, changes))

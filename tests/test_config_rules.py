@@ -41,6 +41,15 @@ BAD = [
     (f"{ROLLOUT}.max_model_len=1000", [f"{ROLLOUT}.max_model_len=1000", "512 tokens at most"]),
     (f"{ROLLOUT}.tensor_model_parallel_size=2", [f"{ROLLOUT}.tensor_model_parallel_size=2", "the 1 ranks"]),
     (f"{ROLLOUT}.data_parallel_size=2", [f"{ROLLOUT}.data_parallel_size=2", "groups of 2"]),
+    (f"{ROLLOUT}.expert_parallel_size=2", [f"{ROLLOUT}.expert_parallel_size=2", "or none; set it to 1"]),
+    (
+        f"trainer.n_gpus_per_node=4 {ROLLOUT}.tensor_model_parallel_size=4 {ROLLOUT}.expert_parallel_size=2",
+        [f"{ROLLOUT}.expert_parallel_size=2", "set it to 4 or 1"],
+    ),
+    (
+        f"{ROLLOUT}.log_prob_use_dynamic_bsz=False",
+        [f"{ROLLOUT}.log_prob_use_dynamic_bsz=False", f"{ACTOR}.use_dynamic_bsz", "set it to True"],
+    ),
     (
         "trainer.n_gpus_per_node=2 ray_kwargs.ray_init.num_gpus=1",
         ["trainer.n_gpus_per_node=2", "ray_kwargs.ray_init.num_gpus=1", "would wait"],
@@ -79,6 +88,10 @@ BAD = [
     ),
     ("trainer.resume_mode=resume_path", ["trainer.resume_from_path=None", "global_step_N"]),
     ("trainer.resume_mode=resume_path trainer.resume_from_path=/absent/global_step_1", ["trainer.resume_from_path="]),
+    (
+        "+ray_kwargs.ray_init._temp_dir=/scratch/me",
+        ["ray_kwargs.ray_init._temp_dir='/scratch/me'", "take it out", "TMPDIR"],
+    ),
     (
         "trainer.default_local_dir=/dev/null/run",
         ["trainer.default_local_dir='/dev/null/run'", "/dev/null is no folder"],
@@ -120,6 +133,7 @@ def test_a_logger_whose_package_is_missing(run, monkeypatch):
         "trainer.logger=console",
         "trainer.n_gpus_per_node=2",
         "trainer.n_gpus_per_node=2 actor_rollout_ref.rollout.tensor_model_parallel_size=2",
+        f"trainer.n_gpus_per_node=2 {ROLLOUT}.tensor_model_parallel_size=2 {ROLLOUT}.expert_parallel_size=2",
         "trainer.default_local_dir=outputs/new/run",
     ],
 )
@@ -161,3 +175,22 @@ def test_an_evaluation_needs_a_folder_without_a_training_run(run, tmp_path):
     with pytest.raises(ConfigError, match=f"trainer.val_only=True.*{tmp_path}.*RUN_DIR.*MODEL_PATH"):
         run.check(*asked)
     run.check(asked[1], "trainer.resume_mode=force")
+
+
+SECRETS = ("WANDB_API_KEY", "HF_TOKEN", "VLLM_API_KEY", "HF_HUB_TOKEN", "JUDGE_PASSWORD", "AWS_SECRET_ACCESS_KEY")
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+@pytest.mark.parametrize("name", [*SECRETS, "TOKEN", "my_api_key"])
+def test_a_secret_among_rays_variables_is_refused(run, name, nodes):
+    variable = f"ray_kwargs.ray_init.runtime_env.env_vars.{name}"
+    message = run.refusal(f"trainer.nnodes={nodes}", f"+{variable}=s3cret")
+    assert message.startswith(f"{variable}: Ray prints") and "before `ray start`" in message
+    assert "s3cret" not in message
+
+
+def test_a_proxys_password_is_refused(run):
+    message = run.refusal("+trainer.wandb_proxy='http://me:s3cret@proxy:80'")
+    assert message.startswith("trainer.wandb_proxy holds a password") and "WANDB_HTTPS_PROXY" in message
+    assert "s3cret" not in message
+    run.check("+trainer.wandb_proxy='http://proxy:80'")

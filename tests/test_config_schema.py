@@ -87,7 +87,7 @@ BAD = [
     ("trainer.logger=[file,wadnb]", ["trainer.logger=['file', 'wadnb']", "wandb"]),
     ("trainer.logger=wadnb", ["trainer.logger='wadnb'", "tensorboard"]),
     ("trainer.n_gpus_per_node=0", ["trainer.n_gpus_per_node=0", "at least 1"]),
-    ("trainer.max_actor_ckpt_to_keep=-1", ["trainer.max_actor_ckpt_to_keep=-1", "at least 0"]),
+    ("trainer.max_actor_ckpt_to_keep=-1", ["trainer.max_actor_ckpt_to_keep=-1", "at least 0", "keeps all"]),
     ("trainer.max_actor_ckpt_to_keep=1.5", ["trainer.max_actor_ckpt_to_keep=1.5", "whole number"]),
     ("trainer.ref_update_alpha=True", ["trainer.ref_update_alpha=True", "a number above 0 and at most 1"]),
     (f"{ROLLOUT}.val_kwargs=null", [f"{ROLLOUT}.val_kwargs=None", "a section of keys"]),
@@ -142,6 +142,25 @@ BAD = [
     (f"{ACTOR}.kl_loss_type=kl", [f"{ACTOR}.kl_loss_type='kl'", "set it to low_var_kl"]),
     (f"{ACTOR}.tau_neg=1", [f"{ACTOR}.tau_neg=1", "set it to 1.05"]),
     (f"{ACTOR}.policy_loss.clip_cov_ub=4", ["policy_loss.clip_cov_ub=4", "set it to 5.0"]),
+    ("algorithm.rollout_correction.loss_type=reinforce", ["loss_type='reinforce'", "set it to ppo_clip"]),
+    ("algorithm.pf_ppo.weight_pow=1.0", ["algorithm.pf_ppo.weight_pow=1.0", "set it to 2.0"]),
+    ("trainer.esi_redundant_time=60", ["trainer.esi_redundant_time=60", "set it to 0"]),
+    (f"{ACTOR}.calculate_sum_pi_squared=True", ["calculate_sum_pi_squared=True", "set it to False"]),
+    (f"{ACTOR}.use_prefix_grouper=True", ["use_prefix_grouper=True", "actor_rollout_ref.share_prompt"]),
+    (f"{ACTOR}.data_loader_seed=7", ["data_loader_seed=7", "set it to 42", "data.seed"]),
+    (f"{ACTOR}.freeze_vision_tower=True", ["freeze_vision_tower=True", "set it to False"]),
+    (f"{ROLLOUT}.over_sample_rate=0.1", ["over_sample_rate=0.1", "set it to 0"]),
+    (f"{ROLLOUT}.moe_load_balance_metrics_interval=5", ["moe_load_balance_metrics_interval=5", "set it to 0"]),
+    # without which a step fails
+    (f"{ROLLOUT}.calculate_log_probs=False", ["calculate_log_probs=False", "must be True", "vLLM's log-probs"]),
+    (f"{ROLLOUT}.pipeline_model_parallel_size=2", ["pipeline_model_parallel_size=2", "must be 1", "no pipeline"]),
+    (f"{ROLLOUT}.log_prob_max_token_len_per_gpu=0", ["log_prob_max_token_len_per_gpu=0", "at least 1"]),
+    ("reward.reward_model.rollout.pipeline_model_parallel_size=2", ["pipeline_model_parallel_size=2", "must be 1"]),
+    # which runs beside each other would share
+    (
+        "transfer_queue.backend.storage_backend=MooncakeStore",
+        ["transfer_queue.backend.storage_backend='MooncakeStore'", "must be SimpleStorage", "runs share"],
+    ),
     ("data.reward_fn_key=source", ["data.reward_fn_key='source'", "read data_source alone"]),
     (
         "trainer.v1.sampler.sync_refill_failed_groups=True",
@@ -155,6 +174,11 @@ def test_setting_is_refused_by_itself(run, override, words):
     message = run.refusal(override)
     assert "\n" not in message, "one fault brings no other"
     assert [word for word in words if word not in message] == [], message
+
+
+def test_a_password_in_an_address_is_not_shown(run):
+    message = run.refusal("algorithm.judge.servers=['http://me:s3cret@judge/v1',5]")
+    assert message.startswith("algorithm.judge.servers=['http://***@judge/v1', 5]: ") and "s3cret" not in message
 
 
 def test_all_faults_are_told_at_once(run):

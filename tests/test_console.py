@@ -25,7 +25,8 @@ class Stream(io.StringIO):
 
 def progress(step: int, doing: str = "training") -> dict:
     metrics = {"score/accuracy": 0.25, "pairs/used": 12, "timing_s/step": 30.0, "other": 1.0}
-    return {"doing": doing, "step": step, "total": 4, "metrics": metrics if step else {}}
+    finished = tuple((number, metrics) for number in range(1, step + 1))
+    return {"doing": doing, "step": step, "total": 4, "metrics": metrics if step else {}, "finished": finished}
 
 
 @pytest.fixture
@@ -67,6 +68,17 @@ def test_without_a_terminal_a_line_a_step_stays(clock):
         "[spin] step 4 of 4, accuracy 0.25, pairs 12 (30.0 s, 0 min left)",
     ]
     assert "\r" not in stream.getvalue()
+
+
+def test_steps_that_end_between_two_looks_have_their_lines(clock):
+    stream = Stream(terminal=False)
+    console = Console(stream)
+    for step in (0, 3, 3):
+        console.show(progress(step))
+    console.close(progress(4))
+    assert [line[: len("[spin] step 1")] for line in stream.lines[1:]] == [
+        f"[spin] step {step}" for step in (1, 2, 3, 4)
+    ]
 
 
 def test_on_a_terminal_the_bar_ends_full(clock):

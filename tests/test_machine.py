@@ -39,7 +39,6 @@ UNITS = "transfer_queue.backend.SimpleStorage.num_data_storage_units"
         ([ONE, f"{UNITS}=8"], 14),
         ([EIGHT, f"{UNITS}=8"], 35),
         ([EIGHT, "trainer.nnodes=2"], 53),
-        ([ONE, "transfer_queue.backend.storage_backend=MooncakeStore"], 6),
         (
             [
                 ONE,
@@ -99,7 +98,6 @@ def cluster(monkeypatch, *nodes: tuple[int, int]) -> None:
         ([(80, 8), (26, 8)], [EIGHT, "trainer.nnodes=2"], None),
         ([(80, 8), (28, 8)], [EIGHT, "trainer.nnodes=2", f"{UNITS}=7"], "29 CPUs are needed"),
         ([(80, 0), (27, 8), (27, 8)], [EIGHT, "trainer.nnodes=2", f"{UNITS}=6"], None),  # a head without GPUs has two
-        ([(80, 8), (25, 8)], [EIGHT, "trainer.nnodes=2", "transfer_queue.backend.storage_backend=MooncakeStore"], None),
     ],
 )
 def test_what_a_cluster_has(monkeypatch, nodes, overrides, words):
@@ -423,7 +421,7 @@ def test_the_checks_need_neither_verl_nor_ray():
     code = (
         "import sys, recipe.spin.checks.machine; print(*{'verl', 'ray', 'vllm', 'transformers'} & sys.modules.keys())"
     )
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert (result.stdout.strip(), result.returncode) == ("", 0), result.stderr
 
 

@@ -2,9 +2,11 @@
 
 import types
 from multiprocessing import shared_memory
+from pathlib import Path
 
 import psutil
 import pytest
+from ray._common.utils import get_default_ray_temp_dir
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from recipe.spin.run import monitor as run_monitor
@@ -68,6 +70,19 @@ def test_compiled_kernels_outlive_the_run(tmp_path, monkeypatch, set_by_user, jo
         kept = None if joins else expected
         assert environment.get("TORCHINDUCTOR_CACHE_DIR") == (set_by_user or kept)
         assert joins or environment["TMPDIR"].startswith(f"{tmp_path}/spin-")
+
+
+@pytest.mark.parametrize("joins", [False, True])
+def test_the_runs_own_ray_has_its_files_in_the_runs_folder(tmp_path, monkeypatch, joins):
+    """Whatever folder the user's environment names: they would stay there, and a failed run's logs not be found."""
+    environment = {"RAY_TMPDIR": "/scratch/me"}
+    monkeypatch.setattr(run_monitor.os, "environ", environment)
+    monkeypatch.setattr(RunMonitor, "_watch", lambda self: None)
+    monkeypatch.setattr(run_monitor, "process_tree", lambda: [])  # the processes that it would end
+    monkeypatch.setattr(run_monitor.private_folder, "base_folder", lambda: tmp_path)
+    with RunMonitor(tmp_path / "logs", joins=joins):
+        where = Path(get_default_ray_temp_dir())
+        assert where.parent.parent == (Path("/scratch") if joins else tmp_path)
 
 
 @pytest.fixture

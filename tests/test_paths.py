@@ -1,12 +1,16 @@
 """Settings whose paths begin with `~`, which no shell expands behind a =."""
 
+import errno
+import os
+
 import pytest
 from checkable_run import composed, override
 from omegaconf import OmegaConf
 
 from recipe.spin import main_spin
 from recipe.spin.checks.check import check_config
-from recipe.spin.checks.paths import PATHS, expand_home
+from recipe.spin.checks.paths import PARTS, PATHS, expand_home
+from recipe.spin.checks.reward_file import WEIGHTED
 from recipe.spin.common.settings import ConfigError
 
 
@@ -62,3 +66,45 @@ def test_the_command_checks_what_was_expanded(monkeypatch):
     monkeypatch.setattr(main_spin.signals, "honor", lambda: None)  # this process's signals are pytest's
     with pytest.raises(SystemExit, match="error: /home/me/run"):
         main_spin.main.__wrapped__(override(composed("cpu"), ["trainer.default_local_dir='~/run'"]))
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "actor_rollout_ref.model.path",
+        "actor_rollout_ref.model.tokenizer_path",
+        "algorithm.judge.prompt",
+        "data.train_files",
+        "data.val_files",
+        "reward.custom_reward_function.path",
+        "trainer.default_local_dir",
+        "trainer.resume_from_path",
+    ],
+)
+def test_a_name_that_no_file_can_have_is_told(run, key):
+    name = f"/{'n' * 300}"
+    message = run.refusal(f"{key}={name}")
+    assert message == f"{key}={name!r}: no file can be looked for by this name (File name too long); correct it"
+
+
+def test_such_a_name_among_weighted_rewards_is_told(run):
+    name = f"/{'n' * 300}"
+    functions = f"{{one: {{path: {name}}}, two: {{path: {run.folder}/reward.py}}}}"
+    message = run.refusal(
+        f"reward.custom_reward_function.path={WEIGHTED}",
+        f"+reward.custom_reward_function.reward_kwargs={{functions: {functions}}}",
+    )
+    assert message.startswith(f"{PARTS}.one.path={name!r}: no file can be looked for") and "\n" not in message
+
+
+def test_a_folder_that_may_not_be_entered_is_told(run, monkeypatch):
+    look = os.stat
+
+    def refuse(path, **options):
+        if str(path).startswith("/closed/"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return look(path, **options)
+
+    monkeypatch.setattr(os, "stat", refuse)  # root may enter all folders
+    message = run.refusal("data.val_files=/closed/test.parquet")
+    assert message.startswith("data.val_files='/closed/test.parquet': ") and "(Permission denied)" in message

@@ -15,7 +15,7 @@ from recipe.spin.common.settings import ConfigError
 def fetch(monkeypatch):
     """Puts a model path through; returns the path that verl gets, and what the hub was asked for."""
 
-    def start(path, fails: Exception | None = None):
+    def start(path, fails: Exception | None = None, key: str = "actor_rollout_ref.model.path", **settings):
         asked = []
 
         def snapshot_download(name, revision, ignore_patterns):
@@ -26,15 +26,33 @@ def fetch(monkeypatch):
 
         monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
         monkeypatch.setattr(pinned_model, "check_settings", lambda config: None)
-        config = OmegaConf.create({"actor_rollout_ref": {"model": {"path": path}}})
+        config = OmegaConf.create(settings)
+        OmegaConf.update(config, key, path, force_add=True)
         fetch_pinned_model(config)
-        return config.actor_rollout_ref.model.path, asked
+        return OmegaConf.select(config, key), asked
 
     return start
 
 
 def test_a_revision_is_fetched(fetch):
     assert fetch("a/b@0123abc") == ("/cache/a/b/0123abc", [("a/b", "0123abc")])
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "actor_rollout_ref.model.tokenizer_path",
+        "actor_rollout_ref.model.lora_adapter_path",
+        "reward.reward_model.model_path",
+    ],
+)
+def test_so_is_what_stands_beside_the_model(fetch, key):
+    reward_model = {"reward_model": {"enable": True}}
+    assert fetch("a/b@0123abc", key=key, reward=reward_model) == ("/cache/a/b/0123abc", [("a/b", "0123abc")])
+
+
+def test_a_reward_model_that_is_not_enabled_is_not_fetched(fetch):
+    assert fetch("a/b@0123abc", key="reward.reward_model.model_path") == ("a/b@0123abc", [])
 
 
 @pytest.mark.parametrize("path", ["a/b", "gpt2", "/models/a", None, 5])
@@ -70,3 +88,17 @@ def test_settings_that_cannot_run_are_told_before_the_download(run, monkeypatch)
     assert asked == []
     fetch_pinned_model(override(composed("cpu"), run.overrides(change[0])))
     assert asked == [("a/b",)]
+
+
+def test_a_reward_models_revision_is_no_fault_before_it_is_fetched(run, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **options: "/cache")
+    reward = [f"reward.reward_model.{change}" for change in ("enable=True", "rollout.name=vllm", "model_path=a/b@main")]
+    reward.append("reward.custom_reward_function.path=null")
+    fetch_pinned_model(config := override(composed("cpu"), run.overrides(*reward)))
+    assert config.reward.reward_model.model_path == "/cache"
+
+
+def test_a_name_that_is_too_long_is_told(run):
+    path = f"b@{'n' * 300}"
+    with pytest.raises(ConfigError, match=rf"actor_rollout_ref.model.path='{path}': .*File name too long"):
+        fetch_pinned_model(override(composed("cpu"), run.overrides(f"actor_rollout_ref.model.path={path}")))

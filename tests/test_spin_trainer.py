@@ -26,7 +26,7 @@ from recipe.spin.rollout import answers, queue
 from recipe.spin.rollout.scoring import FAULT
 from recipe.spin.run import report
 from recipe.spin.run_folder import TRACKER, checkpoints, tracked_step
-from recipe.spin.spin_trainer import SpinTrainer
+from recipe.spin.spin_trainer import SHOWN_STEPS, SpinTrainer
 
 
 @pytest.fixture
@@ -154,6 +154,17 @@ def test_the_learning_rate_goes_on_in_a_step_without_pairs(step):
     assert step.advanced == []
     step(pairs=False)
     assert step.advanced == [7]
+
+
+def test_the_last_steps_are_kept_for_the_console():
+    """Which asks every two seconds, and without a terminal has a line for each."""
+    trainer = SpinTrainer.__new__(SpinTrainer)
+    trainer.progress = {"finished": ()}
+    trainer._get_n_gpus_for_throughput = lambda: 1
+    for step in range(1, 2 * SHOWN_STEPS):
+        trainer._compute_metrics(types.SimpleNamespace(tags=[{"seq_len": 4}]), {"score": step}, {"step": 1.0}, step, 0)
+    steps = [(step, metrics["score"]) for step, metrics in trainer.progress["finished"]]
+    assert steps == [(step, step) for step in range(SHOWN_STEPS, 2 * SHOWN_STEPS)]
 
 
 # ---- a whole run, verl's loop with steps that do nothing -------------------------------------------------------------

@@ -4,7 +4,8 @@ import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
-from recipe.spin.common.settings import Settings
+from recipe.spin.common.secrets import LOGGING, has_password, is_secret
+from recipe.spin.common.settings import ConfigError, Settings
 from recipe.spin.run_folder import TRACKER, nearest_existing
 
 # Packages that verl's loggers import
@@ -33,6 +34,37 @@ def the_run_folder_can_be_written(settings: Settings) -> None:
             settings.require(False, key, f"nothing can be written in {existing} ({error}); name another (RUN_DIR)")
 
 
+def rays_files_go_with_the_run(settings: Settings) -> None:
+    key = "ray_kwargs.ray_init._temp_dir"
+    settings.require(
+        settings[key] is None,
+        key,
+        "the run's own Ray has its files in the run's temporary folder, which is removed with it, and a cluster that "
+        "is joined has them where it was started to; take it out, and set TMPDIR for another disk",
+    )
+
+
+def rays_variables_hold_no_secret(settings: Settings) -> None:
+    key = "ray_kwargs.ray_init.runtime_env.env_vars"
+    variables = settings[key]
+    secrets = [name for name in variables if is_secret(str(name))] if isinstance(variables, dict) else []
+    if secrets:
+        raise ConfigError(
+            f"{key}.{secrets[0]}: Ray prints its runtime environment, logs it and shows it in its dashboard, so no "
+            "secret may stand there. Take it out, and set the variable in the environment: of this command, for a run "
+            f"on one machine and for the keys of {', '.join(f'{name}*' for name in LOGGING)}; else on each node before "
+            "`ray start` (docs/clusters.md)"
+        )
+
+
+def the_proxy_of_wandb_holds_no_password(settings: Settings) -> None:
+    if has_password(str(settings["trainer.wandb_proxy"])):
+        raise ConfigError(
+            "trainer.wandb_proxy holds a password, which would be logged with the settings: take it out, and set "
+            "WANDB_HTTPS_PROXY in this command's environment"
+        )
+
+
 def an_evaluation_finishes_no_run(settings: Settings) -> None:
     """It ends with a summary, by which the run of its folder would count as finished."""
     folder = Path(settings["trainer.default_local_dir"])
@@ -57,6 +89,9 @@ def a_path_to_resume_from_is_there(settings: Settings) -> None:
 RULES = (
     loggers_are_installed,
     the_run_folder_can_be_written,
+    rays_files_go_with_the_run,
+    rays_variables_hold_no_secret,
+    the_proxy_of_wandb_holds_no_password,
     an_evaluation_finishes_no_run,
     a_path_to_resume_from_is_there,
 )

@@ -25,6 +25,14 @@ def batches_divide(settings: Settings) -> None:
     )
 
 
+def the_actor_is_cut_in_one_way(settings: Settings) -> None:
+    """Where it gives log-probs alone, as of a LoRA run's reference, and in training."""
+    key, by_tokens = f"{ROLLOUT}.log_prob_use_dynamic_bsz", settings[f"{ACTOR}.use_dynamic_bsz"]
+    settings.require(
+        settings[key] == by_tokens, key, f"verl's worker wants {ACTOR}.use_dynamic_bsz here; set it to {by_tokens}"
+    )
+
+
 def a_prompt_with_its_responses_fits_one_micro_batch(settings: Settings) -> None:
     longest, _, responses = longest_row(settings.__getitem__)
     for part, by_tokens, limit in (
@@ -42,5 +50,6 @@ def a_prompt_with_its_responses_fits_one_micro_batch(settings: Settings) -> None
 
 RULES = (
     batches_divide,
+    the_actor_is_cut_in_one_way,
     a_prompt_with_its_responses_fits_one_micro_batch,
 )

@@ -44,9 +44,8 @@ def the_queue_holds_a_batch(settings: Settings) -> None:
 def require_queue(settings: Settings, answers: float, who: str, remedy: str) -> None:
     """Notes a fault when TransferQueue is too small for so many responses at a time."""
     key = "transfer_queue.backend.SimpleStorage.total_storage_size"
-    if settings["transfer_queue.backend.storage_backend"] == "SimpleStorage":
-        size = settings[key] or math.inf
-        settings.require(answers <= size, key, f"{who}, which are kept at once; raise it or {remedy}")
+    size = settings[key] or math.inf
+    settings.require(answers <= size, key, f"{who}, which are kept at once; raise it or {remedy}")
 
 
 def weights_stay_where_they_are_not_sent(settings: Settings) -> None:
@@ -103,7 +102,7 @@ def a_reward_model_has_devices(settings: Settings) -> None:
             settings.require(settings[key] > 0, key, "the reward model's own pool needs devices; at least 1")
         devices = settings[f"{model}.nnodes"] * settings[f"{model}.n_gpus_per_node"]
     size = 1
-    for kind in ("tensor_model_parallel_size", "data_parallel_size", "pipeline_model_parallel_size"):
+    for kind in ("tensor_model_parallel_size", "data_parallel_size"):
         key = f"{model}.rollout.{kind}"
         size *= settings[key]
         settings.require(

@@ -1,5 +1,7 @@
 """Whether ranks are there, how they are grouped, and what they can do together."""
 
+import math
+
 import torch
 
 from recipe.spin.checks.derived import ACTOR, MODEL, REF, ROLLOUT, SHARE_PROMPT, ULYSSES, ranks
@@ -20,6 +22,17 @@ def ranks_fall_into_groups(settings: Settings) -> None:
         settings.require(
             settings[key] == 1 or count % size == 0, key, f"the {count} ranks must fall into groups of {size} for vLLM"
         )
+
+
+def experts_fall_onto_vllms_ranks(settings: Settings) -> None:
+    key, sizes = f"{ROLLOUT}.expert_parallel_size", ("tensor_model_parallel_size", "data_parallel_size")
+    together = math.prod(settings[f"{ROLLOUT}.{size}"] for size in sizes)
+    settings.require(
+        settings[key] in (1, together),
+        key,
+        f"verl spreads experts over all ranks of a vLLM ({' times '.join(sizes)}) or none; set it to "
+        f"{f'{together} or ' * (together > 1)}1",
+    )
 
 
 def the_machine_has_the_ranks(settings: Settings) -> None:
@@ -96,6 +109,7 @@ def fsdp1_gathers_no_model_on_cpus(settings: Settings) -> None:
 
 RULES = (
     ranks_fall_into_groups,
+    experts_fall_onto_vllms_ranks,
     the_machine_has_the_ranks,
     sequence_parallelism_can_work,
     activations_wait_in_one_way,
