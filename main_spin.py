@@ -104,12 +104,14 @@ def run_spin(config: DictConfig) -> None:
     from recipe.spin.run.failure import explained
     from recipe.spin.run.liveness import Liveness
     from recipe.spin.run.monitor import TASK_RUNNER, RunMonitor
+    from recipe.spin.run_folder import read_history
 
     _check_by_verl(config)
     runner = TaskRunnerClass(config, name=TASK_RUNNER, num_cpus=1, max_concurrency=2)
     logs = Path(config.trainer.default_local_dir).absolute() / "logs"
     memory_seconds = 5.0 if config.trainer.device == "cpu" else 10.0  # a GPU's processes map terabytes
-    monitor = RunMonitor(logs, memory_seconds, joins=cluster.prepare(config))
+    history, _ = read_history(logs.parent)
+    monitor = RunMonitor(logs, memory_seconds, joins=cluster.prepare(config), history=history)
     heap.hand_back()
     with explained(logs):
         by_ray = cluster.without_folder_of_the_call()

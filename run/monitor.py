@@ -15,6 +15,7 @@ from tempfile import gettempdir
 import psutil
 import ray
 
+from recipe.spin.rollout.validation_metrics import History
 from recipe.spin.run import private_folder
 from recipe.spin.run.console import Console
 from recipe.spin.run.drift import Drift
@@ -51,9 +52,11 @@ class RunMonitor:
             need, in 10^9 bytes (process_memory.py). None on a cluster that the run joins.
     """
 
-    def __init__(self, log_folder: Path, memory_seconds: float = 5.0, joins: bool = False):
+    def __init__(
+        self, log_folder: Path, memory_seconds: float = 5.0, joins: bool = False, history: History | None = None
+    ):
         """log_folder: gets Ray's logs if the run fails, in place of an older run's. memory_seconds: between two looks
-        at the processes' memory."""
+        at the processes' memory. history: metrics of the run's earlier parts."""
         self._joins = joins
         self.peak_memory_gb: float | None = None if joins else 0.0
         self.logs = LOGS_OF_A_CLUSTER if joins else str(log_folder)
@@ -62,7 +65,7 @@ class RunMonitor:
         self._thread = threading.Thread(target=self._watch, name="run-monitor", daemon=True)
         self._console = Console()
         self._memory_seconds = memory_seconds
-        self._drift = Drift()
+        self._drift = Drift(history)
         self._log_folder = log_folder
         self._folder: Path | None = None
         self._shared_memory: set[str] = set()
