@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -64,7 +64,7 @@ def prepare(config: DictConfig) -> bool:
         if joined:
             for key in ("num_cpus", "num_gpus", "object_store_memory"):  # the cluster's own, which a joiner cannot set
                 ray_init.pop(key, None)
-            variables |= passed_on(dict(os.environ))
+            variables |= passed_on(dict(os.environ), _judges_keys(config))
         else:
             keep_to_loopback()
             os.environ["PYTHONPATH"] = _worker_path(dict(os.environ))
@@ -76,7 +76,7 @@ def prepare(config: DictConfig) -> bool:
 def check_secrets(config: DictConfig) -> None:
     """Raises ConfigError where a secret is a variable of Ray's runtime environment, or part of wandb's proxy."""
     variables = (config.ray_kwargs.ray_init.get("runtime_env") or {}).get("env_vars") or {}
-    secrets = [name for name in variables if is_secret(name)]
+    secrets = [name for name in variables if is_secret(name) or name in _judges_keys(config)]
     if secrets:
         raise ConfigError(
             f"ray_kwargs.ray_init.runtime_env.env_vars.{secrets[0]}: Ray prints its runtime environment, logs it and "
@@ -91,15 +91,21 @@ def check_secrets(config: DictConfig) -> None:
         )
 
 
-def passed_on(environment: dict[str, str]) -> dict[str, str]:
+def _judges_keys(config: DictConfig) -> set[str]:
+    """The variables that hold the keys to judges, whatever they are called."""
+    named = config.algorithm.judge.api_key_env
+    return {named} if isinstance(named, str) else set(named or ())
+
+
+def passed_on(environment: dict[str, str], keys: Collection[str] = ()) -> dict[str, str]:
     """The part of the driver's environment that the processes of other nodes get.
 
-    No secrets: Ray prints and stores its runtime environment.
+    No secrets, by their names or named in `keys`: Ray prints and stores its runtime environment.
     """
     found = {
         name: value
         for name, value in environment.items()
-        if name.startswith(PASSED_ON) and name not in OF_A_NODE and not is_secret(name)
+        if name.startswith(PASSED_ON) and name not in OF_A_NODE and not is_secret(name) and name not in keys
     }
     return found | {"PYTHONPATH": _worker_path(environment)}
 
