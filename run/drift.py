@@ -23,7 +23,7 @@ READ = (
 # per token jumps by up to 0.6 from one to the next, its mean over 4 by 0.3 at most.
 WINDOW = 4
 # Nats per token that the chosen responses may lose against their best: 0.5 makes a token 40% less likely. The default
-# run goes from about -0.9 to -0.15; it and 28 others of 12 steps, by loss, learning rate and task, are never more than
+# run goes from about -0.9 to -0.15; it and 27 others of 12 steps, by loss, learning rate and task, are never more than
 # 0.15 below their best.
 LIKELIHOOD_LOSS = 0.5
 # Nats that the chosen responses, as a whole, may be below the reference: 1 makes them 63% less likely. Responses of the
