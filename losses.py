@@ -252,14 +252,16 @@ def sppo_hard_loss(p: PairLogps) -> Tensor:
 
 @register_loss("aot", batch_coupled=True)
 def aot_loss(p: PairLogps) -> Tensor:
-    """`sigmoid` between sorted policy and sorted reference log-ratios c/r. AOT, paired data, arXiv 2406.05882."""
+    """`_log_loss` of beta [sorted log pi(c)/pi(r) - sorted log ref(c)/ref(r)], both over the mini-batch's pairs. AOT,
+    paired data, arXiv 2406.05882; label smoothing as TRL."""
     policy, reference = p.policy_chosen - p.policy_rejected, p.reference_chosen - p.reference_rejected
     return _log_loss(p.beta * (policy.sort().values - reference.sort().values), p.label_smoothing)
 
 
 @register_loss("aot_unpaired", batch_coupled=True)
 def aot_unpaired_loss(p: PairLogps) -> Tensor:
-    """`sigmoid` between sorted chosen and sorted rejected log-ratios. AOT, unpaired data, arXiv 2406.05882."""
+    """`_log_loss` of beta [sorted log pi(c)/ref(c) - sorted log pi(r)/ref(r)], both over the mini-batch's pairs. AOT,
+    unpaired data, arXiv 2406.05882; label smoothing as TRL."""
     return _log_loss(p.beta * (p.chosen_logratio.sort().values - p.rejected_logratio.sort().values), p.label_smoothing)
 
 

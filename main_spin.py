@@ -104,10 +104,12 @@ def run_spin(config: DictConfig) -> None:
     from recipe.spin.run.failure import explained
     from recipe.spin.run.liveness import Liveness
     from recipe.spin.run.monitor import TASK_RUNNER, RunMonitor
+    from recipe.spin.run_folder import read_history
 
     runner = TaskRunnerClass(config, name=TASK_RUNNER, num_cpus=1, max_concurrency=2)
     logs = Path(config.trainer.default_local_dir).absolute() / "logs"
-    monitor = RunMonitor(logs, config.trainer.device, joins=cluster.prepare(config))
+    history, _ = read_history(logs.parent)
+    monitor = RunMonitor(logs, config.trainer.device, joins=cluster.prepare(config), history=history)
     heap.hand_back()
     with explained(logs):
         sigterm, imports = verl_patches.sigterm_kept_from_ray(), verl_patches.workers_without_folder_of_the_call()

@@ -9,6 +9,7 @@ from pathlib import Path
 TRACKER = "latest_checkpointed_iteration.txt"  # verl writes it last: the step of the newest complete checkpoint
 CHECKPOINT = re.compile(r"global_step_(0|[1-9][0-9]*)")
 ANSWERS = re.compile(r"step_([0-9]{8})\.jsonl")
+UNREADABLE = "judge_unreadable.jsonl"  # answers of judges
 METRICS = re.compile(r"from_step_([0-9]{8})(?:-([0-9]+))?\.jsonl")
 
 
@@ -101,6 +102,13 @@ def first_answers(folder: Path) -> list[tuple[list[dict], str]] | None:
         return None
     rows = map(json.loads, file.read_text().splitlines())
     return [(row["prompt"], row["answer"]) for row in rows]
+
+
+def keep_unreadable(folder: Path, answers: list[dict]) -> None:
+    """Adds answers of judges that could not be read to the run's, a line each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / UNREADABLE, "a") as file:
+        file.write("".join(f"{json.dumps(answer)}\n" for answer in answers))
 
 
 def read_history(folder: Path) -> tuple[dict[int, dict[str, float | None]], int]:

@@ -1,4 +1,6 @@
-"""The default run with a judge in place of the reward: one that knows the rule, and the same turned round.
+"""A run with a judge in place of the reward: one that knows the rule, and the same turned round.
+
+All else is as in the default run but the learning rate, which is the default of 2026-11-25.
 
     .venv/bin/python -m benchmarks.judge [--runs outputs/judge]
 

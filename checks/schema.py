@@ -53,7 +53,9 @@ class Judge(Section):
         "reference's weights ([docs/preferences.md](docs/preferences.md))",
     )
     models: Text | list[Text] | None = own(None, "the model to ask for, one or a name a server; null: the first served")
-    api_key_env: Text = own("OPENAI_API_KEY", "the environment variable that holds the servers' key")
+    api_key_env: Text | list[Text | None] | None = own(
+        "OPENAI_API_KEY", "the environment variable that holds the servers' key, one or one a server; null sends none"
+    )
     prompt: Text = own(None, "a text file that asks the question", shown="preferences/judge_prompt.txt")
     comparisons: Literal["all", "tournament"] = own("all", "each response meets each, or a knock-out `tournament`")
     temperature: NotNegative = own(0.0, "at which judges answer; policy and reference always at 0")
@@ -63,9 +65,13 @@ class Judge(Section):
     )
     concurrency: Count = own(64, "questions under way at a time")
     retries: Whole = own(4, "tries after a failed one")
-    timeout_s: Positive = own(60, "seconds for an answer")
-    step_timeout_s: Positive | None = own(None, "seconds for all of a step's answers")
-    max_unreadable: Share = own(0.2, "share of a step's answers that may hold no verdict before the run stops")
+    timeout_s: Positive = own(60, "seconds for an answer, each try by itself")
+    step_timeout_s: Positive | None = own(
+        None, "seconds from a step's first question to its last answer, in each process that answers prompts"
+    )
+    max_unreadable: Share = own(
+        0.2, "share of the latest answers, 100 or more, that may hold no verdict before the run stops"
+    )
 
 
 class RolloutCorrection(Section):

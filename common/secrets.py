@@ -1,6 +1,7 @@
 """Secrets among settings, among variables of the environment and in addresses: which they are, and texts without."""
 
 import re
+from collections.abc import Sequence
 
 NAMED = re.compile(
     r"(?i)(?:(?:^|[._-])(?:key|token|secret|password|passwd|credentials?|authorization)|(?:api|access|private)key)$"
@@ -41,3 +42,8 @@ def without_secrets(value, key: str = ""):
     if isinstance(value, list):
         return [without_secrets(entry, key) for entry in value]
     return ACCESS.sub("", value) if isinstance(value, str) else value
+
+
+def judges_keys(named: str | Sequence[str | None] | None) -> set[str]:
+    """The variables that `algorithm.judge.api_key_env` names, one or one a server, whatever they are called."""
+    return {named} if isinstance(named, str) else set(named or ()) - {None}

@@ -1,8 +1,8 @@
 """Language models as judges: which of two responses to a prompt is better.
 
 A response is worth the share of its comparisons that it wins, a tie counts half; scores are then paired as rewards are.
-Every comparison is asked in both orders, so that a judge that prefers what stands first prefers nothing (arXiv
-2306.05685, Section 3.4). Several judges decide by majority.
+Every comparison is asked in both orders, and won where both answers say so: a judge that prefers what stands first
+prefers nothing (arXiv 2306.05685, Section 3.4). Several judges decide by majority.
 """
 
 import asyncio
@@ -10,19 +10,23 @@ import itertools
 import json
 import logging
 import re
+import sys
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from string import Template
 
 from omegaconf import DictConfig
 
+from recipe.spin import run_folder
 from recipe.spin.common.secrets import shown_address
 from recipe.spin.common.settings import MODEL_LENGTH, Settings, Unusable
 from recipe.spin.preferences.judge_server import (
     SHOWN,
     Answer,
+    Judge,
     JudgeFailed,
     Server,
     extra_body,
@@ -38,6 +42,11 @@ OWN = ("policy", REFERENCE)
 EXAMPLE = {"request": "user: What is 1 + 1? Answer with the number only.", "first": "2", "second": "3"}
 VERDICT = re.compile(r"\[\[([ABC])\]\]")
 VERDICTS = {"A": ("first", 1), "B": ("second", -1), "C": ("neither", 0)}
+# Answers that tell what share of them a judge gives without a verdict: of few one says nothing. Equal responses are not
+# asked about, so that late in training a step may have two
+ENOUGH = 100
+# Of an answer that cannot be read the run's folder keeps so many characters, and so many answers of a step
+KEPT_LENGTH, KEPT_A_STEP = 2000, 100
 
 logger = logging.getLogger(__name__)
 
@@ -50,10 +59,11 @@ class Tally:
         first, second, neither, unreadable: how many answers preferred what stood first, what stood second, neither, and
             how many could not be read.
         cut: how many of these a limit of their length cut off.
-        example, judge: one that could not, and the address that gave it.
+        texts: those that could not, each with the `judge` that gave it and whether it was `cut`.
         comparisons, ties: pairs of responses, and those of them that neither won.
         tokens: of questions and answers, a server's as it counted them.
         seconds: from the first question to the last answer.
+        step, held_out: the group's.
     """
 
     first: int = 0
@@ -61,12 +71,13 @@ class Tally:
     neither: int = 0
     unreadable: int = 0
     cut: int = 0
-    example: str | None = None
-    judge: str | None = None
+    texts: list[dict] = field(default_factory=list)
     comparisons: int = 0
     ties: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    step: int = 0
+    held_out: bool = False
 
     def count(self, answer: Answer, judge: str) -> int:
         """Counts a judge's answer, and returns what it is worth to the response that stood first: 1, 0 or -1.
@@ -78,9 +89,8 @@ class Tally:
         if verdict is None:
             self.unreadable += 1
             self.cut += answer.cut
-            self.example, self.judge = answer.text[:SHOWN], judge
-            fault = "was cut off by its length" if answer.cut else "holds none of [[A]], [[B]] and [[C]]"
-            logger.warning("judge %s: an answer %s: %r", judge, fault, answer.text)
+            self.texts.append({"judge": judge, "cut": answer.cut, "text": answer.text[:KEPT_LENGTH]})
+            logger.warning("judge %s: an answer %s: %r", judge, fault_of(answer), answer.text)
             return 0
         name, worth = VERDICTS[verdict]
         setattr(self, name, getattr(self, name) + 1)
@@ -102,11 +112,10 @@ class JudgeSource(PreferenceSource):
         self._began: dict[tuple[int, bool], float] = {}
         if self.scores_with_reference(config):
             self.scoring_model = "reference"
-        names = models(self._settings)
         self._servers = [
-            None if address in OWN else Server(address, name, self._settings)
-            for address, name in zip(self._settings.servers, names, strict=True)
+            None if judge.address in OWN else Server(judge, self._settings) for judge in judges(self._settings)
         ]
+        self._latest: list[Counter[str]] = []  # what was asked and not to be read in the latest steps
 
     @classmethod
     def scores_with_reference(cls, config: DictConfig) -> bool:
@@ -114,18 +123,19 @@ class JudgeSource(PreferenceSource):
 
     @classmethod
     def check(cls, config: DictConfig) -> None:
-        """Looks at the settings and asks each server once what it serves."""
+        """Looks at the settings, asks each server what it serves and a question, and says what a step will ask."""
         settings = config.algorithm.judge
         check_settings(settings)
         check_step_limit(config)
         question = read_template(settings.prompt).substitute(EXAMPLE)
-        for address, name in zip(settings.servers, models(settings), strict=True):
-            if address in OWN:
+        for judge in judges(settings):
+            if judge.address in OWN:
                 continue
             try:
-                probe(address, name, question, settings)
+                check_answer(probe(judge, question, settings), judge, settings)
             except JudgeFailed as error:
                 raise ValueError(str(error)) from error
+        sys.stderr.write(f"[spin] {cost(config)}\n")
 
     @classmethod
     def check_model(cls, settings: Settings, prompt_length: Callable[[list[dict]], int | None]) -> None:
@@ -135,7 +145,7 @@ class JudgeSource(PreferenceSource):
     # ------------------------------------------------------------------ scores of one prompt's responses
 
     async def score_group(self, group: Group) -> list[Score]:
-        tally, start = Tally(), time.monotonic()
+        tally, start = Tally(step=group.step, held_out=group.held_out), time.monotonic()
         if (group.step, group.held_out) not in self._began:
             self._began = {(group.step, group.held_out): start}
         contest = self._tournament if self._settings.comparisons == "tournament" else self._all_pairs
@@ -174,14 +184,15 @@ class JudgeSource(PreferenceSource):
         if first == second:
             tally.ties += 1
             return 0
-        request = "\n\n".join(f"{message['role']}: {message['content']}" for message in group.messages)
+        request = "\n\n".join(f"{message['role']}: {shown_content(message['content'])}" for message in group.messages)
         questions = [
             self._template.substitute(request=request, first=one, second=other)
             for one, other in ((first, second), (second, first))
         ]
         asked = itertools.product(range(len(self._servers)), questions)
         found = await asyncio.gather(*(self._verdict(judge, question, group, tally) for judge, question in asked))
-        by_judge = [_sign(there - back) for there, back in zip(found[::2], found[1::2], strict=True)]
+        # One order alone, the other unreadable or [[C]], would let the place decide
+        by_judge = [there if there == -back else 0 for there, back in zip(found[::2], found[1::2], strict=True)]
         outcome = _sign(sum(by_judge))
         tally.ties += outcome == 0
         return outcome
@@ -214,24 +225,19 @@ class JudgeSource(PreferenceSource):
     # ------------------------------------------------------------------ a step's metrics
 
     def metrics(self, infos: list[dict]) -> dict[str, float]:
-        """How much was asked and how it was answered.
+        """How much was asked and how it was answered. Keeps the answers that could not be read in the run's folder.
 
         Raises:
             JudgeFailed: when more answers than `algorithm.judge.max_unreadable` could not be read.
         """
         tallies = [Tally(**info) for info in infos if info]
+        texts = [{"step": tally.step, "held_out": tally.held_out} | text for tally in tallies for text in tally.texts]
+        if texts:
+            run_folder.keep_unreadable(Path(self.config.trainer.default_local_dir), texts[:KEPT_A_STEP])
         read = {name: sum(getattr(tally, name) for tally in tallies) for name, _ in VERDICTS.values()}
         unreadable, cut = (sum(getattr(tally, name) for tally in tallies) for name in ("unreadable", "cut"))
         asked = sum(read.values()) + unreadable
-        limit = self._settings.max_unreadable
-        if unreadable > limit * asked:
-            judge, example = next((tally.judge, tally.example) for tally in tallies if tally.unreadable)
-            raise JudgeFailed(
-                f"{unreadable} of a step's {asked} answers hold none of [[A]], [[B]] and [[C]] or were cut off by "
-                f"their length ({cut} of them), a larger share than algorithm.judge.max_unreadable={limit}; one, of "
-                f"judge {judge}, is {example!r}. Ask for these in algorithm.judge.prompt, raise "
-                "algorithm.judge.max_tokens, or take a judge that follows"
-            )
+        self._check_readable(Counter(asked=asked, unreadable=unreadable, cut=cut), texts)
         decided = read["first"] + read["second"]
         metrics = {
             "judge/asked": asked,
@@ -245,6 +251,22 @@ class JudgeSource(PreferenceSource):
             metrics["judge/first_rate"] = read["first"] / decided
         return metrics
 
+    def _check_readable(self, counts: Counter[str], texts: list[dict]) -> None:
+        """Raises JudgeFailed where too many of the latest answers could not be read, of ENOUGH at least."""
+        self._latest.append(counts)
+        while sum(one["asked"] for one in self._latest[1:]) >= ENOUGH:
+            del self._latest[0]
+        asked, unreadable, cut = (sum(one[name] for one in self._latest) for name in ("asked", "unreadable", "cut"))
+        limit = self._settings.max_unreadable
+        if texts and unreadable > limit * max(asked, ENOUGH):
+            raise JudgeFailed(
+                f"{unreadable} of the latest {asked} answers hold none of [[A]], [[B]] and [[C]] or were cut off by "
+                f"their length ({cut} of them), more than algorithm.judge.max_unreadable={limit} of {ENOUGH} or more; "
+                f"one, of judge {texts[0]['judge']}, is {texts[0]['text'][:SHOWN]!r}, and {run_folder.UNREADABLE} in "
+                "the run's folder has others. Ask for these in algorithm.judge.prompt, raise "
+                "algorithm.judge.max_tokens, or take a judge that follows"
+            )
+
 
 # ---------------------------------------------------------------------- answers, questions and settings
 
@@ -253,6 +275,16 @@ def read_verdict(answer: str) -> str | None:
     """The last of [[A]], [[B]] and [[C]] in an answer; None if it has none."""
     found = VERDICT.findall(answer)
     return found[-1] if found else None
+
+
+def fault_of(answer: Answer) -> str:
+    """Why an answer cannot be read."""
+    return "was cut off by its length" if answer.cut else "holds none of [[A]], [[B]] and [[C]]"
+
+
+def shown_content(content: str | list[dict]) -> str:
+    """A message's text; models of text and images have it in parts, of which a run takes those of text alone."""
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
 def read_template(path: str) -> Template:
@@ -277,8 +309,21 @@ def read_template(path: str) -> Template:
 
 def models(settings: DictConfig) -> list[str | None]:
     """The model to ask for at each server; None takes the first that it serves."""
-    given = settings.models
+    return _for_each_server(settings.models, settings)
+
+
+def key_variables(settings: DictConfig) -> list[str | None]:
+    """The environment variable that holds the key to each server; None sends it no key."""
+    return _for_each_server(settings.api_key_env, settings)
+
+
+def _for_each_server(given: str | list[str | None] | None, settings: DictConfig) -> list[str | None]:
     return [given] * len(settings.servers) if given is None or isinstance(given, str) else list(given)
+
+
+def judges(settings: DictConfig) -> list[Judge]:
+    """Those that `algorithm.judge` names."""
+    return list(map(Judge, settings.servers, models(settings), key_variables(settings)))
 
 
 def check_settings(settings: DictConfig) -> None:
@@ -301,6 +346,45 @@ def check_settings(settings: DictConfig) -> None:
         raise ValueError(f"algorithm.judge.extra_body: cannot be sent as JSON ({error}); correct it") from error
     if len(models(settings)) != len(servers):
         raise ValueError(f"algorithm.judge.models={settings.models!r}: give one name, a name a server, or null")
+    if len(key_variables(settings)) != len(servers):
+        raise ValueError(
+            f"algorithm.judge.api_key_env={settings.api_key_env!r}: give one name, a name or null a server, or null"
+        )
+
+
+def check_answer(answer: Answer, judge: Judge, settings: DictConfig) -> None:
+    """Looks at the answer to a question that any judge can answer.
+
+    Raises:
+        JudgeFailed: when a limit of its length cut it off: the answers to harder ones will be no shorter.
+    """
+    if not answer.cut and read_verdict(answer.text):
+        return
+    said = f"judge {shown_address(judge.address)}: its answer to a trial question {fault_of(answer)}: "
+    said += repr(answer.text[:SHOWN])
+    if answer.cut and settings.max_unreadable < 1:
+        raise JudgeFailed(
+            f"{said}; raise algorithm.judge.max_tokens={settings.max_tokens}, have it reason less "
+            "(algorithm.judge.extra_body), or let all answers be unreadable (algorithm.judge.max_unreadable=1.0)"
+        )
+    sys.stderr.write(
+        f"[spin] warning: {said}; such answers count as ties, and above algorithm.judge.max_unreadable="
+        f"{settings.max_unreadable} of them the run stops. Ask for a verdict in algorithm.judge.prompt\n"
+    )
+
+
+def cost(config: DictConfig) -> str:
+    """In words, the questions that a step asks at most."""
+    settings, n, steps = config.algorithm.judge, config.actor_rollout_ref.rollout.n, config.trainer.total_training_steps
+    prompts, servers = config.data.train_batch_size, len(settings.servers)
+    a_prompt = 2 * servers * (n - 1 if settings.comparisons == "tournament" else n * (n - 1) // 2)
+    said = f"judges are asked up to {prompts * a_prompt:,} questions a step ({prompts} prompts, {a_prompt} each)"
+    said += f", {steps * prompts * a_prompt:,} in {steps} steps" if steps else ""
+    if config.algorithm.filter_groups.enable:
+        said += ", as many again for each batch of prompts that dynamic sampling adds"
+    if JudgeSource.compares_held_out(config):
+        said += f"; and up to {2 * servers} a held-out prompt at each validation after the first"
+    return said
 
 
 def check_step_limit(config: DictConfig) -> None:

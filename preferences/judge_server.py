@@ -1,5 +1,6 @@
 """OpenAI-compatible servers as judges; what goes wrong with one is a message that never holds the key to it."""
 
+import asyncio
 import ipaddress
 import os
 import sys
@@ -22,6 +23,15 @@ httpx = import_module(openai.DefaultHttpxClient.__base__.__module__)
 NO_KEY = "none"  # servers without a key take any
 PROBE_SECONDS = 10.0
 SHOWN = 200
+
+
+class Judge(NamedTuple):
+    """A server: its address, the model to ask it for (None: the first that it serves), and the environment variable
+    that holds the key to it (None: it gets no key)."""
+
+    address: str
+    model: str | None
+    key_variable: str | None
 
 
 class JudgeFailed(RuntimeError):
@@ -66,6 +76,18 @@ class Models(BaseModel):
     data: list[Model] | None
 
 
+class LimitedClient(openai.DefaultAsyncHttpxClient):
+    """httpx's client with limits of whole calls: its own are of each read, and a server that sends a blank line now and
+    then while a request waits would never be given up."""
+
+    async def send(self, request, **options):
+        limit = _seconds(request)
+        try:
+            return await asyncio.wait_for(super().send(request, **options), limit)
+        except asyncio.TimeoutError as error:
+            raise httpx.ReadTimeout(f"no whole answer in {limit:g} seconds", request=request) from error
+
+
 class Access:
     """A server's address and the key to it; what a message shows of both holds neither the key nor a password.
 
@@ -76,10 +98,10 @@ class Access:
         JudgeFailed: when the key cannot be one.
     """
 
-    def __init__(self, address: str, key_variable: str):
-        self._address, self._variable = address, key_variable
-        self.judge = f"judge {shown_address(address)}"
-        self._key = os.environ.get(key_variable, "").strip()
+    def __init__(self, judge: Judge):
+        self._address, self._variable = judge.address, judge.key_variable
+        self.judge = f"judge {shown_address(judge.address)}"
+        self._key = "" if judge.key_variable is None else os.environ.get(judge.key_variable, "").strip()
         if not (self._key.isascii() and self._key.isprintable()):
             raise JudgeFailed(f"{self.judge}: {self._source()} holds signs that no key has; correct it")
 
@@ -91,8 +113,8 @@ class Access:
         except openai.APIError as error:
             raise JudgeFailed(self.explain(error)) from None
 
-    def client(self, kind: type, http_client: type, **options) -> Any:
-        """A client of openai's, a kind of it with its kind of httpx's client.
+    def client(self, **options) -> openai.AsyncOpenAI:
+        """A client of openai's.
 
         A proxy that the environment names does not lead to this machine's own servers; certificates that it names hold
         for all.
@@ -101,14 +123,14 @@ class Access:
             JudgeFailed: when the environment names a proxy or certificates that cannot be used.
         """
         try:
-            http = http_client(**self._way())
+            http = LimitedClient(**self._way())
         except (ImportError, ValueError, OSError, httpx.InvalidURL) as error:
             raise JudgeFailed(
                 f"{self.judge}: no connection can be set up ({type(error).__name__}: {shown_address(str(error))}); "
                 "proxies are taken from HTTP_PROXY, HTTPS_PROXY and ALL_PROXY, certificates from SSL_CERT_FILE and "
                 "SSL_CERT_DIR: correct them, or name the judge's host in NO_PROXY"
             ) from None
-        return kind(base_url=self._address, api_key=self._key or NO_KEY, http_client=http, **options)
+        return openai.AsyncOpenAI(base_url=self._address, api_key=self._key or NO_KEY, http_client=http, **options)
 
     def _way(self) -> dict[str, Any]:
         if not is_local(self._address):
@@ -164,8 +186,10 @@ class Access:
     def explain(self, error: openai.APIError) -> str:
         """A failed call in a sentence: the address, the status, what the server said, and the remedy."""
         if isinstance(error, openai.APITimeoutError):
-            remedy = "raise algorithm.judge.timeout_s or lower algorithm.judge.concurrency"
-            return f"{self.judge}: no answer in time; {remedy}"
+            return (
+                f"{self.judge}: no answer within algorithm.judge.timeout_s={_seconds(error.request):g} seconds; raise "
+                "it or lower algorithm.judge.concurrency"
+            )
         if isinstance(error, openai.APIConnectionError):
             cause = self._shown(str(error.__cause__ or error))
             proxy = proxy_to(self._address)
@@ -176,6 +200,8 @@ class Access:
             return f"{self.judge}: {self._shown(str(error))}"
         said = self._said(error.response)
         if error.status_code in (401, 403):
+            if self._variable is None:
+                return f"{said}; algorithm.judge.api_key_env names no variable with a key to it"
             return f"{said}; {self._source()} {'holds a key that it refuses' if self._key else 'has no value'}"
         if error.status_code == 429:
             return f"{said}; lower algorithm.judge.concurrency or raise algorithm.judge.retries"
@@ -185,10 +211,10 @@ class Access:
 class Server:
     """A server, asked through openai's client, which tries again with growing pauses."""
 
-    def __init__(self, address: str, model: str | None, settings: DictConfig):
-        self._access = Access(address, settings.api_key_env)
-        self._model, self._settings = model, settings
-        self._client = self._access.client(openai.AsyncOpenAI, openai.DefaultAsyncHttpxClient, **patience(settings))
+    def __init__(self, judge: Judge, settings: DictConfig):
+        self._access = Access(judge)
+        self._model, self._settings = judge.model, settings
+        self._client = self._access.client(**patience(settings))
 
     async def ask(self, question: str) -> Answer:
         """The answer to a question.
@@ -220,6 +246,11 @@ def request(model: str, question: str, settings: DictConfig) -> dict[str, Any]:
     parameters |= extra_body(settings)
     body = {name: value for name, value in parameters.items() if value is not None}
     return {"model": model, "messages": [{"role": "user", "content": question}], "extra_body": body}
+
+
+def _seconds(request) -> float:
+    """The time limit that openai's client put on a request."""
+    return request.extensions["timeout"]["read"]
 
 
 # ---------------------------------------------------------------------- addresses
@@ -255,40 +286,49 @@ def proxy_to(address: str) -> str | None:
 # ---------------------------------------------------------------------- before anything is started
 
 
-def probe(address: str, model: str | None, question: str, settings: DictConfig) -> None:
-    """Asks a server what it serves, and then a question as the run will ask them.
+def probe(judge: Judge, question: str, settings: DictConfig) -> Answer:
+    """Asks a server what it serves, and then a question as the run will ask them; returns its answer.
 
     Raises:
         JudgeFailed: when it does not answer, wants another key, does not serve the model or refuses the parameters.
     """
-    access = Access(address, settings.api_key_env)
-    client = access.client(openai.OpenAI, openai.DefaultHttpxClient, max_retries=0, timeout=PROBE_SECONDS)
-    with access.explained():
-        served = _served(access, client, model)
-    if model is None:
-        model = served[0]
-        sys.stderr.write(
-            f"[spin] {access.judge} is asked for {model}, the first of the {len(served)} models that it serves; "
-            "algorithm.judge.models names another\n"
-        )
-    elif served is not None and model not in served:
-        raise JudgeFailed(f"{access.judge}: serves {', '.join(served)}, and not algorithm.judge.models={model!r}")
-    asking = client.with_options(**patience(settings))
-    with access.explained():
-        try:
-            response = asking.chat.completions.with_raw_response.create(**request(model, question, settings))
-        except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-            raise JudgeFailed(
-                f"{access.explain(error)}; algorithm.judge.extra_body replaces what it is asked with, and removes what "
-                "is null there"
-            ) from None
-    access.completion(response)
+    return asyncio.run(_probe(judge, question, settings))
 
 
-def _served(access: Access, client: openai.OpenAI, model: str | None) -> list[str] | None:
+async def _probe(judge: Judge, question: str, settings: DictConfig) -> Answer:
+    access, model = Access(judge), judge.model
+    async with access.client(max_retries=0, timeout=PROBE_SECONDS) as client:
+        with access.explained():
+            served = await _served(access, client, model, settings.retries)
+        if model is None:
+            model = served[0]
+            sys.stderr.write(
+                f"[spin] {access.judge} is asked for {model}, the first of the {len(served)} models that it serves; "
+                "algorithm.judge.models names another\n"
+            )
+        elif served is not None and model not in served:
+            raise JudgeFailed(f"{access.judge}: serves {', '.join(served)}, and not algorithm.judge.models={model!r}")
+        asking = client.with_options(**patience(settings))
+        with access.explained():
+            try:
+                asked = request(model, question, settings)
+                response = await asking.chat.completions.with_raw_response.create(**asked)
+            except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+                raise JudgeFailed(
+                    f"{access.explain(error)}; algorithm.judge.extra_body replaces what it is asked with, and removes "
+                    "what is null there"
+                ) from None
+    return access.completion(response)
+
+
+async def _served(access: Access, client: openai.AsyncOpenAI, model: str | None, retries: int) -> list[str] | None:
     """The models that a server lists, one at least; None where it has no list and needs none."""
     try:
-        return access.models(client.models.with_raw_response.list())
+        try:
+            listed = await client.models.with_raw_response.list()
+        except (openai.RateLimitError, openai.InternalServerError):  # busy; one that is not there is said at once
+            listed = await client.with_options(max_retries=retries).models.with_raw_response.list()
+        return access.models(listed)
     except openai.NotFoundError:
         if model is None:
             raise JudgeFailed(f"{access.judge}: has no list of models; name one in algorithm.judge.models") from None

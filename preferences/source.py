@@ -52,7 +52,7 @@ class Score(NamedTuple):
     """What a response is worth beside the others to its prompt, and what `metrics` is to know about it."""
 
     value: float
-    info: dict[str, Any]
+    info: dict[str, Any] = {}
 
 
 class Pairing(NamedTuple):

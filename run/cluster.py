@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Collection
 from importlib.util import find_spec
 from pathlib import Path
 from uuid import uuid4
@@ -10,7 +11,7 @@ from omegaconf import DictConfig, open_dict
 
 from recipe.spin import verl_patches
 from recipe.spin.common.ray_address import cluster_address, joins_cluster
-from recipe.spin.common.secrets import LOGGING, is_secret
+from recipe.spin.common.secrets import LOGGING, is_secret, judges_keys
 from recipe.spin.rollout.weights import ONE_MACHINE, RUN_NAME
 
 # What processes on other nodes need of the driver's environment; those of this machine inherit it
@@ -46,7 +47,7 @@ def prepare(config: DictConfig) -> bool:
         if joined:
             for key in ("num_cpus", "num_gpus", "object_store_memory"):  # the cluster's own, which a joiner cannot set
                 ray_init.pop(key, None)
-            variables |= passed_on(dict(os.environ))
+            variables |= passed_on(dict(os.environ), judges_keys(config.algorithm.judge.api_key_env))
             _warn_where_nobody_is_kept_out(ray_init.address)
         else:
             keep_to_loopback()
@@ -67,15 +68,15 @@ def _warn_where_nobody_is_kept_out(address: str) -> None:
         )
 
 
-def passed_on(environment: dict[str, str]) -> dict[str, str]:
+def passed_on(environment: dict[str, str], keys: Collection[str] = ()) -> dict[str, str]:
     """The part of the driver's environment that the processes of other nodes get.
 
-    No secrets: Ray prints and stores its runtime environment.
+    No secrets, by their names or named in `keys`: Ray prints and stores its runtime environment.
     """
     found = {
         name: value
         for name, value in environment.items()
-        if name.startswith(PASSED_ON) and name not in OF_A_NODE and not is_secret(name)
+        if name.startswith(PASSED_ON) and name not in OF_A_NODE and not is_secret(name) and name not in keys
     }
     return found | {"PYTHONPATH": _worker_path(environment)}
 

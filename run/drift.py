@@ -1,23 +1,36 @@
 """Whether likelihood or length leave their bounds: what online DPO's users complain of most, found in the metrics.
 
 DPO's loss asks for a margin alone. It is as content when both responses lose likelihood, the rejected one more, and
-when responses grow because longer ones happen to be preferred.
+when responses grow because longer ones happen to be preferred. A step without a pair is told of as well.
 """
 
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 
-# Steps that a mean is taken over. Each step has other prompts: with 13 to 24 pairs a step (the default run on a CPU)
-# the log-prob per token jumps by up to 0.7 from one to the next, its mean over 4 by 0.2 at most.
+from recipe.spin.rollout.validation_metrics import History, is_number
+
+# What is read of a step that had pairs
+READ = (
+    "logps/chosen_token",
+    "rewards/chosen",
+    "actor/beta",
+    "training/reference_refreshed",
+    "response_length/gap",
+    "response_length/mean",
+)
+# Below, "the default run" is that of 2026-11-28 on a CPU, three seeds.
+# Steps that a mean is taken over. Each step has other prompts: with 2 to 24 pairs a step (the default run) the log-prob
+# per token jumps by up to 0.6 from one to the next, its mean over 4 by 0.3 at most.
 WINDOW = 4
 # Nats per token that the chosen responses may lose against their best: 0.5 makes a token 40% less likely. The default
-# run goes from -0.84 to -0.35, and is never more than 0.01 below its best.
+# run goes from about -0.9 to -0.15; it and 27 others of 12 steps, by loss, learning rate and task, are never more than
+# 0.15 below their best.
 LIKELIHOOD_LOSS = 0.5
 # Nats that the chosen responses, as a whole, may be below the reference: 1 makes them 63% less likely. Responses of the
-# policy's own are above it on average; in the default run by up to 1.4.
+# policy's own are above it on average; in the default run by up to 1.6.
 BELOW_REFERENCE = 1.0
 # The gap between chosen and rejected lengths, and its change, as a share of a response. In the default run the chosen
-# are shorter by 0.17 at first, and by 0.06 to 0.18 later.
+# are shorter by 0.14 to 0.18 at first, and by up to 0.26 or longer by 0.01 later.
 LENGTH_GAP = 0.25
 # Growth of all responses, where the chosen are the longer ones. In the default run they shorten.
 LENGTH_GROWTH = 1.5
@@ -35,17 +48,25 @@ LENGTH_REMEDY = (
 class Drift:
     """The detector as a run uses it: takes each step's metrics, and says each thing once."""
 
-    def __init__(self):
-        self._history: list[Mapping[str, float]] = []
+    def __init__(self, history: History | None = None):
+        """history: of the run's earlier parts, which may have gone beyond the step that this one begins at."""
+        self._history: list[Mapping[str, float]] = [
+            {"step": step, **metrics}
+            for step, metrics in (history or {}).items()
+            if all(is_number(metrics.get(name)) for name in READ)
+        ]
         self._step = 0
         self._told: set[str] = set()
 
     def see(self, step: int, metrics: Mapping[str, float]) -> list[str]:
-        """What there is to say after a step, for the first time; a step that was seen already says nothing."""
-        if step <= self._step:
+        """What there is to say after a step, for the first time; a step that was seen already says nothing.
+
+        A resumed run shows the step that it begins at without metrics.
+        """
+        if step <= self._step or not metrics:
             return []
         self._step = step
-        self._history.append({"step": step, **metrics})
+        self._history = [one for one in self._history if one["step"] < step] + [{"step": step, **metrics}]
         found = find_drift(self._history)
         new = [text for kind, text in found.items() if kind not in self._told]
         self._told |= found.keys()
@@ -53,13 +74,14 @@ class Drift:
 
 
 def find_drift(history: Sequence[Mapping[str, float]]) -> dict[str, str]:
-    """Warnings by kind ("likelihood", "reference", "gap", "growth") for the metrics of a run's steps, the oldest first.
+    """Warnings by kind ("pairs", "likelihood", ...) for the metrics of a run's steps, the oldest first.
 
-    Looks at the last WINDOW steps that had pairs, against those before them: the names of metrics are those of
-    docs/metrics.md, with the steps' numbers under `step`.
+    Looks at whether the last step had a pair, and at the last WINDOW steps that had pairs, against those before them:
+    the names of metrics are those of docs/metrics.md, with the steps' numbers under `step`.
     """
     steps = [one for one in history if "logps/chosen_token" in one]
     found = {
+        "pairs": _no_pair(history),
         "likelihood": _lost_likelihood(steps),
         "reference": _below_the_reference(steps),
         "gap": _length_gap(steps),
@@ -68,13 +90,33 @@ def find_drift(history: Sequence[Mapping[str, float]]) -> dict[str, str]:
     return {kind: text for kind, text in found.items() if text}
 
 
+def _no_pair(history: Sequence[Mapping[str, float]]) -> str | None:
+    if not history or history[-1].get("pairs/used") != 0:
+        return None
+    step = history[-1]
+    text = (
+        f"step {step['step']} gave no pair and trained nothing, as all responses to each prompt tie; after "
+        "trainer.max_steps_without_pairs such steps in a row the run stops. Give the reward or the judge more grades, "
+        "sample more responses (actor_rollout_ref.rollout.n), or take prompts that are neither too hard nor too easy"
+    )
+    rate = step.get("judge/first_rate")
+    if rate is None:
+        return text
+    return (
+        f"{text}. The judges' answers with a preference were for what stood first in {rate:.0%} (judge/first_rate; 50% "
+        "is no leaning), and a judge that goes by place prefers nothing"
+    )
+
+
 def _lost_likelihood(steps: Sequence[Mapping[str, float]]) -> str | None:
-    means = _means([one["logps/chosen_token"] for one in steps])
-    if len(means) <= WINDOW or max(means[:-WINDOW]) - means[-1] <= LIKELIHOOD_LOSS:
+    values = [one["logps/chosen_token"] for one in steps]
+    # The first means are of fewer steps: with whole ones alone a fall from the start on would show in step 8 only
+    before = [fmean(values[max(0, end - WINDOW) : end]) for end in range(1, len(values) - WINDOW + 1)]
+    if not before or max(before) - fmean(values[-WINDOW:]) <= LIKELIHOOD_LOSS:
         return None
     return (
-        f"the chosen responses lose likelihood: {means[-1]:.2f} nats a token over {_span(steps)}, after "
-        f"{max(means[:-WINDOW]):.2f} at best (logps/chosen_token). To hold it up {LIKELIHOOD_REMEDY}"
+        f"the chosen responses lose likelihood: {fmean(values[-WINDOW:]):.2f} nats a token over {_span(steps)}, after "
+        f"{max(before):.2f} at best (logps/chosen_token). To hold it up {LIKELIHOOD_REMEDY}"
     )
 
 

@@ -15,6 +15,7 @@ from tempfile import gettempdir
 import psutil
 import ray
 
+from recipe.spin.rollout.validation_metrics import History
 from recipe.spin.run import private_folder
 from recipe.spin.run.console import Console
 from recipe.spin.run.drift import Drift
@@ -51,8 +52,9 @@ class RunMonitor:
             need, in 10^9 bytes (process_memory.py). None on a cluster that the run joins.
     """
 
-    def __init__(self, log_folder: Path, device: str = "cpu", joins: bool = False):
-        """log_folder: gets Ray's logs if the run fails, in place of an older run's. device: what the run trains on."""
+    def __init__(self, log_folder: Path, device: str = "cpu", joins: bool = False, history: History | None = None):
+        """log_folder: gets Ray's logs if the run fails, in place of an older run's. device: what the run trains on.
+        history: metrics of the run's earlier parts."""
         self._joins = joins
         self.peak_memory_gb: float | None = None if joins else 0.0
         self.logs = LOGS_OF_A_CLUSTER if joins else str(log_folder)
@@ -60,7 +62,7 @@ class RunMonitor:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="run-monitor", daemon=True)
         self._console = Console()
-        self._drift = Drift()
+        self._drift = Drift(history)
         self._log_folder = log_folder
         self._folder: Path | None = None
         self._shared_memory: set[str] = set()

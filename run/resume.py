@@ -13,6 +13,7 @@ from recipe.spin.common.secrets import without_secrets
 from recipe.spin.common.settings import ConfigError
 from recipe.spin.run_folder import (
     TRACKER,
+    UNREADABLE,
     answers_files,
     checkpoints,
     is_complete,
@@ -57,6 +58,7 @@ HARMLESS = (
     "*.use_torch_compile",
     "*.ulysses_sequence_parallel_size",
     "*timeout*",
+    "algorithm.judge.api_key_env",
     "algorithm.judge.concurrency",
     "algorithm.judge.retries",
     "algorithm.judge.max_unreadable",
@@ -205,7 +207,8 @@ def set_aside(folder: Path, step: int) -> Path | None:
     leftover = [path for number, path in saved.items() if number > step]
     leftover += [path for (start, _), path in metrics_files(folder).items() if start > step or step == 0]
     leftover += [path for given, path in answers_files(folder).items() if given > step or step == 0]
-    leftover += [path for path in [folder / "summary.json"] if path.exists()]
+    unreadable = [folder / UNREADABLE] if step == 0 else []
+    leftover += [path for path in [folder / "summary.json", *unreadable] if path.exists()]
     if (tracked_step(folder) or 0) > step:
         leftover.append(tracker)
     if not leftover:
@@ -293,6 +296,15 @@ def _is_harmless(key: str, settings: dict) -> bool:
     return _matches(key, HARMLESS) and not _matches(key, MEANINGFUL)
 
 
+def _are_the_same_judges(key: str, before: Any, after: Any, settings: dict) -> bool:
+    """Whether what differs are addresses alone at which judges answer: as many, with models that the settings name."""
+    if key != "algorithm.judge.servers" or settings["algorithm"]["judge"]["models"] is None:
+        return False
+    return len(before) == len(after) and all(
+        old == new or ("://" in old and "://" in new) for old, new in zip(before, after, strict=True)
+    )
+
+
 def _has_schedule(settings: dict) -> bool:
     """Whether beta or the learning rate is stretched over the whole of a run."""
     optimizer = settings["actor_rollout_ref"]["actor"]["optim"]
@@ -326,7 +338,7 @@ def _compare(settings: dict, origin: Path, step: int, config: DictConfig) -> Non
             f"the checkpoint of step {step} in {origin} cannot be loaded with\n{_listed(fixed)}\nSet these as before, "
             "or train into another folder (RUN_DIR=..., trainer.default_local_dir=...)"
         )
-    meaningful = [difference for difference in found if not _is_harmless(difference[0], settings)]
+    meaningful = [one for one in found if not (_is_harmless(one[0], settings) or _are_the_same_judges(*one, settings))]
     changed = changed_files(old, settings)
     found, meaningful = found + changed, meaningful + changed
     insists = config.trainer.resume_mode in ("force", "resume_path")

@@ -316,6 +316,68 @@ def test_faults_of_a_session_or_a_prompt_leave_the_others_their_round(monkeypatc
     assert server.rounds == [["p1/0", "p1/1"]]
 
 
+# ---------------------------------------------------------------------- scores that are given meanwhile
+
+
+class AnswersTheRestOnceScored(Server):
+    """Answers two requests, and the others when the source has been asked about those."""
+
+    def __init__(self):
+        super().__init__()
+        self.scored = asyncio.Event()
+
+    async def remote(self, requests):
+        for number in range(len(requests)):
+            if number == 2:
+                await asyncio.wait_for(self.scored.wait(), 2)
+            yield _ready((number, _output(number)))
+
+
+def test_the_source_is_asked_about_a_prompt_while_vllm_answers_another(monkeypatch):
+    statuses, asked, given = {}, [], []
+
+    class Judge(PreferenceSource):
+        async def score_group(self, group: Group) -> list[Score]:
+            asked.append(group.row["uid"])
+            server.scored.set()
+            return [Score(float(number)) for number in range(len(group.responses))]
+
+    async def kv_put(key, partition_id, tag):
+        statuses[key] = tag["status"]
+
+    async def run_agent_loop(self, sampling_params, trajectory, **row):
+        answer = await self.llm_client.generate("id", prompt_ids=row["uid"], sampling_params=sampling_params)
+        output = types.SimpleNamespace(response_ids=answer.token_ids, reward_score=None, extra_fields={})
+        await self._agent_loop_postprocess(output, False, **row)
+
+    async def hand_on(self, output, validate, **row):
+        given.append((row["uid"], row["session_id"], output.reward_score))
+
+    monkeypatch.setattr(agent_loop_tq.tq, "async_kv_put", kv_put)
+    monkeypatch.setattr(AgentLoopWorker, "_run_agent_loop", run_agent_loop)
+    monkeypatch.setattr(VerlWorker, "_agent_loop_postprocess", hand_on)
+    server = AnswersTheRestOnceScored()
+    worker = worker_with_unscored(server, count=2)
+    rollout = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "calculate_log_probs": True, "n": 2}
+    rollout |= {"agent": {"default_agent_loop": "spin"}}
+    worker.config.actor_rollout_ref = {"rollout": rollout, "seed_responses": False}
+    worker.background_tasks, worker._source, worker._at_once = set(), Judge(None, None), True
+    columns = {"uid": ["p0", "p1"], "index": [0, 1], "raw_prompt": [[{"content": "a"}], [{"content": "b"}]]}
+    batch = {name: np.empty(2, dtype=object) for name in columns}
+    for name, values in columns.items():
+        batch[name][:] = values
+    batch = tu.get_tensordict(batch)
+    tu.assign_non_tensor_data(batch, "global_steps", 1)
+
+    async def run():
+        await worker.generate_sequences(batch)
+        await asyncio.wait_for(worker.settle(), 5)
+
+    asyncio.run(run())
+    assert asked == ["p0", "p1"] and statuses == {"p0": "finished", "p1": "finished"}
+    assert sorted(given) == [("p0", 0, 0.0), ("p0", 1, 1.0), ("p1", 0, 0.0), ("p1", 1, 1.0)]
+
+
 # ---------------------------------------------------------------------- held-out answers that a source compares
 
 

@@ -128,6 +128,14 @@ def test_workers_on_other_nodes_get_the_drivers_settings_and_no_secrets(environm
     assert not [secret for secret in SECRETS.values() if secret in OmegaConf.to_yaml(OmegaConf.create(ray_init))]
 
 
+def test_keys_to_judges_stay_out_of_what_ray_shows_whatever_they_are_called(environment):
+    environment |= {"VLLM_JUDGE": "s3cret", "HF_PAT": "s3cret", "VLLM_LOGGING_LEVEL": "INFO"}
+    settings = config("trainer.nnodes=2", "algorithm.judge.api_key_env=[VLLM_JUDGE,null,HF_PAT]")
+    variables = prepared(settings)[1]["runtime_env"]["env_vars"]
+    assert "s3cret" not in variables.values() and variables["VLLM_LOGGING_LEVEL"] == "INFO"
+    assert prepared(config("algorithm.judge.api_key_env=null"))
+
+
 def test_what_the_user_sets_for_the_workers_is_kept(environment):
     settings = config("trainer.nnodes=2")
     OmegaConf.update(settings, "ray_kwargs.ray_init.runtime_env.env_vars", {"HF_HOME": "/local"}, force_add=True)

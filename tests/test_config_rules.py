@@ -189,6 +189,13 @@ def test_a_secret_among_rays_variables_is_refused(run, name, nodes):
     assert "s3cret" not in message
 
 
+def test_a_key_to_a_judge_is_a_secret_whatever_it_is_called(run):
+    variable = "ray_kwargs.ray_init.runtime_env.env_vars.VLLM_JUDGE"
+    run.check(f"+{variable}=s3cret", "algorithm.judge.api_key_env=null")
+    message = run.refusal(f"+{variable}=s3cret", "algorithm.judge.api_key_env=VLLM_JUDGE")
+    assert message.startswith(f"{variable}: Ray prints") and "s3cret" not in message
+
+
 def test_a_proxys_password_is_refused(run):
     message = run.refusal("+trainer.wandb_proxy='http://me:s3cret@proxy:80'")
     assert message.startswith("trainer.wandb_proxy holds a password") and "WANDB_HTTPS_PROXY" in message

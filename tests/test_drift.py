@@ -8,8 +8,24 @@ import pytest
 from recipe.spin.run.drift import WINDOW, Drift, find_drift
 from recipe.spin.run.monitor import RunMonitor
 
-# The default run on a CPU, seed 1: tokens' log-prob, chosen and rejected lengths, mean length, rewards/chosen
+# The default run of 2026-11-28 on a CPU, seed 1: tokens' log-prob, chosen and rejected lengths, mean length,
+# rewards/chosen
 DEFAULT_RUN = [
+    (-1.456, 13.357, 14.214, 13.969, 0.000),
+    (-0.865, 11.611, 14.667, 13.016, 0.112),
+    (-0.786, 12.174, 12.957, 12.289, 0.126),
+    (-0.282, 10.227, 12.364, 11.094, 0.321),
+    (-0.364, 10.176, 11.647, 10.625, 0.000),
+    (-0.106, 10.278, 10.556, 10.562, 0.040),
+    (-0.173, 9.923, 8.769, 10.070, 0.059),
+    (-0.046, 9.500, 11.167, 10.023, 0.061),
+    (-0.318, 10.538, 10.308, 10.102, 0.004),
+    (-0.319, 10.818, 10.182, 9.914, 0.000),
+    (-0.052, 9.875, 10.000, 10.125, 0.055),
+    (-0.045, 10.571, 11.286, 10.336, -0.026),
+]
+# The same with half the learning rate, the default of 2026-11-25
+EARLIER_RUN = [
     (-1.295, 13.071, 14.286, 13.945, 0.000),
     (-0.637, 11.462, 13.000, 13.234, 0.031),
     (-0.766, 11.938, 15.438, 13.398, 0.071),
@@ -40,12 +56,9 @@ def history(*steps: dict[str, float]) -> list[dict[str, float]]:
     return [{"step": number, **one} for number, one in enumerate(steps, start=1)]
 
 
-def default_run() -> list[dict[str, float]]:
-    return [metrics(*row, refreshed=float(step in (5, 10))) for step, row in enumerate(DEFAULT_RUN, start=1)]
-
-
-def test_the_default_run_warns_of_nothing():
-    steps = history(*default_run())
+@pytest.mark.parametrize("run", [DEFAULT_RUN, EARLIER_RUN])
+def test_the_default_run_warns_of_nothing(run):
+    steps = history(*(metrics(*row, refreshed=float(step in (5, 10))) for step, row in enumerate(run, start=1)))
     assert [find_drift(steps[:number]) for number in range(len(steps) + 1)] == [{}] * (len(steps) + 1)
 
 
@@ -58,6 +71,13 @@ def test_chosen_responses_that_lose_likelihood():
         assert remedy in text
     assert not find_drift(history(*good, *good, *bad[:3]))  # the mean of four has lost 0.45
     assert not find_drift(history(*bad, *good))
+
+
+def test_likelihood_that_falls_from_the_start_on_shows_in_the_fifth_step():
+    """As with a judge turned round, whose run went from -2.33 to -3.62 in five steps."""
+    steps = history(*map(metrics, (-2.33, -2.65, -2.97, -3.30, -3.62)))
+    assert "nats a token over steps 2 to 5, after -2.33 at best" in find_drift(steps)["likelihood"]
+    assert not find_drift(steps[:4])
 
 
 def test_one_bad_step_is_not_a_drift():
@@ -100,6 +120,26 @@ def test_steps_without_a_pair_are_passed_over():
     assert not find_drift(history(*[empty] * 10))
 
 
+def test_a_step_without_a_pair_is_told_of():
+    tied = {"training/reference_refreshed": 0.0, "pairs/used": 0}
+    text = find_drift(history(metrics(), tied))["pairs"]
+    assert "step 2 gave no pair" in text and "trainer.max_steps_without_pairs" in text and "judge/" not in text
+    assert "in 97% (judge/first_rate" in find_drift(history(tied | {"judge/first_rate": 0.97}))["pairs"]
+    assert not find_drift(history(tied, metrics() | {"pairs/used": 3}))
+    drift = Drift()
+    assert [len(drift.see(step, tied)) for step in (1, 2, 3)] == [1, 0, 0]
+
+
+def test_a_resumed_run_knows_the_steps_before():
+    before = {0: {"val-core/sums/acc/mean@4": 0.1}, **{step: metrics(-0.4) for step in range(1, 5)}}
+    before |= {5: metrics(-0.4) | {"actor/beta": None}, 6: metrics(-0.1), 7: metrics(-0.1)}
+    drift = Drift(before)
+    assert drift.see(5, {}) == []  # as it is shown before the first step
+    said = [drift.see(step, metrics(-1.0)) for step in (6, 7, 8, 9)]
+    assert said[:3] == [[], [], []] and "over steps 6 to 9, after -0.40 at best" in said[3][0]
+    assert not any(Drift().see(step, metrics(-1.0)) for step in (6, 7, 8, 9))
+
+
 def test_a_run_is_told_once():
     drift = Drift()
     steps = [metrics(-0.4)] * WINDOW + [metrics(-1.0)] * 2 * WINDOW
@@ -110,7 +150,7 @@ def test_a_run_is_told_once():
 def test_the_monitor_shows_warnings_on_the_console(tmp_path, monkeypatch):
     console = io.StringIO()
     monkeypatch.setattr(sys, "stderr", console)
-    monitor = RunMonitor(tmp_path)
-    for step, one in enumerate([metrics(-0.4)] * 4 + [metrics(-1.0)] * 4, start=1):
+    monitor = RunMonitor(tmp_path, history={step: metrics(-0.4) for step in (1, 2, 3, 4)})
+    for step, one in enumerate([metrics(-1.0)] * 4, start=5):
         monitor._show({"doing": "training", "step": step, "total": 8, "metrics": one | {"timing_s/step": 1.0}})
     assert console.getvalue().count("[spin] warning: the chosen responses lose likelihood") == 1

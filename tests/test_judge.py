@@ -12,6 +12,12 @@ from benchmarks.rule_judge import RuleJudge, is_sum
 from recipe.spin.preferences.judge import JudgeFailed, JudgeSource, read_verdict
 
 
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """Where the config's run folder lies."""
+    monkeypatch.chdir(tmp_path)
+
+
 def length(request: str, response: str) -> float:
     return len(response)
 
@@ -63,9 +69,9 @@ def test_unreadable_answers_count_as_ties_up_to_a_share(caplog):
         values, metrics = scores(judge_of(server, max_unreadable=1.0))
         assert values == [0.5] * 4 and metrics["judge/unreadable_rate"] == 1
         assert "I would rather not say." in caplog.text
-        words = rf"10 of a step's 10 answers .*max_unreadable=0.2.* of judge {server.address}, .*rather not say"
+        words = rf"56 of the latest 56 answers .*max_unreadable=0.2.* of judge {server.address}, .*rather not say"
         with pytest.raises(JudgeFailed, match=words):
-            scores(judge_of(server))
+            scores(judge_of(server), list("12345678"))
         assert f"judge {server.address}: an answer holds none" in caplog.text
 
 
@@ -74,8 +80,8 @@ def test_an_answer_that_was_cut_off_is_unreadable_whatever_it_holds():
     with Rubbish(JSON, json.dumps(body)) as server:
         values, metrics = scores(judge_of(server, max_unreadable=1.0), ["1", "2"])
         assert values == [0.5, 0.5] and metrics["judge/unreadable_rate"] == 1
-        with pytest.raises(JudgeFailed, match=r"2 of a step's 2 answers .*cut off by their length \(2 of them\)"):
-            scores(judge_of(server), ["1", "2"])
+        with pytest.raises(JudgeFailed, match=r"56 of the latest 56 .*cut off by their length \(56 of them\)"):
+            scores(judge_of(server), list("12345678"))
 
 
 @pytest.mark.parametrize(

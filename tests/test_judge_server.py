@@ -16,6 +16,12 @@ from recipe.spin.preferences import judge_server
 from recipe.spin.preferences.judge import JudgeFailed, JudgeSource
 
 
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """Where the config's run folder lies."""
+    monkeypatch.chdir(tmp_path)
+
+
 def test_a_busy_server_is_asked_again():
     with RuleJudge(number, refusals=2) as server:
         assert scores(judge_of(server, retries=3), ["1", "2"])[0] == [0, 1]
@@ -234,7 +240,7 @@ def test_a_password_in_a_judges_address_is_not_shown(run, caplog):
         named = ["algorithm.preference_source=judge", f"algorithm.judge.servers=['{address}']"]
         source = JudgeSource(compose(*named, device="cpu"), None)
         with pytest.raises(JudgeFailed) as caught:
-            scores(source)
+            scores(source, list("12345678"))
         other = run.refusal(*named, "algorithm.judge.models=other")
     gone = run.refusal(*named, "algorithm.judge.models=rule")
     shown = str(caught.value) + caplog.text + other + gone

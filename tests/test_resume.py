@@ -15,13 +15,20 @@ from checkable_run import row as data_row
 from omegaconf import OmegaConf, open_dict
 from worker_harness import ROOT, compose, cpu_environment
 
+from benchmarks.rule_judge import RuleJudge
 from recipe.spin import main_spin
 from recipe.spin.checks.contents import contents_of
 from recipe.spin.checks.reward_file import WEIGHTED
 from recipe.spin.common.secrets import is_secret
 from recipe.spin.common.settings import ConfigError
 from recipe.spin.run import resume
-from recipe.spin.run_folder import TRACKER, checkpoints, first_answers, keep_answers
+from recipe.spin.run_folder import TRACKER, UNREADABLE, checkpoints, first_answers, keep_answers, keep_unreadable
+
+ROOM = ["actor_rollout_ref.rollout.max_model_len=512", "algorithm.judge.max_tokens=16"]
+
+
+def number_of(request: str, response: str) -> float:
+    return float(response)
 
 
 class Folder:
@@ -196,6 +203,24 @@ def test_a_judges_question_counts_as_a_file(stopped, tmp_path):
     stopped.start(*judge, "trainer.resume_mode=force")
     (tmp_path / "question").write_text("$request $second $first")
     assert f"{tmp_path}/question: sha256" in stopped.refusal(*judge)
+
+
+def test_judges_may_answer_elsewhere_where_their_models_are_named(stopped, capsys):
+    def judges(*addresses: str, models: str = "rule", **changes: str) -> list[str]:
+        given = {"servers": f"[{','.join(addresses)}]", "models": models} | changes
+        return ["algorithm.preference_source=judge", *(f"algorithm.judge.{key}={given[key]}" for key in given)]
+
+    with RuleJudge(number_of) as one, RuleJudge(number_of) as two:
+        stopped.start(*judges(one.address), "trainer.resume_mode=force")
+        stopped.start(*judges(two.address, api_key_env="null"))
+        assert f"['{one.address}'] -> ['{two.address}']" in capsys.readouterr().err
+        assert "algorithm.judge.servers: " in stopped.refusal(*judges(one.address, models="null"))
+        assert "algorithm.judge.models: rule -> ['rule', 'rule']" in stopped.refusal(
+            *judges(one.address, two.address, models="[rule,rule]")
+        )
+        assert "algorithm.judge.servers: " in stopped.refusal(*judges("policy"), *ROOM)
+        stopped.start(*judges(two.address, models="null"), "trainer.resume_mode=force")
+        assert "algorithm.judge.servers: " in stopped.refusal(*judges(one.address, models="null"))
 
 
 @pytest.mark.parametrize("beside_a_model", [False, True])
@@ -385,7 +410,9 @@ def test_what_is_above_the_step_is_set_aside(stopped, capsys):
         (stopped.path / "metrics" / name).touch()
     for step in (0, 7):
         keep_answers(stopped.path, step, [])
+    keep_unreadable(stopped.path, [{"step": 2, "text": "hm"}])
     stopped.start()
+    assert (stopped.path / UNREADABLE).read_text() == '{"step": 2, "text": "hm"}\n'
     aside = stopped.path / "set_aside_1"
     assert sorted(str(path.relative_to(aside)) for path in aside.glob("*/*")) == [
         "global_step_9/actor",
@@ -401,10 +428,11 @@ def test_starting_over_sets_everything_aside(stopped):
     (stopped.path / "metrics").mkdir()
     (stopped.path / "metrics" / "from_step_00000000.jsonl").touch()
     keep_answers(stopped.path, 0, [])
+    keep_unreadable(stopped.path, [{"step": 2, "text": "hm"}])
     config = stopped.start("trainer.resume_mode=disable", "algorithm.dpo_loss_type=ipo")
     assert config.trainer.resume_mode == "disable"
     assert list(checkpoints(stopped.path)) == [] and not (stopped.path / TRACKER).exists()
-    assert first_answers(stopped.path) is None
+    assert first_answers(stopped.path) is None and not (stopped.path / UNREADABLE).exists()
     assert list(checkpoints(stopped.path / "set_aside_1")) == [3, 6]
     stopped.save(2)
     stopped.start("algorithm.dpo_loss_type=ipo")

@@ -4,7 +4,7 @@ import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
-from recipe.spin.common.secrets import LOGGING, has_password, is_secret
+from recipe.spin.common.secrets import LOGGING, has_password, is_secret, judges_keys
 from recipe.spin.common.settings import ConfigError, Settings
 from recipe.spin.run_folder import TRACKER, nearest_existing
 
@@ -47,7 +47,9 @@ def rays_files_go_with_the_run(settings: Settings) -> None:
 def rays_variables_hold_no_secret(settings: Settings) -> None:
     key = "ray_kwargs.ray_init.runtime_env.env_vars"
     variables = settings[key]
-    secrets = [name for name in variables if is_secret(str(name))] if isinstance(variables, dict) else []
+    keys = judges_keys(settings["algorithm.judge.api_key_env"])
+    names = variables if isinstance(variables, dict) else ()
+    secrets = [name for name in names if is_secret(str(name)) or name in keys]
     if secrets:
         raise ConfigError(
             f"{key}.{secrets[0]}: Ray prints its runtime environment, logs it and shows it in its dashboard, so no "
