@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "run_folder": set(),
     "verl_patches": {"common"},
     "engine": {"core_algos"},
-    "preferences": {"common", "core_algos", "engine"},
+    "preferences": {"common", "core_algos", "engine", "run_folder"},
     "rollout": {"common", "core_algos", "engine", "preferences", "run_folder", "verl_patches"},
     "dp_actor": {"core_algos", "engine"},
     "dpo_update": {"core_algos", "dp_actor", "engine"},
