@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.tensor import DTensor
 from verl.single_controller.base.decorator import Dispatch, make_nd_compute_dataproto_dispatch_fn, register
 from verl.utils import tensordict_utils as tu
+from verl.utils.checkpoint import fsdp_checkpoint_manager
 from verl.utils.device import get_torch_device
 from verl.workers.engine_workers import ActorRolloutRefWorker
 
@@ -22,6 +23,7 @@ from recipe.spin.rollout.weights import ONE_MACHINE, RUN_NAME, has_own_sockets, 
 
 verl_patches.ignore_trl()
 verl_patches.own_transfer_queue()
+verl_patches.load_data_alone(fsdp_checkpoint_manager)
 
 
 class SpinWorker(ActorRolloutRefWorker):

@@ -14,6 +14,7 @@ import torch
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.utils import Role
+from verl.trainer.ppo.v1 import trainer_base
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer, ReplayBufferAsync
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils import tensordict_utils as tu
@@ -34,6 +35,8 @@ from recipe.spin.rollout.opponent import OpponentInVLLM
 from recipe.spin.rollout.reward_worker import RewardWorker
 from recipe.spin.rollout.staleness import StaleWeights
 from recipe.spin.rollout.weights import has_own_sockets
+
+verl_patches.load_data_alone(trainer_base)
 
 SHOWN_STEPS = 32  # the last ones, of which the console asks every few seconds
 RESPONSE_FIELDS = ["prompts", "responses", "response_mask", "rollout_log_probs"]

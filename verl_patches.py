@@ -6,13 +6,14 @@ Every patch stands here, but for those that let verl train without a GPU: verl_c
 import asyncio
 import importlib
 import ipaddress
+import pickle
 import socket
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import hydra
 
@@ -80,6 +81,37 @@ def secrets_kept_from_loggers() -> Iterator[None]:
         yield
     finally:
         trainer_base.Tracking = tracking
+
+
+def load_data_alone(module: ModuleType) -> None:
+    """verl loads checkpoints with `torch.load(weights_only=False)`, which runs whatever code a file names.
+
+    In that module of verl's `torch.load` takes tensors and plain values, numpy's random state among them, and what
+    `torch.serialization.add_safe_globals` was told of. Anything else is refused by an UnpicklingError.
+    """
+    import numpy as np
+    import torch
+
+    state = np.zeros(1, np.uint32)
+    arrays = [np.ndarray, np.dtype, type(state.dtype), state.__reduce__()[0]]
+
+    def load(file, weights_only=False, **options):
+        try:
+            with torch.serialization.safe_globals(arrays):
+                return torch.load(file, weights_only=True, **options)
+        except pickle.UnpicklingError as error:
+            raise pickle.UnpicklingError(  # on one line, which alone stands as the cause on the console
+                f"{file} is damaged, or names code, which is not run: go on from another checkpoint; where a data set "
+                "or sampler of your own keeps what the whole error names, its module has to allow that with "
+                "torch.serialization.add_safe_globals"
+            ) from error
+
+    class TorchThatLoadsData(ModuleType):
+        def __getattr__(self, name: str):
+            return getattr(torch, name)
+
+    module.torch = TorchThatLoadsData("torch")
+    module.torch.load = load
 
 
 def _all_have_servers(manager) -> bool:

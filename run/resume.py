@@ -140,7 +140,11 @@ def prepare(config: DictConfig) -> None:
 def _prepare(config: DictConfig, folder: Path, settings: dict) -> None:
     step, origin = _beginning(config, folder)
     if step > 0 and origin.resolve() != folder.resolve():
-        _say(f"goes on from {origin}, not this run's folder: loading a checkpoint runs code that its maker put into it")
+        ahead = config.trainer.v1.trainer_mode != "sync"  # TransferQueue unpickles what was answered ahead
+        _say(
+            f"goes on from {origin}, not this run's folder"
+            + ahead * ": its transfer_queue/ runs code that its maker may have put into it"
+        )
     if step > 0:
         _compare(settings, origin, step, config)
     if config.trainer.resume_mode == "force":

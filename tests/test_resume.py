@@ -445,16 +445,23 @@ def test_going_back_to_an_earlier_checkpoint(stopped, capsys):
     assert config.trainer.resume_mode == "resume_path"
     assert config.trainer.resume_from_path == f"{stopped.path}/global_step_3"
     said = capsys.readouterr().err
-    assert "sigmoid -> ipo" in said and "runs code" not in said
+    assert "sigmoid -> ipo" in said and "not this run's folder" not in said
     assert list(checkpoints(stopped.path)) == [3] and (stopped.path / TRACKER).read_text() == "3"
 
 
-def test_a_checkpoint_of_another_folder(stopped, tmp_path, capsys):
+@pytest.mark.parametrize(("mode", "unpickles"), [("sync", False), ("colocate_async", True)])
+def test_a_checkpoint_of_another_folder(stopped, tmp_path, capsys, mode, unpickles):
     path = f"trainer.resume_from_path={stopped.path}/global_step_3"
-    stopped.start(f"trainer.default_local_dir={tmp_path}/next", "trainer.resume_mode=resume_path", path)
+    stopped.start(
+        f"trainer.default_local_dir={tmp_path}/next",
+        f"trainer.v1.trainer_mode={mode}",
+        "trainer.resume_mode=resume_path",
+        path,
+    )
     assert list(checkpoints(stopped.path)) == [3, 6] and (tmp_path / "next" / resume.SETTINGS).exists()
     said = capsys.readouterr().err
-    assert f"goes on from {stopped.path}, not this run's folder: loading a checkpoint runs code" in said
+    assert f"goes on from {stopped.path}, not this run's folder" in said
+    assert ("its transfer_queue/ runs code" in said) == unpickles
 
 
 def test_a_tracker_that_a_kill_emptied_is_mended(stopped, capsys):
