@@ -28,7 +28,7 @@ def declared(section: type[Section] = Config, prefix: str = "") -> list[str]:
 
 # Names as a file, a folder and a command line may have them, and longer than the 255 bytes of a file's
 NAMES = st.sampled_from(
-    ["~", "~/x", "/dev/null", "/proc/1/root/x", "hdfs://a/b.parquet", "a/b@c", "x" * 300, "ü" * 200]
+    ["~", "~/x", "~nobody/x", "/dev/null", "/proc/1/root/x", "hdfs://a/b.parquet", "a/b@c", "x" * 300, "ü" * 200]
 )
 NAMES = NAMES | st.text("ab/.@ü", min_size=250, max_size=5000)
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | NAMES
