@@ -233,7 +233,7 @@ class Trickling(Handler):
         self.send_response(200)
         self.send_header("Content-Length", "100000")
         self.end_headers()
-        for _ in range(40):
+        for _ in range(100):
             self.wfile.write(b" ")
             time.sleep(0.1)
 
@@ -252,12 +252,14 @@ def test_a_server_that_sends_a_byte_now_and_then_is_given_up():
 
 
 def test_so_it_is_before_the_run(run, monkeypatch):
+    start = time.monotonic()
     with RuleJudge(number) as server:
         server.RequestHandlerClass = Trickling
         assert "no answer within algorithm.judge.timeout_s=0.5 seconds" in run.refusal(*settings(server, timeout_s=0.5))
         server.RequestHandlerClass = TricklingList
         monkeypatch.setattr("recipe.spin.preferences.judge_server.PROBE_SECONDS", 0.5)
         assert "did not say within 0.5 seconds what it serves" in run.refusal(*settings(server))
+    assert time.monotonic() - start < 8
 
 
 # ---------------------------------------------------------------------- keys
