@@ -7,40 +7,37 @@ prefers nothing (arXiv 2306.05685, Section 3.4). Several judges decide by majori
 
 import asyncio
 import itertools
-import json
 import logging
-import re
 import sys
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from string import Template
 
 from omegaconf import DictConfig
 
 from recipe.spin import run_folder
 from recipe.spin.common.secrets import shown_address
-from recipe.spin.common.settings import MODEL_LENGTH, Settings, Unusable
-from recipe.spin.preferences.judge_server import (
-    SHOWN,
-    Answer,
-    Judge,
-    JudgeFailed,
-    Server,
-    extra_body,
-    is_address,
-    probe,
+from recipe.spin.common.settings import Settings
+from recipe.spin.preferences.judge_server import SHOWN, Answer, JudgeFailed, Server, probe
+from recipe.spin.preferences.judge_settings import (
+    EXAMPLE,
+    OWN,
+    REFERENCE,
+    check_answer,
+    check_length,
+    check_settings,
+    check_step_limit,
+    cost,
+    fault_of,
+    judges,
+    read_template,
+    read_verdict,
+    shown_content,
 )
 from recipe.spin.preferences.source import Group, PreferenceSource, Score
 
-# As a server's address: the policy's own vLLM server, with the policy's weights or the reference's
-REFERENCE = "reference"
-OWN = ("policy", REFERENCE)
-# What a server is asked about before a run
-EXAMPLE = {"request": "user: What is 1 + 1? Answer with the number only.", "first": "2", "second": "3"}
-VERDICT = re.compile(r"\[\[([ABC])\]\]")
 VERDICTS = {"A": ("first", 1), "B": ("second", -1), "C": ("neither", 0)}
 # Answers that tell what share of them a judge gives without a verdict: of few one says nothing. Equal responses are not
 # asked about, so that late in training a step may have two
@@ -135,7 +132,7 @@ class JudgeSource(PreferenceSource):
                 check_answer(probe(judge, question, settings), judge, settings)
             except JudgeFailed as error:
                 raise ValueError(str(error)) from error
-        sys.stderr.write(f"[spin] {cost(config)}\n")
+        sys.stderr.write(f"[spin] {cost(config, cls.compares_held_out(config))}\n")
 
     @classmethod
     def check_model(cls, settings: Settings, prompt_length: Callable[[list[dict]], int | None]) -> None:
@@ -266,157 +263,6 @@ class JudgeSource(PreferenceSource):
                 "the run's folder has others. Ask for these in algorithm.judge.prompt, raise "
                 "algorithm.judge.max_tokens, or take a judge that follows"
             )
-
-
-# ---------------------------------------------------------------------- answers, questions and settings
-
-
-def read_verdict(answer: str) -> str | None:
-    """The last of [[A]], [[B]] and [[C]] in an answer; None if it has none."""
-    found = VERDICT.findall(answer)
-    return found[-1] if found else None
-
-
-def fault_of(answer: Answer) -> str:
-    """Why an answer cannot be read."""
-    return "was cut off by its length" if answer.cut else "holds none of [[A]], [[B]] and [[C]]"
-
-
-def shown_content(content: str | list[dict]) -> str:
-    """A message's text; models of text and images have it in parts, of which a run takes those of text alone."""
-    return content if isinstance(content, str) else "".join(part["text"] for part in content)
-
-
-def read_template(path: str) -> Template:
-    """The question, with $request, $first and $second.
-
-    Raises:
-        ValueError: when the file is missing or lacks one of them.
-    """
-    key = f"algorithm.judge.prompt={path!r}"
-    try:
-        template = Template(Path(path).read_text())
-    except (OSError, ValueError) as error:  # of its text, and its name
-        raise ValueError(f"{key}: cannot be read ({error}); name a text file") from error
-    names = {match["named"] or match["braced"] for match in template.pattern.finditer(template.template)} - {None}
-    if names != EXAMPLE.keys() or not template.is_valid():
-        raise ValueError(
-            f"{key}: must hold $request, $first and $second, and no other $name; it holds {sorted(names)}. Write $$ "
-            "for a dollar sign"
-        )
-    return template
-
-
-def models(settings: DictConfig) -> list[str | None]:
-    """The model to ask for at each server; None takes the first that it serves."""
-    return _for_each_server(settings.models, settings)
-
-
-def key_variables(settings: DictConfig) -> list[str | None]:
-    """The environment variable that holds the key to each server; None sends it no key."""
-    return _for_each_server(settings.api_key_env, settings)
-
-
-def _for_each_server(given: str | list[str | None] | None, settings: DictConfig) -> list[str | None]:
-    return [given] * len(settings.servers) if given is None or isinstance(given, str) else list(given)
-
-
-def judges(settings: DictConfig) -> list[Judge]:
-    """Those that `algorithm.judge` names."""
-    return list(map(Judge, settings.servers, models(settings), key_variables(settings)))
-
-
-def check_settings(settings: DictConfig) -> None:
-    """Raises ValueError where judges and models do not fit together."""
-    servers = list(settings.servers)
-    shown = list(map(shown_address, servers))
-    if not all(address in OWN or is_address(address) for address in servers):
-        raise ValueError(
-            f"algorithm.judge.servers={shown!r}: give addresses such as http://127.0.0.1:8000/v1, or policy or "
-            "reference for the policy's own vLLM server with the weights of either"
-        )
-    if set(OWN) <= set(servers):
-        raise ValueError(
-            f"algorithm.judge.servers={shown!r}: the policy's own vLLM server has one model's weights at a time; "
-            "name policy or reference"
-        )
-    try:
-        json.dumps(extra_body(settings), allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"algorithm.judge.extra_body: cannot be sent as JSON ({error}); correct it") from error
-    if len(models(settings)) != len(servers):
-        raise ValueError(f"algorithm.judge.models={settings.models!r}: give one name, a name a server, or null")
-    if len(key_variables(settings)) != len(servers):
-        raise ValueError(
-            f"algorithm.judge.api_key_env={settings.api_key_env!r}: give one name, a name or null a server, or null"
-        )
-
-
-def check_answer(answer: Answer, judge: Judge, settings: DictConfig) -> None:
-    """Looks at the answer to a question that any judge can answer.
-
-    Raises:
-        JudgeFailed: when a limit of its length cut it off: the answers to harder ones will be no shorter.
-    """
-    if not answer.cut and read_verdict(answer.text):
-        return
-    said = f"judge {shown_address(judge.address)}: its answer to a trial question {fault_of(answer)}: "
-    said += repr(answer.text[:SHOWN])
-    if answer.cut and settings.max_unreadable < 1:
-        raise JudgeFailed(
-            f"{said}; raise algorithm.judge.max_tokens={settings.max_tokens}, have it reason less "
-            "(algorithm.judge.extra_body), or let all answers be unreadable (algorithm.judge.max_unreadable=1.0)"
-        )
-    sys.stderr.write(
-        f"[spin] warning: {said}; such answers count as ties, and above algorithm.judge.max_unreadable="
-        f"{settings.max_unreadable} of them the run stops. Ask for a verdict in algorithm.judge.prompt\n"
-    )
-
-
-def cost(config: DictConfig) -> str:
-    """In words, the questions that a step asks at most."""
-    settings, n, steps = config.algorithm.judge, config.actor_rollout_ref.rollout.n, config.trainer.total_training_steps
-    prompts, servers = config.data.train_batch_size, len(settings.servers)
-    a_prompt = 2 * servers * (n - 1 if settings.comparisons == "tournament" else n * (n - 1) // 2)
-    said = f"judges are asked up to {prompts * a_prompt:,} questions a step ({prompts} prompts, {a_prompt} each)"
-    said += f", {steps * prompts * a_prompt:,} in {steps} steps" if steps else ""
-    if config.algorithm.filter_groups.enable:
-        said += ", as many again for each batch of prompts that dynamic sampling adds"
-    if JudgeSource.compares_held_out(config):
-        said += f"; and up to {2 * servers} a held-out prompt at each validation after the first"
-    return said
-
-
-def check_step_limit(config: DictConfig) -> None:
-    """Raises ValueError where a step's comparisons have a time limit and do not come together."""
-    limit = config.algorithm.judge.step_timeout_s
-    if limit is not None and config.trainer.v1.trainer_mode != "sync":
-        raise ValueError(
-            f"algorithm.judge.step_timeout_s={limit}: with asynchronous generation the comparisons of a step's prompts "
-            "are spread over several steps; leave it null, algorithm.judge.timeout_s limits each call"
-        )
-
-
-def check_length(settings: Settings, prompt_length: Callable[[list[dict]], int | None]) -> None:
-    """Notes a fault when the policy's own vLLM server has no room for a question about two long responses."""
-    length = settings[MODEL_LENGTH]
-    if length is None:
-        return
-    try:
-        template = read_template(settings["algorithm.judge.prompt"])
-    except ValueError as error:  # JudgeSource.check says which
-        raise Unusable("algorithm.judge.prompt") from error
-    question = prompt_length([{"role": "user", "content": template.substitute(dict.fromkeys(EXAMPLE, ""))}])
-    if question is None:
-        return
-    tokens = settings["data.max_prompt_length"] + 2 * settings["data.max_response_length"]
-    tokens += settings["algorithm.judge.max_tokens"] + question
-    settings.require(
-        tokens <= length,
-        MODEL_LENGTH,
-        f"as its own judge the policy reads and writes up to {tokens} tokens; raise it, or lower "
-        "algorithm.judge.max_tokens",
-    )
 
 
 def _sign(value: int) -> int:

@@ -22,7 +22,7 @@ from plain_model import load_model
 from whole_runs import ROOT, Watch, fail, finish, metrics, processes, start, succeed
 
 from benchmarks.rule_judge import RuleJudge
-from recipe.spin.preferences.judge import EXAMPLE
+from recipe.spin.preferences.judge_settings import EXAMPLE
 
 pytestmark = pytest.mark.slow
 

@@ -9,7 +9,8 @@ from transformers import AutoTokenizer
 from worker_harness import compose
 
 from benchmarks.rule_judge import RuleJudge, is_sum
-from recipe.spin.preferences.judge import JudgeFailed, JudgeSource, read_verdict
+from recipe.spin.preferences.judge import JudgeFailed, JudgeSource
+from recipe.spin.preferences.judge_settings import read_verdict
 
 
 @pytest.fixture(autouse=True)
