@@ -125,8 +125,9 @@ class RunMonitor:
 
     def _show(self, progress: dict) -> None:
         self._console.show(progress)
-        for warning in self._drift.see(progress["step"], progress["metrics"]):
-            self._console.warn(warning)
+        for step, metrics in progress["finished"]:  # those seen before say nothing
+            for warning in self._drift.see(step, metrics):
+                self._console.warn(warning)
 
     def _measure_memory(self, processes: list[psutil.Process]) -> None:
         self._looked = time.monotonic()

@@ -151,6 +151,9 @@ def test_the_monitor_shows_warnings_on_the_console(tmp_path, monkeypatch):
     console = io.StringIO()
     monkeypatch.setattr(sys, "stderr", console)
     monitor = RunMonitor(tmp_path, history={step: metrics(-0.4) for step in (1, 2, 3, 4)})
-    for step, one in enumerate([metrics(-1.0)] * 4, start=5):
-        monitor._show({"doing": "training", "step": step, "total": 8, "metrics": one | {"timing_s/step": 1.0}})
+    fallen = metrics(-1.0) | {"timing_s/step": 1.0}
+    finished = tuple((step, fallen) for step in range(5, 9))  # between two looks of the monitor
+    for _ in range(2):
+        progress = {"doing": "training", "step": 8, "total": 8, "metrics": fallen, "finished": finished}
+        monitor._show(progress)
     assert console.getvalue().count("[spin] warning: the chosen responses lose likelihood") == 1
