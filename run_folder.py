@@ -95,12 +95,23 @@ def keep_answers(folder: Path, step: int, answers: list[tuple[list[dict], str]])
     write_whole(folder / "held_out" / f"step_{step:08d}.jsonl", "".join(f"{line}\n" for line in lines))
 
 
+def copy_answers(origin: Path, folder: Path, step: int) -> None:
+    """Brings the held-out answers of the run in `origin` up to a step along, for one that goes on elsewhere."""
+    for given, file in answers_files(origin).items():
+        if given <= step:
+            (folder / "held_out").mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, folder / "held_out" / file.name)
+
+
 def first_answers(folder: Path) -> list[tuple[list[dict], str]] | None:
-    """The prompts and answers of the first validation whose answers were kept; None without one."""
-    file = next(iter(answers_files(folder).values()), None)
-    if file is None:
+    """The prompts and answers that later ones are compared with: of the first validation that had such prompts.
+
+    The newest that were kept, as new ones are only where no prompt was among the earlier ones; None where none were.
+    """
+    files = list(answers_files(folder).values())
+    if not files:
         return None
-    rows = map(json.loads, file.read_text().splitlines())
+    rows = map(json.loads, files[-1].read_text().splitlines())
     return [(row["prompt"], row["answer"]) for row in rows]
 
 

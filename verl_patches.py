@@ -93,12 +93,11 @@ def load_data_alone(module: ModuleType) -> None:
     import torch
 
     state = np.zeros(1, np.uint32)
-    arrays = [np.ndarray, np.dtype, type(state.dtype), state.__reduce__()[0]]
+    torch.serialization.add_safe_globals([np.ndarray, np.dtype, type(state.dtype), state.__reduce__()[0]])
 
     def load(file, weights_only=False, **options):
         try:
-            with torch.serialization.safe_globals(arrays):
-                return torch.load(file, weights_only=True, **options)
+            return torch.load(file, weights_only=True, **options)
         except pickle.UnpicklingError as error:
             raise pickle.UnpicklingError(  # on one line, which alone stands as the cause on the console
                 f"{file} is damaged, or names code, which is not run: go on from another checkpoint; where a data set "

@@ -248,6 +248,7 @@ def _check_amounts(settings: Settings, prompts: dict[str, list[Prompts]]) -> Non
     )
     values, samples = f"{ROLLOUT}.val_kwargs", settings["data.val_max_samples"]
     sampled = settings[f"{values}.do_sample"] and settings[f"{values}.temperature"] > 0
+    sampled = sampled and not compares_held_out(settings)  # which greedy answers alone are
     answers = 1 + (settings[f"{values}.n"] if sampled else 0)  # a greedy one, beside samples where these are asked for
     held_out = min(rows[VAL], samples) if samples > 0 else rows[VAL]
     together = min(held_out, settings["data.val_batch_size"] or held_out)

@@ -51,7 +51,8 @@ def layout_of(config: DictConfig) -> Layout:
     ranks = config.trainer.nnodes * config.trainer.n_gpus_per_node
     sequence = fsdp.ulysses_sequence_parallel_size
     row, answers, _ = longest_row(partial(OmegaConf.select, config))
-    mini_batch = ceil(actor.ppo_mini_batch_size * sequence / ranks) * row / sequence
+    rows = ceil(actor.ppo_mini_batch_size * sequence / ranks)
+    mini_batch = rows * row / sequence
     if actor.use_dynamic_bsz:
         tokens = min(actor.ppo_max_token_len_per_gpu, mini_batch)
     else:
@@ -62,6 +63,8 @@ def layout_of(config: DictConfig) -> Layout:
     return Layout(
         devices=devices,
         tokens=tokens,
+        rows=rows,
+        row=row,
         logits=tokens * answers / row,
         compute_bytes=compute_bytes(config),
         reference_bytes=BYTES[ref.fsdp_config.model_dtype or "bf16"],

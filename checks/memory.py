@@ -5,6 +5,7 @@ arithmetic in bytes; docs/scaling.md says where each part comes from. No run on 
 """
 
 from dataclasses import dataclass
+from math import inf
 
 from recipe.spin.engine.kernels import HEAD_STEP
 
@@ -85,6 +86,8 @@ class Layout:
 
     devices: int = 1  # that weights are sharded over
     tokens: float = 16384
+    rows: float = inf  # of a device's mini-batch, which a micro-batch has at most
+    row: float = inf  # tokens of the longest
     logits: float = 16384  # of the tokens those that meet the vocabulary
     compute_bytes: int = BF16  # of a weight or an activation in arithmetic; gradients and AdamW are fp32
     reference_bytes: int = BF16
@@ -190,7 +193,8 @@ def activation_bytes(model: Model, layout: Layout) -> float:
 def score_bytes(model: Model, layout: Layout) -> float:
     """Of a micro-batch's attention scores where no kernel does without them (engine/attention.py), else 0.
 
-    For every head tokens by tokens, the most that rows of unequal lengths take.
+    For every head tokens by tokens: of all at once, or of each row filled up to the longest, whichever are fewer
+    (engine/packing.py); a model's own attention takes all at once.
     """
     kernel_does = model.head_size % HEAD_STEP == 0 and (layout.kernel_caps_scores or not model.caps_scores)
     if kernel_does and not layout.eager:
@@ -198,7 +202,10 @@ def score_bytes(model: Model, layout: Layout) -> float:
     waiting = KEPT_SCORE
     if layout.checkpointing:
         waiting = layout.compute_bytes if layout.keeps_products else 0
-    scores = model.heads * layout.tokens**2 * layout.ranks_per_sequence
+    pairs = (layout.tokens * layout.ranks_per_sequence) ** 2  # Ulysses exchanges tokens for heads
+    if not layout.eager:
+        pairs = min(pairs, layout.rows * layout.row**2)
+    scores = model.heads / layout.ranks_per_sequence * pairs
     return scores * (SCORE + (model.layers - 1) * waiting)
 
 

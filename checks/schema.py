@@ -372,8 +372,8 @@ class Rollout(Section):
     enable_chunked_prefill: bool
     free_cache_engine: bool
     log_prob_micro_batch_size: unused(None)
-    log_prob_micro_batch_size_per_gpu: Count
-    log_prob_max_token_len_per_gpu: Count
+    log_prob_micro_batch_size_per_gpu: Count | None
+    log_prob_max_token_len_per_gpu: Count | None
     log_prob_use_dynamic_bsz: bool
     calculate_log_probs: Literal[True] = verl("a step reads vLLM's log-probs of the responses; set it to True")
     over_sample_rate: unused(0)

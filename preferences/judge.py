@@ -207,9 +207,10 @@ class JudgeSource(PreferenceSource):
         try:
             return await asyncio.wait_for(answer, left)
         except asyncio.TimeoutError as error:
+            place = f"{'the validation after ' * group.held_out}step {group.step}"
             raise JudgeFailed(
-                f"step {group.step}: its comparisons took longer than algorithm.judge.step_timeout_s={limit}; raise it "
-                "or algorithm.judge.concurrency, or ask less (algorithm.judge.comparisons=tournament)"
+                f"{place}: its comparisons took longer than algorithm.judge.step_timeout_s={limit}; raise it or "
+                "algorithm.judge.concurrency, or ask less (algorithm.judge.comparisons=tournament)"
             ) from error
 
     async def _ask_own(self, question: str, group: Group) -> Answer:

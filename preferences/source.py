@@ -144,8 +144,9 @@ class PreferenceSource:
     async def score_group(self, group: Group) -> list[Score]:
         """A score for each of the responses to a prompt, which takes the place of the reward in pairing them.
 
-        Asked for each prompt of a training step, at the time that `scoring_model` tells. A value that is no finite
-        number ends the run, but NaN where the reward is NaN (`algorithm.reward_error=skip`) leaves the response out.
+        Asked for each prompt of a training step, at the time that `scoring_model` tells, and for held-out ones, the
+        first validation's answer before this one's (`group.held_out`). A value that is no finite number ends the run,
+        but NaN where the reward is NaN (`algorithm.reward_error=skip`) leaves the response out.
         """
         raise NotImplementedError
 
@@ -165,7 +166,10 @@ class PreferenceSource:
         return Pairing(responses, pairs, torch.arange(len(responses)) // rollout.n)
 
     def metrics(self, infos: list[dict[str, Any]]) -> dict[str, float]:
-        """A step's metrics from what `score_group` noted of each response. An exception ends the run."""
+        """A step's metrics from what `score_group` noted of each response. An exception ends the run.
+
+        A validation's likewise, with two for each held-out prompt whose answers were compared.
+        """
         return {}
 
     def held_out_metrics(

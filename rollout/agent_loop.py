@@ -250,7 +250,8 @@ class RolloutWorker(Scoring, VerlWorker):
         return await self._ask_source(texts, rewards, row)
 
     async def _compare_held_out(self, output: AgentLoopOutput, row: dict) -> tuple[float, list[dict]]:
-        """1 where the source prefers a held-out answer to that of the run's first validation, 0 where that, else 0.5.
+        """1 where the source prefers a held-out answer to that of the run's first validation, 0 where it prefers the
+        earlier one, 0.5 where neither.
 
         NaN, no score, where that validation had no answer to the prompt. And what the source noted.
         """

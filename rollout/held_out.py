@@ -36,7 +36,7 @@ class HeldOutValidation:
             self.val_dataloader = loader
         if compares:
             metrics = as_win_rate(metrics)
-            if first is None:
+            if not self._held_out.met:
                 folder = Path(self.config.trainer.default_local_dir)
                 run_folder.keep_answers(folder, self.global_steps, self._answers)
         self.progress["validation"] = {"step": self.global_steps, "faults": held_out_faults(metrics)}
@@ -120,6 +120,7 @@ class HeldOutRows:
         compares: whether answers are compared.
         greedy: of each row handed out, whether it is the greedy one.
         prompts: of each, the messages.
+        met: whether any had an answer of the first validation beside it.
     """
 
     def __init__(self, loader, val_kwargs, compares: bool = False, first: list[tuple[list[dict], str]] | None = None):
@@ -131,6 +132,7 @@ class HeldOutRows:
         self._first = None if first is None else {_key(prompt): answer for prompt, answer in first}
         self.greedy: list[bool] = []
         self.prompts: list[list[dict]] = []
+        self.met = False
 
     def __iter__(self):
         row = 0
@@ -151,6 +153,7 @@ class HeldOutRows:
             self.prompts += [list(prompt) for prompt in rows["raw_prompt"]]
             if self._first is not None:
                 columns[FIRST_ANSWER] = [self._first.get(_key(prompt)) for prompt in rows["raw_prompt"]]
+                self.met = self.met or any(answer is not None for answer in columns[FIRST_ANSWER])
             yield rows | {name: np.array(values, dtype=object) for name, values in columns.items()}
             row += size
 

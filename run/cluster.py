@@ -59,9 +59,10 @@ def prepare(config: DictConfig) -> bool:
 
 def _warn_where_nobody_is_kept_out(address: str) -> None:
     """Ray asks for a token in this mode, or on a cluster that it finds itself where a token lies ready."""
-    mode = os.environ.get("RAY_AUTH_MODE", "").lower()
-    lies_ready = address == "auto" and os.path.exists(os.path.expanduser("~/.ray/auth_token"))
-    if mode != "token" and (mode or not lies_ready):
+    mode = os.environ.get("RAY_AUTH_MODE")
+    named = [name for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH") if os.environ.get(name)]
+    lies_ready = address == "auto" and (named or os.path.exists(os.path.expanduser("~/.ray/auth_token")))
+    if (mode or "").lower() != "token" and (mode is not None or not lies_ready):
         sys.stderr.write(
             f"[spin] warning: the Ray cluster ({address}) is joined without a token: whoever reaches its ports can run "
             "code on its nodes; set RAY_AUTH_MODE=token on all of them and here (docs/clusters.md)\n"

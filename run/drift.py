@@ -59,11 +59,8 @@ class Drift:
         self._told: set[str] = set()
 
     def see(self, step: int, metrics: Mapping[str, float]) -> list[str]:
-        """What there is to say after a step, for the first time; a step that was seen already says nothing.
-
-        A resumed run shows the step that it begins at without metrics.
-        """
-        if step <= self._step or not metrics:
+        """What there is to say after a step, for the first time; a step that was seen already says nothing."""
+        if step <= self._step:
             return []
         self._step = step
         self._history = [one for one in self._history if one["step"] < step] + [{"step": step, **metrics}]
@@ -95,9 +92,10 @@ def _no_pair(history: Sequence[Mapping[str, float]]) -> str | None:
         return None
     step = history[-1]
     text = (
-        f"step {step['step']} gave no pair and trained nothing, as all responses to each prompt tie; after "
-        "trainer.max_steps_without_pairs such steps in a row the run stops. Give the reward or the judge more grades, "
-        "sample more responses (actor_rollout_ref.rollout.n), or take prompts that are neither too hard nor too easy"
+        f"step {step['step']} gave no pair and trained nothing, as no prompt has two responses to tell apart: they "
+        "tie, or were left out. After trainer.max_steps_without_pairs such steps in a row the run stops. Give the "
+        "reward or the judge more grades, sample more responses (actor_rollout_ref.rollout.n), or take prompts that "
+        "are neither too hard nor too easy"
     )
     rate = step.get("judge/first_rate")
     if rate is None:
@@ -110,8 +108,9 @@ def _no_pair(history: Sequence[Mapping[str, float]]) -> str | None:
 
 def _lost_likelihood(steps: Sequence[Mapping[str, float]]) -> str | None:
     values = [one["logps/chosen_token"] for one in steps]
-    # The first means are of fewer steps: with whole ones alone a fall from the start on would show in step 8 only
-    before = [fmean(values[max(0, end - WINDOW) : end]) for end in range(1, len(values) - WINDOW + 1)]
+    # Until two whole means are there the first ones are of fewer steps: a fall from the start on shows in step 5 then
+    first = WINDOW if len(values) >= 2 * WINDOW else 1
+    before = [fmean(values[max(0, end - WINDOW) : end]) for end in range(first, len(values) - WINDOW + 1)]
     if not before or max(before) - fmean(values[-WINDOW:]) <= LIKELIHOOD_LOSS:
         return None
     return (

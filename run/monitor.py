@@ -85,7 +85,10 @@ class RunMonitor:
         self.seconds = time.monotonic() - self._started
         self._stop.set()
         self._thread.join(timeout=3 * POLL_SECONDS)  # a question to a Ray that died is answered late or never
-        self._console.close(_ask_task_runner() if exception_type is None else None)
+        progress = _ask_task_runner() if exception_type is None else None
+        if progress is not None:
+            self._warn_of_drift(progress)
+        self._console.close(progress)
         processes = process_tree()[1:]
         ray.shutdown()
         _, alive = psutil.wait_procs(processes, timeout=10)
@@ -125,6 +128,9 @@ class RunMonitor:
 
     def _show(self, progress: dict) -> None:
         self._console.show(progress)
+        self._warn_of_drift(progress)
+
+    def _warn_of_drift(self, progress: dict) -> None:
         for step, metrics in progress["finished"]:  # those seen before say nothing
             for warning in self._drift.see(step, metrics):
                 self._console.warn(warning)

@@ -37,8 +37,9 @@ def make() -> tuple[Path, int]:
 
 
 def base_folder() -> Path:
-    """The temporary folder; /tmp in place of one whose path leaves too little room for the names of sockets."""
-    base = Path(tempfile.gettempdir())
+    """RAY_TMPDIR or the temporary folder; /tmp in place of one whose path leaves too little room for sockets' names."""
+    named = os.environ.get("RAY_TMPDIR", "")
+    base = Path(named if os.path.isdir(named) else tempfile.gettempdir())
     if len(str(base)) + BELOW <= SOCKET_PATH_LIMIT:
         return base
     sys.stderr.write(f"[spin] {base} is too long a path for Ray's sockets; /tmp takes its place\n")

@@ -16,6 +16,7 @@ from recipe.spin.run_folder import (
     UNREADABLE,
     answers_files,
     checkpoints,
+    copy_answers,
     is_complete,
     metrics_files,
     tracked_step,
@@ -129,7 +130,12 @@ def prepare(config: DictConfig) -> None:
     folder = Path(config.trainer.default_local_dir)
     settings = settings_of(config) | {CONTENTS: _contents(config)}
     try:
-        _prepare(config, folder, settings)
+        step, origin = _beginning(config, folder)
+    except OSError as error:
+        named = config.trainer.resume_from_path if config.trainer.resume_mode == "resume_path" else str(folder)
+        raise ConfigError(f"{named}: {error}; let this user read it, or begin elsewhere (RUN_DIR)") from error
+    try:
+        _prepare(config, folder, settings, step, origin)
     except OSError as error:
         raise ConfigError(
             f"trainer.default_local_dir={str(folder)!r}: {error}; let this user read and write all of it and make room "
@@ -137,8 +143,7 @@ def prepare(config: DictConfig) -> None:
         ) from error
 
 
-def _prepare(config: DictConfig, folder: Path, settings: dict) -> None:
-    step, origin = _beginning(config, folder)
+def _prepare(config: DictConfig, folder: Path, settings: dict, step: int, origin: Path) -> None:
     if step > 0 and origin.resolve() != folder.resolve():
         ahead = config.trainer.v1.trainer_mode != "sync"  # TransferQueue unpickles what was answered ahead
         _say(
@@ -150,6 +155,8 @@ def _prepare(config: DictConfig, folder: Path, settings: dict) -> None:
     if config.trainer.resume_mode == "force":
         config.trainer.resume_mode = "auto"
     moved_to = set_aside(folder, step)
+    if step > 0 and origin.resolve() != folder.resolve():
+        copy_answers(origin, folder, step)
     _store(settings, folder)
     if moved_to:
         _say(f"begins at step {step}; what {folder} held beyond that is in {moved_to}, which may be deleted")

@@ -15,8 +15,8 @@ def number(request: str, response: str) -> float:
     return float(response)
 
 
-def group(responses: list[str], generate=None) -> Group:
-    return Group(1, [{"role": "user", "content": "What is 3 + 4?"}], responses, None, {}, generate)
+def group(responses: list[str], generate=None, content="What is 3 + 4?", step: int = 1, **more) -> Group:
+    return Group(step, [{"role": "user", "content": content}], responses, None, {}, generate, **more)
 
 
 def settings(*servers: RuleJudge, **changes) -> list[str]:

@@ -114,6 +114,13 @@ def test_a_cluster_that_asks_for_no_token_is_warned_of(environment, tmp_path, ca
     assert ("RAY_AUTH_MODE=token" in capsys.readouterr().err) == warned
 
 
+@pytest.mark.parametrize(("variable", "value"), [("RAY_AUTH_TOKEN", "s3cret"), ("RAY_AUTH_TOKEN_PATH", "/token")])
+def test_a_token_in_the_environment_lies_ready_too(environment, tmp_path, capsys, variable, value):
+    environment |= {"HOME": str(tmp_path), "RAY_ADDRESS": "auto", variable: value}
+    cluster.prepare(config())
+    assert "RAY_AUTH_MODE" not in capsys.readouterr().err
+
+
 def test_ray_address_local_is_a_cluster_of_its_own(environment):
     environment["RAY_ADDRESS"] = "local"
     assert not cluster.prepare(config())

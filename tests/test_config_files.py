@@ -412,6 +412,13 @@ def test_held_out_prompts_that_are_not_sampled_have_one_answer_each(run, tmp_pat
     assert "4001 held-out prompts with 1 answer each make 4001" in message
 
 
+def test_held_out_answers_that_a_judge_compares_are_one_each(run, tmp_path):
+    path = write_rows(tmp_path / "data.jsonl", [row(number) for number in range(1001)])
+    judge = [*JUDGE, "algorithm.judge.servers=[policy]", f"{REWARD}=null"]
+    run.check(f"data.val_files={path}", *judge)
+    assert "1001 held-out prompts with 5 answers each" in run.refusal(f"data.val_files={path}", *judge[:-1])
+
+
 def test_faults_of_several_files_are_all_told(run, tmp_path):
     (tmp_path / "train.jsonl").write_text("{")
     message = run.refusal(

@@ -177,6 +177,15 @@ def test_an_evaluation_needs_a_folder_without_a_training_run(run, tmp_path):
     run.check(asked[1], "trainer.resume_mode=force")
 
 
+def test_an_evaluation_by_a_judge_alone_would_compare_answers_with_themselves(run):
+    asked = ["trainer.val_only=True", "algorithm.preference_source=judge", "algorithm.judge.servers=[policy]"]
+    asked += ["algorithm.judge.max_tokens=16", "actor_rollout_ref.rollout.max_model_len=512"]
+    asked += ["actor_rollout_ref.rollout.max_num_batched_tokens=512"]
+    run.check(*asked)
+    message = run.refusal(*asked, "reward.custom_reward_function.path=null")
+    assert message.startswith("trainer.val_only=True: ") and "REWARD_PATH" in message
+
+
 SECRETS = ("WANDB_API_KEY", "HF_TOKEN", "VLLM_API_KEY", "HF_HUB_TOKEN", "JUDGE_PASSWORD", "AWS_SECRET_ACCESS_KEY")
 
 

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from recipe.spin.run import monitor
 from recipe.spin.run.drift import WINDOW, Drift, find_drift
 from recipe.spin.run.monitor import RunMonitor
 
@@ -147,13 +148,29 @@ def test_a_run_is_told_once():
     assert len(said) == 1
 
 
+def test_one_good_first_step_is_no_best():
+    assert find_drift(history(metrics(-0.3), *[metrics(-0.9)] * 7)) == {}
+
+
+def test_what_the_last_steps_warn_of_is_told_at_the_end(tmp_path, monkeypatch):
+    console = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", console)
+    fallen = metrics(-1.0) | {"timing_s/step": 1.0}
+    finished = tuple((step, fallen) for step in range(5, 9))
+    progress = {"doing": "training", "step": 8, "total": 8, "metrics": fallen, "finished": finished}
+    monkeypatch.setattr(monitor, "_ask_task_runner", lambda: progress)
+    with RunMonitor(tmp_path, joins=True, history={step: metrics(-0.4) for step in (1, 2, 3, 4)}):
+        pass  # it ends before the monitor looks
+    assert console.getvalue().count("[spin] warning: the chosen responses lose likelihood") == 1
+
+
 def test_the_monitor_shows_warnings_on_the_console(tmp_path, monkeypatch):
     console = io.StringIO()
     monkeypatch.setattr(sys, "stderr", console)
-    monitor = RunMonitor(tmp_path, history={step: metrics(-0.4) for step in (1, 2, 3, 4)})
+    watching = RunMonitor(tmp_path, history={step: metrics(-0.4) for step in (1, 2, 3, 4)})
     fallen = metrics(-1.0) | {"timing_s/step": 1.0}
     finished = tuple((step, fallen) for step in range(5, 9))  # between two looks of the monitor
     for _ in range(2):
         progress = {"doing": "training", "step": 8, "total": 8, "metrics": fallen, "finished": finished}
-        monitor._show(progress)
+        watching._show(progress)
     assert console.getvalue().count("[spin] warning: the chosen responses lose likelihood") == 1

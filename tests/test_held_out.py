@@ -179,6 +179,14 @@ def test_a_run_that_begins_without_a_validation_compares_with_its_first(tmp_path
     assert list(run_folder.answers_files(tmp_path)) == [4]
 
 
+def test_other_held_out_prompts_begin_anew(tmp_path):
+    trainer = Validates(tmp_path)
+    trainer.at(2, "before")
+    trainer.val_dataloader[0]["raw_prompt"][:] = [[{"role": "user", "content": f"q{number}"}] for number in range(3)]
+    assert trainer.at(4, "other") == [None] * 3
+    assert trainer.at(6, "later") == ["q0: other", "q1: other", None]
+
+
 def test_what_the_source_says_of_held_out_answers_is_a_win_rate(tmp_path):
     trainer = Validates(tmp_path)
     trainer.at(0, "before")

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from judges import group, judge_of, number, scores, settings
 from worker_harness import compose
 
 from benchmarks.rule_judge import QUESTION, Handler, RuleJudge
@@ -15,7 +16,6 @@ from recipe.spin.preferences.judge import JudgeFailed, JudgeSource, Tally
 from recipe.spin.preferences.source import Group, Score
 
 ROOT = Path(__file__).resolve().parents[1]
-RESPONSES = ["3", "7", "11", "7"]
 
 
 @pytest.fixture(autouse=True)
@@ -25,34 +25,9 @@ def folder(tmp_path, monkeypatch) -> Path:
     return tmp_path / compose(device="cpu").trainer.default_local_dir
 
 
-def number(request: str, response: str) -> float:
-    return float(response)
-
-
-def group(responses: list[str], content="What is 3 + 4?", **more) -> Group:
-    return Group(more.pop("step", 1), [{"role": "user", "content": content}], responses, None, {}, None, **more)
-
-
-def settings(*servers: RuleJudge, **changes) -> list[str]:
-    addresses = ",".join(server.address for server in servers)
-    overrides = {"servers": f"[{addresses}]", "retries": 0, "timeout_s": 5} | changes
-    return [
-        "algorithm.preference_source=judge",
-        *(f"algorithm.judge.{key}={value}" for key, value in overrides.items()),
-    ]
-
-
-def judge_of(*servers: RuleJudge, **changes) -> JudgeSource:
-    return JudgeSource(compose(*settings(*servers, **changes), device="cpu"), None)
-
-
 def asked(source: JudgeSource, one: Group) -> tuple[list[float], dict[str, float]]:
     found = asyncio.run(source.score_group(one))
     return [score.value for score in found], source.metrics([score.info for score in found])
-
-
-def scores(source: JudgeSource, responses=RESPONSES) -> tuple[list[float], dict[str, float]]:
-    return asked(source, group(responses))
 
 
 # ---------------------------------------------------------------------- both orders
@@ -222,6 +197,9 @@ def test_what_a_step_costs_at_most_is_said_before_the_run(run, capsys, changes, 
 # ---------------------------------------------------------------------- time
 
 
+SENT = 100
+
+
 class Trickling(Handler):
     """Sends a byte of an answer now and then."""
 
@@ -233,8 +211,9 @@ class Trickling(Handler):
         self.send_response(200)
         self.send_header("Content-Length", "100000")
         self.end_headers()
-        for _ in range(100):
+        for _ in range(SENT):
             self.wfile.write(b" ")
+            self.server.sent += 1
             time.sleep(0.1)
 
 
@@ -245,21 +224,20 @@ class TricklingList(Trickling):
 
 def test_a_server_that_sends_a_byte_now_and_then_is_given_up():
     with RuleJudge(number) as server:
-        server.RequestHandlerClass, start = Trickling, time.monotonic()
+        server.RequestHandlerClass, server.sent, judge = Trickling, 0, judge_of(server, timeout_s=0.5)
         with pytest.raises(JudgeFailed, match=r"no answer within algorithm.judge.timeout_s=0.5 seconds; raise"):
-            scores(judge_of(server, timeout_s=0.5), ["1", "2"])
-    assert time.monotonic() - start < 3
+            scores(judge, ["1", "2"])
+        assert server.sent < SENT
 
 
 def test_so_it_is_before_the_run(run, monkeypatch):
-    start = time.monotonic()
     with RuleJudge(number) as server:
-        server.RequestHandlerClass = Trickling
+        server.RequestHandlerClass, server.sent = Trickling, 0
         assert "no answer within algorithm.judge.timeout_s=0.5 seconds" in run.refusal(*settings(server, timeout_s=0.5))
         server.RequestHandlerClass = TricklingList
         monkeypatch.setattr("recipe.spin.preferences.judge_server.PROBE_SECONDS", 0.5)
         assert "did not say within 0.5 seconds what it serves" in run.refusal(*settings(server))
-    assert time.monotonic() - start < 8
+        assert server.sent < SENT
 
 
 # ---------------------------------------------------------------------- keys

@@ -10,7 +10,7 @@ import pyarrow
 import pyarrow.parquet as pq
 import pytest
 
-from recipe.spin.tools import prepare_data
+from recipe.spin.tools import data_sets, prepare_data
 
 ASKED, ANSWERED = {"role": "user", "content": "What is 3 + 4?"}, {"role": "assistant", "content": "7"}
 
@@ -58,6 +58,13 @@ def test_a_run_takes_questions_and_answers(run, tmp_path, monkeypatch, suffix):
     ]
     data = tmp_path / "data"
     run.check(f"data.train_files={data}/train.parquet", f"data.val_files={data}/test.parquet")
+
+
+@pytest.mark.parametrize(("name", "opens"), [("rows.jsonl", ""), ("rows.json", "["), ("rows.csv", "")])
+def test_a_file_may_begin_with_the_mark_of_its_encoding(tmp_path, name, opens):
+    text = "question\n1\n" if name.endswith("csv") else '{"question": "1"}' + ("]" if opens else "\n")
+    (tmp_path / name).write_text(opens + text, encoding="utf-8-sig")
+    assert [row for _, row in data_sets.read_file(tmp_path / name)] == [{"question": "1"}]
 
 
 SHAREGPT = [{"from": "human", "value": ASKED["content"]}, {"from": "gpt", "value": "7"}]

@@ -74,6 +74,13 @@ def test_only_shared_memory_is_removed_with_a_folder(base):
     assert not folder.exists() and kept.exists()
 
 
+def test_rays_own_temporary_folder_goes_before_everybodys(base, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_TMPDIR", str(base / "ray"))
+    assert private_folder.base_folder() == base  # it is not there
+    (base / "ray").mkdir()
+    assert private_folder.base_folder() == base / "ray"
+
+
 def test_a_long_temporary_folder_gives_way(base, monkeypatch, capsys):
     assert private_folder.base_folder() == base
     monkeypatch.setattr(private_folder.tempfile, "tempdir", "/tmp/" + "x" * 40)

@@ -452,6 +452,8 @@ def test_going_back_to_an_earlier_checkpoint(stopped, capsys):
 @pytest.mark.parametrize(("mode", "unpickles"), [("sync", False), ("colocate_async", True)])
 def test_a_checkpoint_of_another_folder(stopped, tmp_path, capsys, mode, unpickles):
     path = f"trainer.resume_from_path={stopped.path}/global_step_3"
+    for step in (0, 6):
+        keep_answers(stopped.path, step, [([{"role": "user", "content": "who?"}], str(step))])
     stopped.start(
         f"trainer.default_local_dir={tmp_path}/next",
         f"trainer.v1.trainer_mode={mode}",
@@ -459,6 +461,7 @@ def test_a_checkpoint_of_another_folder(stopped, tmp_path, capsys, mode, unpickl
         path,
     )
     assert list(checkpoints(stopped.path)) == [3, 6] and (tmp_path / "next" / resume.SETTINGS).exists()
+    assert first_answers(tmp_path / "next") == [([{"role": "user", "content": "who?"}], "0")]
     said = capsys.readouterr().err
     assert f"goes on from {stopped.path}, not this run's folder" in said
     assert ("its transfer_queue/ runs code" in said) == unpickles

@@ -25,8 +25,8 @@ def read_file(path: Path) -> Iterable[tuple[str, Any]]:
         elif path.suffix == ".csv":
             with path.open(encoding="utf-8-sig", newline="") as file:
                 rows = list(csv.DictReader(file))
-        elif path.suffix == ".json" and path.read_text("utf-8").lstrip().startswith("["):
-            rows = json.loads(path.read_text("utf-8"))
+        elif path.suffix == ".json" and path.read_text("utf-8-sig").lstrip().startswith("["):
+            rows = json.loads(path.read_text("utf-8-sig"))
         else:
             return list(_read_lines(path))
     except (UnicodeDecodeError, json.JSONDecodeError, csv.Error, pa.ArrowException) as error:
@@ -36,7 +36,7 @@ def read_file(path: Path) -> Iterable[tuple[str, Any]]:
 
 def _read_lines(path: Path) -> Iterator[tuple[str, Any]]:
     """The rows of a JSON Lines file; empty lines are passed over."""
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 place = f"{path}, line {number}"

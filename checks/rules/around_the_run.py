@@ -4,6 +4,7 @@ import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
+from recipe.spin.checks.derived import compares_held_out
 from recipe.spin.common.secrets import LOGGING, has_password, is_secret, judges_keys
 from recipe.spin.common.settings import ConfigError, Settings
 from recipe.spin.run_folder import TRACKER, nearest_existing
@@ -40,7 +41,7 @@ def rays_files_go_with_the_run(settings: Settings) -> None:
         settings[key] is None,
         key,
         "the run's own Ray has its files in the run's temporary folder, which is removed with it, and a cluster that "
-        "is joined has them where it was started to; take it out, and set TMPDIR for another disk",
+        "is joined has them where it was started to; take it out, and set RAY_TMPDIR for another disk",
     )
 
 
@@ -65,6 +66,16 @@ def the_proxy_of_wandb_holds_no_password(settings: Settings) -> None:
             "trainer.wandb_proxy holds a password, which would be logged with the settings: take it out, and set "
             "WANDB_HTTPS_PROXY in this command's environment"
         )
+
+
+def an_evaluation_has_a_reward(settings: Settings) -> None:
+    """A judge compares answers with those before training, and an evaluation has none before it."""
+    settings.require(
+        not settings["trainer.val_only"] or not compares_held_out(settings),
+        "trainer.val_only",
+        "the source of preferences says what answers are worth beside those before training, which an evaluation does "
+        "not have; name a reward function (REWARD_PATH) or a reward model",
+    )
 
 
 def an_evaluation_finishes_no_run(settings: Settings) -> None:
@@ -94,6 +105,7 @@ RULES = (
     rays_files_go_with_the_run,
     rays_variables_hold_no_secret,
     the_proxy_of_wandb_holds_no_password,
+    an_evaluation_has_a_reward,
     an_evaluation_finishes_no_run,
     a_path_to_resume_from_is_there,
 )

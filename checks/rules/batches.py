@@ -31,6 +31,8 @@ def the_actor_is_cut_in_one_way(settings: Settings) -> None:
     settings.require(
         settings[key] == by_tokens, key, f"verl's worker wants {ACTOR}.use_dynamic_bsz here; set it to {by_tokens}"
     )
+    limit = f"{ROLLOUT}.log_prob_{'max_token_len' if by_tokens else 'micro_batch_size'}_per_gpu"
+    settings.require(settings[limit] is not None, limit, "micro-batches are cut by it; give a number")
 
 
 def a_prompt_with_its_responses_fits_one_micro_batch(settings: Settings) -> None:
