@@ -14,8 +14,9 @@ HEAD = """# Results
 
 Made by `.venv/bin/python -m benchmarks.results` from the files in `results/`; `.venv/bin/python -m benchmarks.step`
 adds one. A step is one optimizer step of online DPO on SmolLM2-135M-Instruct, 32 prompts with 2 responses each, fp32,
-this recipe and TRL's OnlineDPOTrainer in turn on the same machine; ratios are medians over rounds. The floor is the
-arithmetic that a step cannot do without, at the machine's measured rate of matrix products. "To plain" is the
+this recipe and TRL's OnlineDPOTrainer in turn on the same machine; ratios are medians over rounds. Neither recomputes
+activations (the CPU profile does, in part), and TRL has the fastest of the settings tried on that machine. The floor is
+the arithmetic that a step cannot do without, at the machine's measured rate of matrix products. "To plain" is the
 reference pass and the update to those of `plain_step.py`, per operation. "Others" are the cores that other programs
 kept busy during the worst of the runs: well above 0, the seconds mean little.
 """
