@@ -358,7 +358,7 @@ def test_an_optimizer_step_whose_loss_is_not_finite_is_skipped(case, bad, tiny_m
 
 def test_plain_version_exercises_what_it_should(tiny_models):
     """The comparison means something: parameters move, gradients are clipped, margins grow, the refresh resets them."""
-    plain = plain_training(tiny_models["llama"], 2, "sigmoid", 1.0, 1.0, PROMPTS, 1)
+    plain = plain_training(tiny_models["llama"], 2, MAX_PROMPT, "sigmoid", 1.0, 1.0, PROMPTS, 1)
     moved = [gap(plain["parameters"][name], start) for name, start in plain["initial"].items()]
     assert min(moved) > 1e-3
     assert all(step["grad_norm"] > 1 for step in plain["steps"])
@@ -373,7 +373,7 @@ def test_plain_version_exercises_what_it_should(tiny_models):
 @pytest.mark.parametrize(("loss", "prompts_per_step", "epochs"), [("aot", 3, 2), ("aot_unpaired", PROMPTS, 1)])
 def test_sorting_makes_a_difference_in_these_batches(tiny_models, loss, prompts_per_step, epochs):
     sorted_, paired = (
-        plain_training(tiny_models["llama"], 2, kind, 1.0, 1.0, prompts_per_step, epochs)["steps"]
+        plain_training(tiny_models["llama"], 2, MAX_PROMPT, kind, 1.0, 1.0, prompts_per_step, epochs)["steps"]
         for kind in (loss, "sigmoid")
     )
     assert max(abs(one["loss"] - other["loss"]) for one, other in zip(sorted_, paired, strict=True)) > 5e-3
