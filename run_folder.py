@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 TRACKER = "latest_checkpointed_iteration.txt"  # verl writes it last: the step of the newest complete checkpoint
@@ -26,12 +27,13 @@ def write_whole(file: Path, text: str) -> None:
 
 
 def checkpoints(folder: Path) -> dict[int, Path]:
-    """The folders that verl names as checkpoints, complete or not, by step. Other names are the user's."""
-    found = {}
-    for path in folder.glob("global_step_*"):
-        name = CHECKPOINT.fullmatch(path.name)
-        if name and path.is_dir():
-            found[int(name[1])] = path
+    """The folders that verl names as checkpoints, complete or not, by step."""
+    return _by_step(filter(Path.is_dir, folder.glob("global_step_*")), CHECKPOINT)
+
+
+def _by_step(paths: Iterable[Path], name: re.Pattern[str]) -> dict[int, Path]:
+    """Those of the paths whose names tell a step, in its order. Other names are the user's."""
+    found = {int(match[1]): path for path in paths if (match := name.fullmatch(path.name))}
     return dict(sorted(found.items()))
 
 
@@ -80,12 +82,7 @@ def next_metrics_file(folder: Path, step: int) -> Path:
 
 def answers_files(folder: Path) -> dict[int, Path]:
     """The held-out answers that were kept, by the step after which they were given."""
-    found = {}
-    for path in (folder / "held_out").glob("step_*.jsonl"):
-        name = ANSWERS.fullmatch(path.name)
-        if name:
-            found[int(name[1])] = path
-    return dict(sorted(found.items()))
+    return _by_step((folder / "held_out").glob("step_*.jsonl"), ANSWERS)
 
 
 def keep_answers(folder: Path, step: int, answers: list[tuple[list[dict], str]]) -> None:

@@ -221,22 +221,21 @@ class RolloutWorker(Scoring, VerlWorker):
         return params | {"seed": zlib.crc32(identity.encode())}
 
     async def _agent_loop_postprocess(self, output, validate, **row) -> None:
+        outputs = output if isinstance(output, list) else [output]
+        last = outputs[-1]
         if _group.get() is not None:
-            outputs = output if isinstance(output, list) else [output]
             if has_reward(self.config.reward):
                 await self._compute_score(outputs, kwargs=row)
-            found: Score = await _group.get().score(row["session_id"], (outputs[-1], row))
-            outputs[-1].reward_score = found.value
-            outputs[-1].extra_fields |= {PREFERENCE: found.info}
-            outputs[-1].extra_fields.setdefault("reward_extra_info", {})
+            found: Score = await _group.get().score(row["session_id"], (last, row))
+            last.reward_score = found.value
+            last.extra_fields |= {PREFERENCE: found.info}
+            last.extra_fields.setdefault("reward_extra_info", {})
         elif self._source is not None and not self._at_once and not validate:
-            last = output[-1] if isinstance(output, list) else output
             if not has_reward(self.config.reward):
                 last.reward_score = 0.0  # the trainer puts the group's in its place
                 last.extra_fields.setdefault("reward_extra_info", {})
             self._unscored[row["uid"]][row["session_id"]] = (last, row)
         elif self._compares_held_out and validate:
-            last = output[-1] if isinstance(output, list) else output
             last.reward_score, infos = await self._compare_held_out(last, row)
             last.extra_fields["reward_extra_info"] = {PREFERENCE: infos}
         await super()._agent_loop_postprocess(output, validate, **row)
