@@ -65,6 +65,7 @@ class RunMonitor:
         self._drift = Drift(history)
         self._log_folder = log_folder
         self._folder: Path | None = None
+        self._not_of_the_run: set[psutil.Process] = set()
         self._shared_memory: set[str] = set()
         self._looks: Counter[str] = Counter()
         self._memory, self._memory_seconds = (NeededMemory(), 5.0) if device == "cpu" else (PrivateMemory(), 10.0)
@@ -72,6 +73,7 @@ class RunMonitor:
 
     def __enter__(self) -> "RunMonitor":
         self._started = time.monotonic()
+        self._not_of_the_run = set(process_tree())
         shutil.rmtree(self._log_folder, ignore_errors=True)
         if not self._joins:
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", _compiled_kernels())  # they serve the next run too
@@ -89,7 +91,7 @@ class RunMonitor:
         if progress is not None:
             self._warn_of_drift(progress)
         self._console.close(progress)
-        processes = process_tree()[1:]
+        processes = [process for process in process_tree() if process not in self._not_of_the_run]
         ray.shutdown()
         _, alive = psutil.wait_procs(processes, timeout=10)
         for process in alive:

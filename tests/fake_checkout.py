@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 FAKE_PYTHON = """#!/bin/bash
 case "$1 $2" in
     "-c "*) exit ${FAKE_HAS_VERL:-0} ;;
-    */main_spin.py\ *)
+    */main_spin.py\\ *)
         shift
         printf '%s\\n' "$@" >"$FAKE_OUT/arguments"
         env >"$FAKE_OUT/environment"

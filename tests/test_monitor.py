@@ -1,5 +1,7 @@
 """What RunMonitor measures of a run's processes, and how seldom it asks for what costs much."""
 
+import subprocess
+import sys
 import types
 from multiprocessing import shared_memory
 from pathlib import Path
@@ -62,7 +64,6 @@ def test_compiled_kernels_outlive_the_run(tmp_path, monkeypatch, set_by_user, jo
     environment = {} if set_by_user is None else {"TORCHINDUCTOR_CACHE_DIR": set_by_user}
     monkeypatch.setattr(run_monitor.os, "environ", environment)
     monkeypatch.setattr(RunMonitor, "_watch", lambda self: None)
-    monkeypatch.setattr(run_monitor, "process_tree", lambda: [])  # the processes that it would end
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     expected = default_cache_dir()
     monkeypatch.setattr(run_monitor.private_folder, "base_folder", lambda: tmp_path)
@@ -78,11 +79,23 @@ def test_the_runs_own_ray_has_its_files_in_the_runs_folder(tmp_path, monkeypatch
     environment = {"RAY_TMPDIR": "/scratch/me"}
     monkeypatch.setattr(run_monitor.os, "environ", environment)
     monkeypatch.setattr(RunMonitor, "_watch", lambda self: None)
-    monkeypatch.setattr(run_monitor, "process_tree", lambda: [])  # the processes that it would end
     monkeypatch.setattr(run_monitor.private_folder, "base_folder", lambda: tmp_path)
     with RunMonitor(tmp_path / "logs", joins=joins):
         where = Path(get_default_ray_temp_dir())
         assert where.parent.parent == (Path("/scratch") if joins else tmp_path)
+
+
+def test_processes_end_with_the_run_and_those_from_before_it_do_not(tmp_path, monkeypatch):
+    sleeper = [sys.executable, "-c", "import sys; sys.stdin.read()"]
+    monkeypatch.setattr(RunMonitor, "_watch", lambda self: None)
+    wait = psutil.wait_procs
+    monkeypatch.setattr(psutil, "wait_procs", lambda processes, timeout: wait(processes, timeout=0.1))
+    with subprocess.Popen(sleeper, stdin=subprocess.PIPE) as before:
+        with RunMonitor(tmp_path / "logs", joins=True):
+            during = subprocess.Popen(sleeper, stdin=subprocess.PIPE)
+        with during:
+            assert not psutil.pid_exists(during.pid)
+        assert before.poll() is None
 
 
 @pytest.fixture

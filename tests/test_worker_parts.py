@@ -1,7 +1,10 @@
 """Small parts of the worker: how micro-batches divide, and how the actor is mixed into the reference."""
 
+import os
+
 import pytest
 import torch
+from worker_harness import Ranks
 
 from recipe.spin.dp_actor import largest_divisor
 from recipe.spin.fsdp_workers import mix_parameters
@@ -45,3 +48,9 @@ def test_modules_that_differ_are_refused():
         mix_parameters(torch.nn.Linear(2, 1, bias=False), torch.nn.Linear(2, 1))
     with pytest.raises(ValueError, match=r"weight has \(1, 3\) in the actor's.*fsdp_size"):
         mix_parameters(linear(1.0, features=3), linear(1.0, features=2))
+
+
+@pytest.mark.slow
+def test_a_rank_that_died_is_told_and_not_waited_for():
+    with pytest.raises(RuntimeError, match=r"exit codes: \{0: 0\}"):
+        Ranks(1).run(os._exit)  # with its rank

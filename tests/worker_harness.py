@@ -2,7 +2,9 @@
 
 import os
 import pickle
+import queue
 import subprocess
+import time
 import traceback
 from pathlib import Path
 
@@ -51,7 +53,7 @@ class Ranks:
             for calls in self._calls:
                 calls.put((function, args))
             while len(outputs) < self.world_size:
-                rank, output = self._results.get(timeout=timeout)
+                rank, output = self._next_result(time.monotonic() + timeout)
                 if isinstance(output, _Failure):  # the others wait for this one
                     raise RuntimeError(f"rank {rank} failed:\n{output.text}")
                 outputs[rank] = output
@@ -59,6 +61,18 @@ class Ranks:
             self.stop()
             raise
         return [outputs[rank] for rank in range(self.world_size)]
+
+    def _next_result(self, deadline: float) -> tuple:
+        """What a rank puts next; raises where there is none because one died, or at the deadline."""
+        while True:
+            dead = {rank: process.exitcode for rank, process in enumerate(self._processes) if not process.is_alive()}
+            try:
+                return self._results.get(timeout=1)
+            except queue.Empty:
+                if dead:
+                    raise RuntimeError(f"ranks that died, with their exit codes: {dead}") from None
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"{self.world_size} ranks that live did not answer in time") from None
 
     def stop(self, patience: float = 0) -> None:
         """Ends the processes; with `patience` in seconds they may end by themselves first."""
