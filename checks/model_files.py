@@ -12,7 +12,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 from safetensors import SafetensorError, safe_open
 
-from recipe.spin.checks.derived import source_of
+from recipe.spin.checks.derived import ACTOR, ULYSSES, source_of
 from recipe.spin.checks.fit import compute_bytes
 from recipe.spin.common.settings import MODEL_LENGTH, ConfigError, Settings
 
@@ -46,10 +46,11 @@ def check_model(settings: Settings) -> None:
             MODEL_LENGTH,
             f"the model was made for {positions} tokens at most; lower it, or set null",
         )
-        _check_attention(settings, config)
+        settings.run(partial(_check_attention, config=config), partial(_check_heads, config=config))
         _check_weights(settings, PATH, folder)
     elif file := _cached_file(settings[PATH], "config.json"):
-        _check_attention(settings, _read_json(settings, PATH, file))
+        config = _read_json(settings, PATH, file)
+        settings.run(partial(_check_attention, config=config), partial(_check_heads, config=config))
 
 
 def _check_adapter(settings: Settings) -> None:
@@ -215,6 +216,22 @@ def _check_attention(settings: Settings, config: dict) -> None:
         f"this model caps its attention scores ({cap}), and {OVERRIDES}.attn_implementation=sdpa, which "
         "actor_rollout_ref.share_prompt=False takes, would leave the caps out without a word; set it to eager, or with "
         "flash-attn 2 installed to flash_attention_2",
+    )
+
+
+def _check_heads(settings: Settings, config: dict) -> None:
+    """Ulysses deals a layer's heads out to the ranks that share a sequence, keys' and values' as often as it takes."""
+    key = f"{ACTOR}.{ULYSSES}"
+    size, model = settings[key], _of_text(config)
+    heads = model.get("num_attention_heads")
+    if not isinstance(heads, int) or size == 1:
+        return
+    of_keys = model.get("num_key_value_heads") or heads
+    settings.require(
+        heads % size == 0 and (of_keys % size == 0 or size % of_keys == 0),
+        key,
+        f"the model's {heads} heads of attention, {of_keys} of them with keys, cannot be dealt out evenly to so many "
+        "ranks; choose a size that divides the first, and divides the second or is a multiple of it",
     )
 
 

@@ -180,6 +180,23 @@ def test_full_precision_where_kernels_are_half_is_refused_before_ray(run, with_g
     run.check(*full, "actor_rollout_ref.share_prompt=False", device="gpu")
 
 
+@pytest.mark.parametrize(
+    ("heads", "of_keys", "size", "fits"),
+    [(8, 2, 4, True), (8, 8, 4, True), (8, 4, 2, True), (14, 2, 4, False), (12, 3, 2, False), (12, 3, 4, False)],
+)
+def test_heads_that_cannot_be_dealt_out_to_ranks_are_refused_before_ray(
+    run, folder, with_gpu, monkeypatch, heads, of_keys, size, fits
+):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: size)
+    change(folder / "config.json", num_attention_heads=heads, num_key_value_heads=of_keys)
+    key = "actor_rollout_ref.actor.ulysses_sequence_parallel_size"
+    overrides = [f"{PATH}={folder}", f"trainer.n_gpus_per_node={size}", f"{key}={size}"]
+    if fits:
+        run.check(*overrides, device="gpu")
+    else:
+        assert f"the model's {heads} heads of attention, {of_keys} of them" in run.refusal(*overrides, device="gpu")
+
+
 # ---- Names on the hub ------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", ["gpt2", "Qwen/Qwen2.5-0.5B-Instruct"])
 def test_a_name_passes_when_the_hub_does_not_answer(run, name, capsys):
