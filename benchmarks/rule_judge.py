@@ -49,7 +49,8 @@ class RuleJudge(ThreadingHTTPServer):
         self.lock = threading.Lock()
 
     def __enter__(self) -> "RuleJudge":
-        threading.Thread(target=self.serve_forever, name="rule-judge", daemon=True).start()
+        # Looks for the end every so many seconds: by default tests of many servers would wait for it half of their time
+        threading.Thread(target=self.serve_forever, args=(0.02,), name="rule-judge", daemon=True).start()
         return self
 
     def __exit__(self, *exception) -> None:

@@ -2,7 +2,7 @@
 
 import asyncio
 
-from worker_harness import compose
+from checkable_run import composed, override
 
 from benchmarks.rule_judge import Handler, RuleJudge
 from recipe.spin.preferences.judge import JudgeSource
@@ -29,7 +29,7 @@ def settings(*servers: RuleJudge, **changes) -> list[str]:
 
 
 def judge_of(*servers: RuleJudge, tokenizer=None, **changes) -> JudgeSource:
-    return JudgeSource(compose(*settings(*servers, **changes), device="cpu"), tokenizer)
+    return JudgeSource(override(composed("cpu"), settings(*servers, **changes)), tokenizer)
 
 
 def scores(source: JudgeSource, responses=RESPONSES, generate=None) -> tuple[list[float], dict[str, float]]:

@@ -198,25 +198,34 @@ def results(run: Path) -> dict[int, dict]:
     return {step: {k: v for k, v in entry.items() if not k.startswith(machine)} for step, entry in metrics(run).items()}
 
 
-def fill_batches(task, model, run: Path) -> None:
+def fill_batches(task, model, run: Path, *overrides: str) -> Path:
     """Two steps in which every other prompt's responses tie."""
     run.parent.mkdir(exist_ok=True)
-    succeed(
+    fill = ["algorithm.filter_groups.enable=True", "reward.custom_reward_function.name=compute_every_other"]
+    succeed(task, model, run, *fill, "trainer.total_training_steps=2", "trainer.total_epochs=50", *overrides)
+    return run
+
+
+@pytest.fixture(scope="module")
+def adapter_run(task, tiny_llama, tmp_path_factory) -> Path:
+    """Three steps with LoRA, and dynamic sampling."""
+    return fill_batches(
         task,
-        model,
-        run,
-        "algorithm.filter_groups.enable=True",
-        "reward.custom_reward_function.name=compute_every_other",
-        "trainer.total_training_steps=2",
-        "trainer.total_epochs=50",
+        tiny_llama,
+        tmp_path_factory.mktemp("adapter") / "run",
+        "actor_rollout_ref.model.lora_rank=4",
+        "actor_rollout_ref.model.lora_alpha=16",
+        "actor_rollout_ref.model.target_modules=all-linear",
+        "trainer.ref_update_freq=0",
+        "trainer.total_training_steps=3",
+        "trainer.val_before_train=False",
     )
 
 
-def test_dynamic_sampling_fills_a_batch_with_prompts_that_give_a_pair(task, tiny_llama, tmp_path):
+def test_dynamic_sampling_fills_a_batch_with_prompts_that_give_a_pair(adapter_run):
     """Every other prompt always ties, so that a batch of four takes about eight prompts."""
-    fill_batches(task, tiny_llama, tmp_path / "run")
-    history = metrics(tmp_path / "run")
-    for step in (1, 2):
+    history = metrics(adapter_run)
+    for step in (1, 2, 3):
         assert history[step]["pairs/used"] == 4 and history[step]["pairs/tie_rate"] == 0
         replaced = history[step]["training/filter_groups/evicted_samples"]
         surplus = history[step].get("training/filter_groups/discarded_surplus_samples", 0)
@@ -323,27 +332,15 @@ def test_a_source_asks_the_reference(task, tiny_llama, tmp_path, monkeypatch):
         assert history[step]["rollout/logp_gap_max"] < 1e-3
 
 
-def test_lora_against_the_base_model(task, tiny_llama, tmp_path):
+def test_lora_against_the_base_model(adapter_run, tiny_llama):
     """The reference is the actor with its adapter off; vLLM generates with the adapter as trained so far."""
-    run = tmp_path / "run"
-    succeed(
-        task,
-        tiny_llama,
-        run,
-        "actor_rollout_ref.model.lora_rank=4",
-        "actor_rollout_ref.model.lora_alpha=16",
-        "actor_rollout_ref.model.target_modules=all-linear",
-        "trainer.ref_update_freq=0",
-        "trainer.total_training_steps=3",
-        "trainer.val_before_train=False",
-    )
-    history = metrics(run)
+    history = metrics(adapter_run)
     assert history[1]["actor/loss"] == pytest.approx(math.log(2), abs=1e-6)  # an adapter starts as nothing
     for step in (2, 3):
         assert abs(history[step]["kl/sequence"]) > 0.01
         assert history[step]["rewards/margins"] != 0  # as it is to the bit where the reference is the policy
         assert history[step]["rollout/logp_gap_max"] < 1e-3
-    checkpoint = Path(json.loads((run / "summary.json").read_text())["checkpoint"])
+    checkpoint = Path(json.loads((adapter_run / "summary.json").read_text())["checkpoint"])
     merged = load_model(str(checkpoint))
     base = load_model(str(tiny_llama))
     adapted = PeftModel.from_pretrained(load_model(str(tiny_llama)), checkpoint.parent / "lora_adapter")

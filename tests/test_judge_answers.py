@@ -7,8 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from checkable_run import composed
 from judges import group, judge_of, number, scores, settings
-from worker_harness import compose
 
 from benchmarks.rule_judge import QUESTION, Handler, RuleJudge
 from recipe.spin import run_folder
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def folder(tmp_path, monkeypatch) -> Path:
     """Where the config's run folder lies."""
     monkeypatch.chdir(tmp_path)
-    return tmp_path / compose(device="cpu").trainer.default_local_dir
+    return tmp_path / composed("cpu").trainer.default_local_dir
 
 
 def asked(source: JudgeSource, one: Group) -> tuple[list[float], dict[str, float]]:
