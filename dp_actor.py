@@ -35,6 +35,7 @@ class DPOSettings:
     label_smoothing: float = 0.0
     reference_free: bool = False
     average_log_prob: bool = False
+    discopop_tau: float = 0.05
     options: LossOptions = LossOptions()
 
     @property
@@ -320,6 +321,7 @@ def _pair_losses(pairs: Pairs, mean_chosen_length: float, settings: DPOSettings)
         mean_chosen_length=mean_chosen_length,
         whole_chosen_logps=pairs.logps[0],
         wpo_weight=pairs.wpo_weight,
+        discopop_tau=settings.discopop_tau,
         options=settings.options,
         reduction="none",
     )

@@ -143,6 +143,7 @@ def dpo_settings(algorithm: DictConfig, beta: float) -> DPOSettings:
         label_smoothing=algorithm.dpo_label_smoothing,
         reference_free=algorithm.dpo_reference_free,
         average_log_prob=algorithm.dpo_average_log_prob,
+        discopop_tau=algorithm.dpo_discopop_tau,
         options=LossOptions.of(algorithm),
     )
 

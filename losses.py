@@ -279,7 +279,10 @@ def apo_down_loss(p: PairLogps) -> Tensor:
 
 @register_loss("discopop", takes=EVERY_OPTION)
 def discopop_loss(p: PairLogps) -> Tensor:
-    """-(1-m) log sigma(x) + m exp(-x), where x = beta h and m = sigma(x / tau). DiscoPOP, arXiv 2406.08414, Eq. 5."""
+    """-(1-m) log sigma(x) + m exp(-x), where x = beta h and m = sigma(x / tau). DiscoPOP, arXiv 2406.08414, Eq. 5.
+
+    At x = 0 its slope is (1 - log 2) / (4 tau) - 3/4: with tau below 0.103, as the paper's and TRL's 0.05, the loss
+    rises there with the chosen response's lead, and pairs whose reference is the policy are trained the wrong way."""
     x = p.logits
     # m exp(-x) in log space: for x << 0 exp(-x) overflows, though the product goes to 0.
     return torch.exp(F.logsigmoid(x / p.discopop_tau) - x) - torch.sigmoid(-x / p.discopop_tau) * F.logsigmoid(x)
@@ -351,7 +354,7 @@ def check_loss_settings(
         need = "give a share from 0 to 0.5, above 0 for exo_pair (its logarithm), below 0.5 for robust (1 - 2x divides)"
         raise ValueError(f"label_smoothing (algorithm.dpo_label_smoothing) is {label_smoothing!r}: {need}.")
     if not (is_number(discopop_tau) and 0 < discopop_tau <= 1):
-        raise ValueError(f"discopop_tau is {discopop_tau!r}: give a number in (0, 1].")
+        raise ValueError(f"discopop_tau (algorithm.dpo_discopop_tau) is {discopop_tau!r}: give a number in (0, 1].")
     _check_options(options)
     _check_combination(names, options, average_log_prob, reference_free)
     return list(zip(names, weights, strict=True))

@@ -116,6 +116,9 @@ class Algorithm(Section):
     dpo_average_log_prob: bool = own(False, "mean instead of sum of token log-probs")
     dpo_simpo_gamma: NotNegative = own(0.5, "the margin of the loss `simpo`")
     dpo_dpop_lambda: NotNegative = own(50.0, "what the loss `dpop` weighs lost likelihood with")
+    dpo_discopop_tau: Positive = own(
+        0.2, "of the loss `discopop`, from 0 to 1; TRL's 0.05 [does not learn here](docs/losses.md)"
+    )
     dpo_length_penalty: NotNegative = own(0.0, "R-DPO: reward that each token of a response costs")
     dpo_ld_alpha: Share | None = own(None, "LD-DPO: weight of the tokens by which one response is longer")
     dpo_use_weighting: bool = own(False, "WPO: weigh pairs by how likely the policy would be to give them")

@@ -91,7 +91,7 @@ class RunMonitor:
         if progress is not None:
             self._warn_of_drift(progress)
         self._console.close(progress)
-        processes = [process for process in process_tree() if process not in self._not_of_the_run]
+        processes = self._of_the_run(process_tree())
         ray.shutdown()
         _, alive = psutil.wait_procs(processes, timeout=10)
         for process in alive:
@@ -104,6 +104,9 @@ class RunMonitor:
             os.close(self._lock)
         for file in self._shared_memory:
             Path(file).unlink(missing_ok=True)
+
+    def _of_the_run(self, processes: list[psutil.Process]) -> list[psutil.Process]:
+        return [process for process in processes if process not in self._not_of_the_run]
 
     def _keep_logs(self) -> None:
         logs = self._folder / "ray" / "session_latest" / "logs"
@@ -120,7 +123,7 @@ class RunMonitor:
             processes = process_tree()
             if not self._joins and time.monotonic() >= self._looked + self._memory_seconds:
                 self._measure_memory(processes)
-            self._find_shared_memory(processes)
+            self._find_shared_memory(self._of_the_run(processes))
             progress = _ask_task_runner()
             if progress is not None:
                 has_started = True

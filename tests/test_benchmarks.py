@@ -371,7 +371,7 @@ def test_a_measurement_that_is_stopped_ends_its_process(tmp_path, monkeypatch):
     command = [sys.executable, "-c", "import time; time.sleep(61)"]
     with pytest.raises(KeyboardInterrupt):
         machine.run_measured(command, machine.plain_environment(), tmp_path / "log")
-    assert command not in [child.cmdline() for child in psutil.Process().children()]
+    assert command not in [process.info["cmdline"] for process in psutil.process_iter(["cmdline"])]
 
 
 def test_two_descriptions_of_this_machine_are_of_one_kind():

@@ -40,7 +40,7 @@ def verdicts(report: dict) -> dict[str, str]:
 def test_the_quick_doctor(tmp_path, tiny_models):
     """Without Ray: versions and machine, and the worker beside plain PyTorch."""
     model = f"actor_rollout_ref.model.path={tiny_models['llama']}"
-    result, report = run_doctor(tmp_path, "--quick", model, timeout=240)
+    result, report = run_doctor(tmp_path, "--quick", model, timeout=doctor.PROBE_SECONDS + 180)
     found = verdicts(report)
     assert result.returncode == 0, result.stdout
     assert list(found) == ["machine", "versions", "ports", "CPU cores", "shared memory", "disk", "host memory", *PROBED]

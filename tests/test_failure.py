@@ -145,6 +145,7 @@ STOPPED = """
 import os, signal, sys, time
 from recipe.spin import verl_patches
 from recipe.spin.run import signals
+signal.signal(int(sys.argv[1]), signal.SIG_DFL)  # whatever the tests' own parent ignores
 signals.honor()
 import ray
 with verl_patches.sigterm_kept_from_ray():

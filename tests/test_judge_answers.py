@@ -151,7 +151,7 @@ def test_a_judge_whose_answer_to_the_trial_question_holds_no_verdict_is_warned_o
     assert ": 'I would rather not say.'; such answers count as ties" in said
     with RuleJudge(number) as server:
         run.check(*settings(server))
-    assert "warning" not in capsys.readouterr().err
+    assert "warning: judge" not in capsys.readouterr().err
 
 
 class BusyWithTheList(Handler):

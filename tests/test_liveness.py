@@ -154,7 +154,9 @@ def test_a_server_ends_with_its_engine(monkeypatch, capfd):
     monkeypatch.setattr(server, "ENGINE_POLL_SECONDS", 0.001)
     monkeypatch.setattr(server.os, "_exit", ended.append)
     engine = types.SimpleNamespace(errored=False)
-    thread = threading.Thread(target=server.RolloutServer._end_with_engine, args=[types.SimpleNamespace(engine=engine)])
+    thread = threading.Thread(
+        target=server.RolloutServer._end_with_engine, args=[types.SimpleNamespace(engine=engine)], daemon=True
+    )
     thread.start()
     time.sleep(0.02)
     assert not ended

@@ -63,6 +63,15 @@ def test_losses_by_hand(name, beta, eps, expected):
     assert loss.item() == pytest.approx(expected, abs=1e-9)
 
 
+@pytest.mark.parametrize(("tau", "towards_the_chosen"), [(0.05, False), (0.102, False), (0.104, True), (0.2, True)])
+def test_discopop_at_first_pulls_towards_the_chosen_response_from_a_tau_on(tau, towards_the_chosen):
+    """Where the policy is the reference, as at the start and after a refresh."""
+    logps = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    same = torch.zeros(1, dtype=torch.float64)
+    compute_online_dpo_loss(logps, same, same, same, 0.1, loss_type="discopop", discopop_tau=tau).backward()
+    assert (logps.grad.item() < 0) == towards_the_chosen
+
+
 def two_pairs():
     """Log-ratios chosen 1, -3 and rejected -1, 5; policy chosen - rejected 3, -1, reference chosen - rejected 1, 7."""
     pairs = ([-2.0, -6.0], [-5.0, -5.0], [-3.0, -3.0], [-4.0, -10.0])
@@ -197,7 +206,7 @@ def test_errors_of_the_loss():
             compute_online_dpo_loss(*ONE_PAIR, 0.1, loss_type=["sigmoid", name], chosen_lengths=torch.ones(1))
     with pytest.raises(ValueError, match="dpo_label_smoothing"):  # settings are checked here too
         compute_online_dpo_loss(*ONE_PAIR, 0.1, 0.7)
-    with pytest.raises(ValueError, match="discopop_tau is 0.0"):
+    with pytest.raises(ValueError, match="dpo_discopop_tau. is 0.0"):
         compute_online_dpo_loss(*ONE_PAIR, 0.1, discopop_tau=0.0)
 
 
@@ -487,8 +496,8 @@ def test_settings_that_are_fine():
         (dict(loss_weights=["1"]), r"dpo_loss_weights\) is \['1'\]"),
         (dict(loss_weights=[float("nan")]), r"dpo_loss_weights\) is \[nan\]"),
         (dict(loss_type=["sigmoid", "sft"], loss_weights=[0, 0.0]), r"dpo_loss_weights\) is \[0, 0.0\].*one > 0"),
-        (dict(discopop_tau=0.0), "discopop_tau is 0.0"),
-        (dict(discopop_tau=1.5), "discopop_tau is 1.5"),
+        (dict(discopop_tau=0.0), r"dpo_discopop_tau\) is 0.0"),
+        (dict(discopop_tau=1.5), r"dpo_discopop_tau\) is 1.5"),
         (dict(loss_type="sft", average_log_prob=True), "dpo_average_log_prob is true, but the loss sft"),
         (dict(loss_type="sigmoid_norm", average_log_prob=True), "dpo_average_log_prob is true, but .* sigmoid_norm"),
     ],

@@ -89,7 +89,7 @@ def test_processes_end_with_the_run_and_those_from_before_it_do_not(tmp_path, mo
     sleeper = [sys.executable, "-c", "import sys; sys.stdin.read()"]
     monkeypatch.setattr(RunMonitor, "_watch", lambda self: None)
     wait = psutil.wait_procs
-    monkeypatch.setattr(psutil, "wait_procs", lambda processes, timeout: wait(processes, timeout=0.1))
+    monkeypatch.setattr(psutil, "wait_procs", lambda processes, timeout: wait(processes, 0.1 if timeout == 10 else 60))
     with subprocess.Popen(sleeper, stdin=subprocess.PIPE) as before:
         with RunMonitor(tmp_path / "logs", joins=True):
             during = subprocess.Popen(sleeper, stdin=subprocess.PIPE)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -22,8 +23,8 @@ sys.stdin.read()
 
 @pytest.fixture
 def base(tmp_path_factory, monkeypatch) -> Path:
-    base = Path(f"/tmp/t{os.getpid()}")  # short, as Ray's sockets stand below
-    base.mkdir()
+    base = Path(tempfile.mkdtemp(prefix="t", dir="/tmp"))  # short, as Ray's sockets stand below
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
     monkeypatch.setattr(private_folder.tempfile, "tempdir", str(base))
     yield base
     subprocess.run(["rm", "-rf", str(base)], check=True)

@@ -155,7 +155,11 @@ def test_stopping_ends_pip_too(install: Installation, number: signal.Signals, co
         FAKE_VENV_PYTHON=str(install.checkout.bin / "venv-python"), FAKE_PIP_HANGS="1"
     )
     process = subprocess.Popen(
-        ["bash", str(install.checkout.root / "run_spin.sh")], env=environment, stderr=subprocess.PIPE, text=True
+        ["bash", str(install.checkout.root / "run_spin.sh")],
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # bash traps nothing that its parent ignores
     )
     pip_pid = install.checkout.out / "pip_pid"
     deadline = time.monotonic() + 30

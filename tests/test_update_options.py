@@ -15,7 +15,7 @@ from worker_jobs import MAX_PROMPT, MAX_RESPONSE, PROMPTS, make_batches, train, 
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
-BETA, ALPHA, GAMMA, LAMBDA, PENALTY = 0.3, 0.4, 0.7, 5.0, 0.05
+BETA, ALPHA, GAMMA, LAMBDA, PENALTY, TAU = 0.3, 0.4, 0.7, 5.0, 0.05, 0.3
 
 
 # ---- Plain PyTorch ---------------------------------------------------------------------------------------------------
@@ -58,6 +58,12 @@ def length_penalty(policy, reference):
     return log_loss(dpo(policy, reference) + PENALTY * (len(policy.chosen) - len(policy.rejected)))
 
 
+def discopop(policy, reference):
+    lead = dpo(policy, reference)
+    share = torch.sigmoid(lead / TAU)
+    return (1 - share) * log_loss(lead) + share * torch.exp(-lead)
+
+
 def length_desensitized(policy, reference):
     return log_loss(dpo(policy, reference, ALPHA))
 
@@ -81,6 +87,7 @@ def forward_kl(policy, reference):
 LOSSES = {  # the plain loss of a pair, and the recipe's settings
     "simpo": (simpo, ["dpo_loss_type=simpo", f"dpo_simpo_gamma={GAMMA}"]),
     "dpop": (dpop, ["dpo_loss_type=dpop", f"dpo_dpop_lambda={LAMBDA}"]),
+    "DiscoPOP": (discopop, ["dpo_loss_type=discopop", f"dpo_discopop_tau={TAU}"]),
     "R-DPO": (length_penalty, [f"dpo_length_penalty={PENALTY}"]),
     "LD-DPO": (length_desensitized, [f"dpo_ld_alpha={ALPHA}"]),
     "WPO": (weighted, ["dpo_use_weighting=True"]),

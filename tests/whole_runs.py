@@ -100,9 +100,10 @@ def finish(process: subprocess.Popen, timeout: float = 420) -> str:
     """Waits for a run and returns what it printed; a hang ends the whole process group."""
     try:
         output, _ = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
+    except subprocess.TimeoutExpired as error:
         os.killpg(process.pid, signal.SIGKILL)
-        raise
+        output, _ = process.communicate()
+        raise TimeoutError(f"the run has not ended after {timeout} s; its last words:\n{output[-5000:]}") from error
     return output
 
 

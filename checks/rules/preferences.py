@@ -90,6 +90,7 @@ def losses_are_known(settings: Settings) -> None:
             beta=1.0,
             label_smoothing=settings["algorithm.dpo_label_smoothing"],
             loss_weights=settings["algorithm.dpo_loss_weights"],
+            discopop_tau=settings["algorithm.dpo_discopop_tau"],
             average_log_prob=settings["algorithm.dpo_average_log_prob"],
             reference_free=settings["algorithm.dpo_reference_free"],
             options=LossOptions.of({f"dpo_{name}": settings[f"algorithm.dpo_{name}"] for name in LOSS_OPTIONS}),
