@@ -135,6 +135,7 @@ def without_chatter() -> Iterator[None]:
             yield
     finally:
         logging.disable(disabled)
+        sys.stdout.flush()  # a pipe would get it at the end, behind the cause of a failure on stderr
 
 
 class _Filter:

@@ -2,6 +2,9 @@
 
 import io
 import logging
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -139,3 +142,20 @@ def test_chatter_is_dropped_and_everything_else_stays(capsys):
         logging.getLogger("verl").warning("of use")
     assert capsys.readouterr().out == "WARNING: val_batch_size is deprecated.\nray init said something\n"
     assert not logging.root.manager.disable
+
+
+FAILS = """
+import sys
+from recipe.spin.run.console import without_chatter
+with without_chatter():
+    print("(raylet) A worker died")
+sys.exit("error: the cause")
+"""
+
+
+def test_what_libraries_say_stands_before_the_cause_of_a_failure_in_a_file_too():
+    """Whose standard output is buffered, and whose last lines are to be the cause."""
+    command, root = [sys.executable, "-c", FAILS], Path(__file__).parents[1]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    done = subprocess.run(command, cwd=root, text=True, timeout=300, **pipes)
+    assert done.stdout == "(raylet) A worker died\nerror: the cause\n"
