@@ -2,6 +2,7 @@
 
 import io
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -157,5 +158,6 @@ def test_what_libraries_say_stands_before_the_cause_of_a_failure_in_a_file_too()
     """Whose standard output is buffered, and whose last lines are to be the cause."""
     command, root = [sys.executable, "-c", FAILS], Path(__file__).parents[1]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    done = subprocess.run(command, cwd=root, text=True, timeout=300, **pipes)
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(command, cwd=root, env=buffered, text=True, timeout=300, **pipes)
     assert done.stdout == "(raylet) A worker died\nerror: the cause\n"
