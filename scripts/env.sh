@@ -151,7 +151,7 @@ sys.exit(bool(faults))' "$(spin_constraints)" "$@" 2>/dev/null
 # Sets PYTHON to the active environment's if that holds what the recipe needs, and says why one with verl does not.
 spin_use_active_python() {
     local candidate lacks needs=(torch verl vllm transfer_queue)
-    if [[ "$1" == test ]]; then needs+=(pytest hypothesis); fi
+    if [[ "$1" == test ]]; then needs+=(pytest xdist hypothesis); fi
     for candidate in ${PYTHON:+"$PYTHON"} python python3; do
         candidate="$(command -v "$candidate" 2>/dev/null)" || continue
         # The environment that this script makes may be active but half installed
@@ -276,7 +276,7 @@ spin_install() {
     spin_make_venv
     spin_forget_broken_packages
     "spin_install_$SPIN_PROFILE"
-    if [[ "$mode" == test ]]; then spin_pip "test tools" pytest hypothesis ruff 'trl; python_version >= "3.11"'; fi
+    if [[ "$mode" == test ]]; then spin_pip "test tools" pytest pytest-xdist hypothesis ruff 'trl; python_version >= "3.11"'; fi
     echo "$key" >"$SPIN_VENV/.spin-run"
     echo "$key" >"$stamp"
     spin_say "installed after $((SECONDS - start)) s"

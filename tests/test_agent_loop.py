@@ -437,12 +437,12 @@ class Longest(PreferenceSource):
 FIRST, SECOND = "00000003-00000004", "00000003-00000005"  # uids of training prompts
 
 
-def worker_with_unscored(*servers: Server, count: int) -> RolloutWorker:
+def worker_with_unscored(*servers: Server, count: int, limit: float = 60.0) -> RolloutWorker:
     worker = RolloutWorker.__new__(RolloutWorker)
     worker.config = OmegaConf.create(
         {
             "reward": {"custom_reward_function": {"path": None}, "reward_model": {"enable": False}},
-            "algorithm": {"reward_timeout_s": 0.1},
+            "algorithm": {"reward_timeout_s": limit},
             "trainer": {"rollout_data_dir": None},
         }
     )
@@ -522,12 +522,12 @@ class Hanging(Longest):
 
 
 def test_a_source_that_gives_no_scores_is_given_up_unless_it_limits_itself():
-    worker = worker_with_unscored(Server(), count=2)
+    worker = worker_with_unscored(Server(), count=2, limit=0.1)
     worker._source = Hanging(2, None)
     told = r"Hanging.score_group did not return within algorithm.reward_timeout_s=0.1 s for the responses to the prompt"
     with pytest.raises(RewardError, match=told):
         asyncio.run(worker.score_groups())
-    worker = worker_with_unscored(Server(), count=2)
+    worker = worker_with_unscored(Server(), count=2, limit=0.1)
     worker._source = Hanging(2, None)
     worker._source.limits_itself = True
     assert len(asyncio.run(worker.score_groups())) == 2

@@ -414,7 +414,8 @@ def test_no_setting_makes_seven_billion_fit_one_of_24_gb():
 def test_what_is_advised_fits_and_nothing_in_it_could_be_left_out(model, device, gpus):
     start = growth.layout_of(device, scaling.PROFILE_FULLEST, gpus)
     found = fit.fitting(model, start, device.memory, row=scaling.LONGEST_ROW)
-    if found is None:
+    if gpus == 1 and model is QWEN_7B and device is not growth.H100:
+        assert found is None
         return
     settings, layout = found
     assert fit.fits(model, layout, device.memory, device.memory)
