@@ -35,7 +35,7 @@ class DPOSettings:
     label_smoothing: float = 0.0
     reference_free: bool = False
     average_log_prob: bool = False
-    discopop_tau: float = 0.05
+    discopop_tau: float = 0.2
     options: LossOptions = LossOptions()
 
     @property

@@ -96,7 +96,7 @@ class PairLogps:
     reference_rejected: Tensor
     beta: float
     label_smoothing: float = 0.0
-    discopop_tau: float = 0.05
+    discopop_tau: float = 0.2
     chosen_lengths: Tensor | None = None
     rejected_lengths: Tensor | None = None
     mean_chosen_length: Tensor | float | None = None
@@ -281,7 +281,7 @@ def apo_down_loss(p: PairLogps) -> Tensor:
 def discopop_loss(p: PairLogps) -> Tensor:
     """-(1-m) log sigma(x) + m exp(-x), where x = beta h and m = sigma(x / tau). DiscoPOP, arXiv 2406.08414, Eq. 5.
 
-    At x = 0 its slope is (1 - log 2) / (4 tau) - 3/4: with tau below 0.103, as the paper's and TRL's 0.05, the loss
+    At x = 0 its slope is (1 - log 2) / (4 tau) - 3/4: with tau below 0.102, as the paper's and TRL's 0.05, the loss
     rises there with the chosen response's lead, and pairs whose reference is the policy are trained the wrong way."""
     x = p.logits
     # m exp(-x) in log space: for x << 0 exp(-x) overflows, though the product goes to 0.
@@ -330,7 +330,7 @@ def check_loss_settings(
     label_smoothing: float = 0.0,
     loss_weights: Sequence[float] | None = None,
     *,
-    discopop_tau: float = 0.05,
+    discopop_tau: float = 0.2,
     average_log_prob: bool = False,
     reference_free: bool = False,
     options: LossOptions = LossOptions(),
@@ -447,7 +447,7 @@ def compute_online_dpo_loss(
     mean_chosen_length: Tensor | float | None = None,
     whole_chosen_logps: Tensor | None = None,
     wpo_weight: Tensor | None = None,
-    discopop_tau: float = 0.05,
+    discopop_tau: float = 0.2,
     options: LossOptions = LossOptions(),
     reduction: str = "mean",
 ) -> Tensor:

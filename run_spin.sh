@@ -29,7 +29,7 @@ Environment variables:
   CUDA_VISIBLE_DEVICES  the GPUs to use (all)
   N_GPUS_PER_NODE       GPUs, or ranks on cpu, per machine (the visible GPUs; 1 on cpu)
   NNODES                machines (1); with more the run joins the Ray cluster that is running there
-  RAY_ADDRESS           that cluster's address (auto)
+  RAY_ADDRESS           that cluster's address (auto); where it is set, a run on one machine joins that cluster, too
   WANDB_API_KEY         also log to Weights & Biases
   PYTHON                a Python that has verl and vLLM, to be used instead of .venv
   SPIN_TORCH_INDEX      address of PyTorch's package index of CPU builds (pytorch.org tells it), for a smaller
@@ -187,7 +187,7 @@ tell() {
     if [[ -n "$REWARD" ]]; then
         spin_say "reward:  $REWARD (its code is run)"
     else
-        spin_say "reward:  as the arguments say, else the one that verl has for the data source"
+        spin_say "reward:  as arguments and preference source say, else the one that verl has for the data source"
     fi
     if [[ -n "$(ls -A "$RUN" 2>/dev/null)" ]]; then
         spin_say "run:     $RUN, unfinished: continuing from its last checkpoint, or from the start if it has none"

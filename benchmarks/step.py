@@ -9,7 +9,7 @@ first step warms up and does not count; here the first two, as the reference, wh
 is first asked in the second. This recipe's last step refreshes the reference and is reported apart.
 
 Prints medians and the ratios round by round, writes benchmarks/results/DATE-NAME.json, and makes RESULTS.md anew.
-KEY=VALUE are further overrides of this recipe. Three rounds take about an hour on two cores.
+KEY=VALUE are further overrides of this recipe. Three rounds take 20 minutes on two cores.
 """
 
 import argparse

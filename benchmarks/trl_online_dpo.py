@@ -3,7 +3,8 @@
     python -m benchmarks.trl_online_dpo --model DIR --data DIR --output FILE [--seed 1] [--steps 12] [--every 4]
         [--batch 32] [--optimizer adamw_torch] [--in-order]
 
-The settings are those of the recipe's CPU profile wherever both have them, and TRL's defaults elsewhere. Every line of
+The settings are those of the recipe's CPU profile wherever both have them, but the learning rate, which was the
+profile's until 45e0d1a, and TRL's defaults elsewhere. Every line of
 the output is a step: `sampled` and `greedy` held-out accuracy (before the first step and every so many), `score` the
 mean over the step's responses, `seconds` without the evaluation, their parts `gen`, `ref`, `update` (forward and
 backward) and `optimizer` (with clipping), the step's `response_tokens`, and the cores that other processes kept busy

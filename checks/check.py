@@ -27,7 +27,7 @@ def check_settings(config: DictConfig) -> None:
 def check_config(config: DictConfig) -> None:
     """Raises ConfigError with everything in the composed config that could not work.
 
-    Looks at the recipe's keys, at verl's keys that the recipe relies on, and at the files they name; needs neither
+    Looks at the recipe's keys, at verl's keys that the recipe relies on, and at the files they name; starts neither
     verl nor Ray.
     """
     settings = Settings(config)

@@ -62,6 +62,12 @@ def takes_reference(settings: Settings) -> bool:
     return _sound_source(settings).takes_reference(settings.config)
 
 
+def has_late_reward_model(settings: Settings) -> bool:
+    """Whether a reward model scores in the policy's pool, so once all of a step's responses are there."""
+    model = "reward.reward_model"
+    return settings[f"{model}.enable"] and not settings[f"{model}.enable_resource_pool"]
+
+
 def scores_with_reference(settings: Settings) -> bool:
     """Whether the source scores with the reference's weights, once all of a step's responses are there."""
     return _sound_source(settings).scores_with_reference(settings.config)

@@ -1,7 +1,7 @@
 """The settings as a typed schema: the recipe's own keys, and those of verl's that the recipe relies on.
 
 A field with a description is in the README's table, which `python -m recipe.spin.checks.schema` prints; its default is
-the one of config/spin_trainer.yaml. kinds.py has what the schema is made of; what ties keys together stands in rules/.
+that of the GPU profile as composed. kinds.py has what the schema is made of; what ties keys together stands in rules/.
 """
 
 from collections.abc import Iterator

@@ -135,7 +135,7 @@ class PreferenceSource:
     @cached_property
     def end_tokens(self) -> set[int]:
         """The tokens at which generation stops: those of the model's generation config and the tokenizer's."""
-        from verl.utils.model import get_generation_config  # checks before a run do without verl
+        from verl.utils.model import get_generation_config  # most checks before a run do without verl
 
         tokens = getattr(get_generation_config(self.config.actor_rollout_ref.model.path), "eos_token_id", None)
         tokens = tokens if isinstance(tokens, list) else [tokens]

@@ -49,7 +49,7 @@ class Console:
         """The TaskRunner's progress: `doing`, the last finished `step` of `total`, and its `metrics`.
 
         `finished` has the last few steps with their metrics, as several may have ended since the last look. After a
-        validation also `validation`: its `step`, and what it had of a validation's `faults` (report.py).
+        validation also `validation`: its `step`, and what it had of a validation's faults (`held_out_faults`).
         """
         training = progress["doing"] == "training"
         if self._bar is None and not (training or self._step):

@@ -23,8 +23,8 @@ READ = (
 # per token jumps by up to 0.6 from one to the next, its mean over 4 by 0.3 at most.
 WINDOW = 4
 # Nats per token that the chosen responses may lose against their best: 0.5 makes a token 40% less likely. The default
-# run goes from about -0.9 to -0.15; it and 27 others of 12 steps, by loss, learning rate and task, are never more than
-# 0.15 below their best.
+# run goes from about -0.9 to -0.15; it and 27 others of 12 steps, by loss, learning rate and task, were never more than
+# 0.15 below their best that day; a later one that was, by 0.5, unlearnt its task (discopop with tau 0.05).
 LIKELIHOOD_LOSS = 0.5
 # Nats that the chosen responses, as a whole, may be below the reference: 1 makes them 63% less likely. Responses of the
 # policy's own are above it on average; in the default run by up to 1.6.

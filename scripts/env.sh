@@ -250,7 +250,7 @@ spin_install_rehearsal() { spin_install_cpu; }
 # Ends with a message where a new .venv would fill the disk.
 spin_check_disk() {
     local needed=11 free
-    if [[ "$SPIN_PROFILE" == cpu ]]; then needed=3; fi
+    if [[ "$SPIN_PROFILE" == cpu ]]; then needed=4; fi
     free="$(df -Pk "$SPIN_ROOT" | awk 'NR == 2 { print int($4 * 1024 / 1e9) }')"
     if ((free < needed)); then
         spin_die "the profile $SPIN_PROFILE takes $needed GB on disk, and $SPIN_ROOT has $free GB free." \

@@ -158,6 +158,14 @@ def test_a_reward_model(run, classifier):
     run.check(*classifier, *own, "ray_kwargs.ray_init.num_gpus=2")
 
 
+def test_a_reward_model_in_the_policys_pool_scores_too_late_for_dynamic_sampling(run, classifier):
+    message = run.refusal(*classifier, "algorithm.filter_groups.enable=True")
+    assert message.startswith("algorithm.filter_groups.enable=True: which prompts tie")
+    assert f"{MODEL}.enable_resource_pool=True" in message
+    own = [f"{MODEL}.enable_resource_pool=True", f"{MODEL}.nnodes=1", f"{MODEL}.n_gpus_per_node=1"]
+    run.check(*classifier, *own, "ray_kwargs.ray_init.num_gpus=2", "algorithm.filter_groups.enable=True")
+
+
 def test_a_reward_models_own_pool_needs_devices_beside_the_trainers(run, classifier, monkeypatch):
     """verl would refuse them when Ray has started: 8 < 10."""
     pool = [f"{MODEL}.enable_resource_pool=True", f"{MODEL}.nnodes=1", f"{MODEL}.n_gpus_per_node=2"]

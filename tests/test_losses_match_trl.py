@@ -91,7 +91,7 @@ def trl_loss(policy, reference, mask, beta, label_smoothing, loss_types, loss_we
     trainer = object.__new__(DPOTrainer)
     trainer.model, trainer.ref_model = Model(policy, mask, expected), Model(reference, mask)
     trainer.accelerator = accelerator()
-    trainer.args = SimpleNamespace(discopop_tau=0.05, gradient_checkpointing_kwargs=None)
+    trainer.args = SimpleNamespace(discopop_tau=0.2, gradient_checkpointing_kwargs=None)
     trainer.beta, trainer.label_smoothing = beta, label_smoothing
     trainer.loss_types, trainer.loss_weights = loss_types, loss_weights
     trainer.f_divergence_type, trainer.f_alpha_divergence_coef, trainer.ld_alpha = "reverse_kl", 0.5, None

@@ -18,7 +18,7 @@ tell
     ("reward", "line"),
     [
         ("/data/mine/reward.py", "reward:  /data/mine/reward.py (its code is run)"),
-        ("", "reward:  as the arguments say, else the one that verl has for the data source"),
+        ("", "reward:  as arguments and preference source say, else the one that verl has for the data source"),
     ],
 )
 def test_a_file_with_a_reward_is_said_to_be_run(reward, line):

@@ -154,7 +154,7 @@ def test_files_that_arguments_name_come_without_an_examples_data_and_reward(chec
     assert not [one for one in result.extra[:-2] if one.startswith(("data.", "reward."))]
     assert not (checkout.root / "data").exists()
     assert result.overrides["trainer.default_local_dir"].endswith(f"/outputs/cpu-{name}")
-    assert "reward:  as the arguments say, else the one that verl has" in result.stdout
+    assert "reward:  as arguments and preference source say, else the one that verl has" in result.stdout
 
 
 def test_files_that_arguments_name_are_scored_by_the_users_reward(checkout: Checkout) -> None:

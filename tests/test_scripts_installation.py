@@ -73,7 +73,7 @@ def install(checkout: Checkout) -> Installation:
     return Installation(checkout)
 
 
-@pytest.mark.parametrize(("profile", "free", "needed"), [("cpu", 2, 3), ("gpu", 10, 11)])
+@pytest.mark.parametrize(("profile", "free", "needed"), [("cpu", 3, 4), ("gpu", 10, 11)])
 def test_no_installation_onto_a_disk_that_is_too_small(install: Installation, profile, free, needed) -> None:
     install.disk(free)
     code, output, calls = install(SPIN_PROFILE=profile)

@@ -126,7 +126,7 @@ def prepare(options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Makes a run's data of a file or of a data set on the hub.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help=f"a file ({', '.join(SUFFIXES)}) or the name of a data set on the hub")
     parser.add_argument("--output", type=Path, required=True, help="the folder to write into")
     parser.add_argument("--prompt", default="prompt", help="column of texts, messages or conversations (prompt)")

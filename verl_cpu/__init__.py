@@ -1,7 +1,8 @@
 """Lets verl 0.9.1 train on machines without a GPU: a verl platform plug-in and the patches it needs.
 
 verl loads this package in every process through `VERL_USE_EXTERNAL_MODULES=verl_cpu`; `VERL_PLATFORM=cpu` selects it
-(both are set by `verl_cpu/env.sh`). Nothing here knows of the recipe, and the recipe knows nothing of this.
+(both are set by `verl_cpu/env.sh`). No module here imports the recipe's, and none of the recipe's this;
+of the recipe only scripts/env.sh and the doctor know where env.sh is.
 """
 
 import os

@@ -2,7 +2,14 @@
 
 import math
 
-from recipe.spin.checks.derived import ROLLOUT, ranks, scores_groups, scores_with_reference, takes_reference
+from recipe.spin.checks.derived import (
+    ROLLOUT,
+    has_late_reward_model,
+    ranks,
+    scores_groups,
+    scores_with_reference,
+    takes_reference,
+)
 from recipe.spin.common.settings import Settings
 
 MODE = "trainer.v1.trainer_mode"
@@ -85,7 +92,7 @@ def an_asynchronous_run_shares_its_engine_with_nobody(settings: Settings) -> Non
     )
     model = "reward.reward_model"
     settings.require(
-        not settings[f"{model}.enable"] or settings[f"{model}.enable_resource_pool"],
+        not has_late_reward_model(settings),
         MODE,
         f"the reward model takes turns with vLLM on its GPUs; give it its own, {model}.enable_resource_pool=True",
     )
@@ -119,10 +126,7 @@ def a_source_that_scores_is_not_overruled(settings: Settings) -> None:
     """
     model = "reward.reward_model"
     settings.require(
-        not settings[f"{model}.enable"]
-        or settings[f"{model}.enable_resource_pool"]
-        or not scores_groups(settings)
-        or scores_with_reference(settings),
+        not has_late_reward_model(settings) or not scores_groups(settings) or scores_with_reference(settings),
         f"{model}.enable",
         "in the policy's pool it scores after algorithm.preference_source="
         f"{settings['algorithm.preference_source']} and would decide in its place; set False, or give it its own "

@@ -3,7 +3,15 @@
 from dataclasses import fields
 from importlib import import_module
 
-from recipe.spin.checks.derived import ACTOR, MODEL, ROLLOUT, ULYSSES, is_self_play, scores_with_reference
+from recipe.spin.checks.derived import (
+    ACTOR,
+    MODEL,
+    ROLLOUT,
+    ULYSSES,
+    has_late_reward_model,
+    is_self_play,
+    scores_with_reference,
+)
 from recipe.spin.common.settings import ConfigError, Settings
 from recipe.spin.core_algos import LOSSES, LossOptions, beta_at, check_loss_settings
 from recipe.spin.preferences.source import source_class
@@ -51,6 +59,12 @@ def prompts_are_filtered_by_what_pairs_are_made_of(settings: Settings) -> None:
         key,
         f"which prompts tie is known only when algorithm.preference_source={settings['algorithm.preference_source']} "
         "has scored all of a step's responses with the reference's weights, too late to replace them; set False",
+    )
+    settings.require(
+        not has_late_reward_model(settings),
+        key,
+        "which prompts tie is known only when the reward model has scored all of a step's responses, too late to "
+        "replace them; set False, or give it its own devices, reward.reward_model.enable_resource_pool=True",
     )
 
 
