@@ -1,10 +1,10 @@
 """Growth of a step: measures sizes that run here, fits the model of growth.py and writes docs/scaling.md's tables.
 
     .venv/bin/python -m benchmarks.scaling plain     the arithmetic: plain PyTorch steps; 5 minutes on two cores
-    .venv/bin/python -m benchmarks.scaling engine    whole runs of this recipe; an hour and a half
+    .venv/bin/python -m benchmarks.scaling engine    whole runs of this recipe; goes on where it was stopped
     .venv/bin/python -m benchmarks.scaling tables    the tables, from what was measured last; seconds
 
-A measurement goes to benchmarks/results/DATE-scaling-plain.json or -engine.json.
+Plain steps go to benchmarks/results/DATE-scaling-plain.json, runs to scaling-engine.json.
 """
 
 import argparse
@@ -38,7 +38,9 @@ from benchmarks.machine import (
     memory_bandwidth,
     plain_environment,
     provenance,
+    results_file,
     run_measured,
+    run_missing,
     write_result,
 )
 from benchmarks.random_model import save_random_model
@@ -48,6 +50,7 @@ from recipe.spin.checks.fit import fitting
 
 DOCUMENT = ROOT / "docs" / "scaling.md"
 RESULTS = ROOT / "benchmarks" / "results"
+ENGINE_FILE = results_file("scaling-engine")
 SMOLLM2 = Model(30, 576, 1536, 9, 3, 64, 49152, tied=True)
 TINY = Model(2, 64, 128, 2, 1, 32, 316, tied=False)
 SHAPES = {"tiny": TINY, "135M": SMOLLM2, "0.5B": QWEN_0_5B}
@@ -165,32 +168,32 @@ def plain_table(result: dict) -> str:
 
 
 # ---- This recipe -----------------------------------------------------------------------------------------------------
-# What varies: prompts, n, response length, ranks, model
-ENGINE: list[dict] = [
-    {"prompts": 32},
-    {"prompts": 8},
-    {"prompts": 64},
-    {"prompts": 32, "n": 4, "pairing": "all"},
-    {"prompts": 32, "n": 8, "pairing": "all"},
-    {"prompts": 16, "response": 64},
-    {"prompts": 32, "ranks": 2},
-    {"prompts": 8, "model": "tiny"},
-    {"prompts": 8, "model": "0.5B"},
-]
+# What varies, by name: prompts, n, response length, ranks, model
+ENGINE: dict[str, dict] = {
+    "8 prompts of 0.5B": {"prompts": 8, "model": "0.5B"},
+    "32 prompts": {"prompts": 32},
+    "8 prompts": {"prompts": 8},
+    "64 prompts": {"prompts": 64},
+    "32 prompts, 4 responses, all pairs": {"prompts": 32, "n": 4, "pairing": "all"},
+    "32 prompts, 8 responses, all pairs": {"prompts": 32, "n": 8, "pairing": "all"},
+    "16 prompts, up to 64 tokens": {"prompts": 16, "longest": 64},
+    "32 prompts, 2 ranks": {"prompts": 32, "ranks": 2},
+    "8 prompts of the tiny model": {"prompts": 8, "model": "tiny"},
+}
+STEPS = 5
 
 
 def engine_overrides(size: dict) -> list[str]:
-    response = size.get("response", 16)
-    steps = 5
+    longest = size.get("longest", 16)
     return [
         f"data.train_batch_size={size['prompts']}",
         f"actor_rollout_ref.rollout.n={size.get('n', 2)}",
-        f"data.max_response_length={response}",
-        f"actor_rollout_ref.rollout.max_model_len={128 + response}",
+        f"data.max_response_length={longest}",
+        f"actor_rollout_ref.rollout.max_model_len={128 + longest}",
         f"algorithm.dpo_pairing={size.get('pairing', 'best_worst')}",
         "algorithm.dpo_tie_policy=first",
-        f"trainer.total_training_steps={steps}",
-        f"trainer.ref_update_freq={steps}",
+        f"trainer.total_training_steps={STEPS}",
+        f"trainer.ref_update_freq={STEPS}",
         # The largest tensor must fit: 0.5B's embedding has 545 MB in fp32
         f"actor_rollout_ref.rollout.checkpoint_engine.update_weights_bucket_megabytes="
         f"{640 if size.get('model') == '0.5B' else 128}",
@@ -200,44 +203,41 @@ def engine_overrides(size: dict) -> list[str]:
     ]
 
 
-def measure_engine(embedded: str, data: Path) -> dict:
-    """Whole runs of the recipe on all sizes; the shortest of the steps that neither warm up nor refresh counts."""
-    measured = []
+def measure_engine(name: str, embedded: str, data: Path) -> dict:
+    """A whole run of the recipe; the shortest of the steps that neither warm up nor refresh counts."""
+    size = ENGINE[name]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        models = {"135M": embedded} | {name: save_model(name, folder / name) for name in ("tiny", "0.5B")}
-        for number, size in enumerate(ENGINE):
-            run = folder / str(number)
-            model = size.get("model", "135M")
-            environment = plain_environment(
-                RUN_DIR=str(run),
-                MODEL_PATH=models[model],
-                DATA_DIR=str(data),
-                SPIN_PROFILE="cpu",
-                PYTHON=sys.executable,
-                N_GPUS_PER_NODE=str(size.get("ranks", 1)),
-            )
-            command = ["bash", str(ROOT / "run_spin.sh"), *engine_overrides(size)]
-            process = run_measured(command, environment, folder / f"{number}.log")
-            steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-            *_, refreshed = steps
-            counted = min(steps[1:-1], key=lambda step: step["timing_s/step"])
-            seconds = {name[9:]: value for name, value in counted.items() if name.startswith("timing_s/")}
-            measured.append(
-                size
-                | {"seconds": seconds, "refresh": refreshed["timing_s/refresh_ref"]}
-                | {"response_length": counted["response_length/mean"], "pairs": counted["pairs/used"]}
-                | {"peak_memory_gb": process.peak_memory_gb, "others_cores": process.others_cores}
-            )
-    return {"measured": measured}
+        model = size.get("model", "135M")
+        environment = plain_environment(
+            RUN_DIR=str(folder / "run"),
+            MODEL_PATH=embedded if model == "135M" else save_model(model, folder / model),
+            DATA_DIR=str(data),
+            SPIN_PROFILE="cpu",
+            PYTHON=sys.executable,
+            N_GPUS_PER_NODE=str(size.get("ranks", 1)),
+        )
+        command = ["bash", str(ROOT / "run_spin.sh"), *engine_overrides(size)]
+        process = run_measured(command, environment, folder / "run.log")
+        steps = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    *_, refreshed = steps
+    counted = min(steps[1:-1], key=lambda step: step["timing_s/step"])
+    seconds = {name[9:]: value for name, value in counted.items() if name.startswith("timing_s/")}
+    return (
+        provenance()
+        | size
+        | {"seconds": seconds, "refresh": refreshed["timing_s/refresh_ref"]}
+        | {"response_length": counted["response_length/mean"], "pairs": counted["pairs/used"]}
+        | {"peak_memory_gb": process.peak_memory_gb, "others_cores": process.others_cores}
+    )
 
 
-def engine_table(result: dict) -> str:
+def engine_table(found: dict[str, dict]) -> str:
     names = {"gen": "gen", "ref": "ref", "update_actor": "update", "update_weights": "weights", "step": "step"}
     columns = ["model", "ranks", "prompts", "n", "tokens a response, mean", "pairs", *names.values(), "refresh"]
     columns += ["peak memory, GB", "others' cores"]
     lines = [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
-    for one in result["measured"]:
+    for one in (found[name] for name in ENGINE if name in found):
         cells = [one.get("model", "135M"), one.get("ranks", 1), one["prompts"], one.get("n", 2)]
         cells += [f"{one['response_length']:.1f}", f"{one['pairs']:.0f}"]
         cells += [f"{one['seconds'].get(name, 0.0):.2f}" for name in names]
@@ -328,9 +328,9 @@ def shorten(settings: str) -> str:
 
 
 # ---- The document ----------------------------------------------------------------------------------------------------
-def latest(name: str) -> dict | None:
-    """The newest measurement of that name on this kind of machine, or of any if there is none."""
-    found = [json.loads(path.read_text()) for path in RESULTS.glob(f"*-scaling-{name}*.json")]
+def latest_plain() -> dict | None:
+    """The newest measurement of plain steps on this kind of machine, or of any if there is none."""
+    found = [json.loads(path.read_text()) for path in RESULTS.glob("*-scaling-plain*.json")]
     here = [one for one in found if one["machine"]["kind"] == describe()["kind"]] or found
     return max(here, key=lambda one: one["date"], default=None)
 
@@ -353,9 +353,10 @@ def fill(text: str, tables: dict[str, str]) -> str:
 def write_tables() -> None:
     tables = {"1,024 prompts": gpu_table(), "128 prompts a GPU": gpu_table(prompts=128), "fit": fit_table()}
     tables["parts"] = parts_table()
-    for name, table in (("plain", plain_table), ("engine", engine_table)):
-        if result := latest(name):
-            tables[name] = table(result)
+    if plain := latest_plain():
+        tables["plain"] = plain_table(plain)
+    if ENGINE_FILE.exists():
+        tables["engine"] = engine_table(json.loads(ENGINE_FILE.read_text())["runs"])
     DOCUMENT.write_text(fill(DOCUMENT.read_text(), tables))
 
 
@@ -369,7 +370,7 @@ def main() -> None:
     if options.what == "plain":
         write_result("scaling-plain", provenance() | measure_plain(options.model, options.rounds))
     elif options.what == "engine":
-        write_result("scaling-engine", provenance() | measure_engine(options.model, options.data))
+        run_missing([], ENGINE, lambda name: measure_engine(name, options.model, options.data), ENGINE_FILE, "runs")
     write_tables()
 
 

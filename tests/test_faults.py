@@ -18,8 +18,10 @@ from pathlib import Path
 
 import pytest
 from faulty_run import FILLER, STRUCK
+from judges import settings as judges
 from whole_runs import finish, metrics, processes, start, temporary_folder
 
+from benchmarks.rule_judge import RuleJudge
 from recipe.spin.run_folder import metrics_files, tracked_step
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -311,6 +313,27 @@ def test_a_reward_that_fails_now_and_then_can_be_tolerated(a_chain):
     tolerant.success("algorithm.reward_error=skip", "trainer.total_training_steps=4", reward="sometimes")
     missing = [entry["score/missing"] for step, entry in metrics(tolerant.run).items() if step]
     assert len(missing) == 4 and 0 < sum(missing) < 4 * 8
+
+
+@pytest.mark.long
+def test_a_judge_that_fails_midway_is_named_and_the_run_goes_on_when_it_answers(a_chain):
+    chain = a_chain("judged")
+    with RuleJudge(worth) as server:
+
+        def busy_from_the_second_step_on(request: str, response: str) -> float:
+            server.refusals = 1_000_000 if chain.step else 0
+            return worth(request, response)
+
+        server.rule = busy_from_the_second_step_on
+        error = chain.failure(chain.start(*judges(server)), begun_at=0)
+        assert server.address in error and "status 429" in error and "too many requests" in error
+        server.rule, server.refusals, last = worth, 0, chain.step + 1
+        chain.success(*judges(server), f"trainer.total_training_steps={last}")
+    assert chain.step == last > 1 and metrics(chain.run)[last]["judge/asked"] > 0
+
+
+def worth(request: str, response: str) -> float:
+    return sum(map(ord, response))
 
 
 @pytest.mark.long
