@@ -108,19 +108,34 @@ def plain_machine(result: dict) -> Machine:
     """This machine, its shares of the rate fitted to the plain steps of at least 100 million parameters."""
     sizes = [one for one in result["measured"] if SHAPES[one["model"]].parameters > 1e8]
     rate = statistics.median(one["rate"] for one in sizes)
-    machine = cpu(rate, result["memory_bandwidth"])
+    machine = cpu(result["machine"]["kind"], rate, result["memory_bandwidth"])
+    steps = [(SHAPES[one["model"]], plain_load(one), one["best"]) for one in sizes]
+    return fit_shares(machine, steps, {"reference": "ref", "update": "update"})
+
+
+SHARES = {"generation": "prefill_share", "reference": "forward_share", "update": "update_share"}
+
+
+def fit_shares(machine: Machine, steps: list[tuple[Model, Load, dict]], phases: dict[str, str]) -> Machine:
+    """The machine with the shares of its rate, medians over the steps, at which it takes as long as they took.
+
+    Args:
+        steps: what was trained on what, and the seconds that it took.
+        phases: of the model's phases, and what the steps call each.
+    """
     shares = {}
-    for share, phase, name in (("forward_share", "ref", "reference"), ("update_share", "update", "update")):
-        full = replace(machine, **{share: 1.0}, memory_bandwidth=float("inf"))
-        needed = [predict(full, SHAPES[one["model"]], plain_load(one)).seconds[name] for one in sizes]
-        shares[share] = statistics.median(a / one["best"][phase] for a, one in zip(needed, sizes, strict=True))
+    for phase, measured in phases.items():
+        full = replace(machine, **{SHARES[phase]: 1.0}, memory_bandwidth=float("inf"))
+        shares[SHARES[phase]] = statistics.median(
+            predict(full, model, load).seconds[phase] / seconds[measured] for model, load, seconds in steps
+        )
     return replace(machine, **shares)
 
 
-def cpu(rate: float, bandwidth: float) -> Machine:
+def cpu(kind: str, rate: float, bandwidth: float) -> Machine:
     """A machine without a GPU: fp32 throughout, one device for all cores."""
     return Machine(
-        describe()["kind"],
+        kind,
         rate,
         bandwidth,
         memory=0.0,
@@ -228,20 +243,59 @@ def measure_engine(name: str, embedded: str, data: Path) -> dict:
         | size
         | {"seconds": seconds, "refresh": refreshed["timing_s/refresh_ref"]}
         | {"response_length": counted["response_length/mean"], "pairs": counted["pairs/used"]}
+        | {"tokens": counted["perf/total_num_tokens"]}
         | {"peak_memory_gb": process.peak_memory_gb, "others_cores": process.others_cores}
     )
 
 
-def engine_table(found: dict[str, dict]) -> str:
-    names = {"gen": "gen", "ref": "ref", "update_actor": "update", "update_weights": "weights", "step": "step"}
-    columns = ["model", "ranks", "prompts", "n", "tokens a response, mean", "pairs", *names.values(), "refresh"]
-    columns += ["peak memory, GB", "others' cores"]
-    lines = [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
-    for one in (found[name] for name in ENGINE if name in found):
-        cells = [one.get("model", "135M"), one.get("ranks", 1), one["prompts"], one.get("n", 2)]
-        cells += [f"{one['response_length']:.1f}", f"{one['pairs']:.0f}"]
-        cells += [f"{one['seconds'].get(name, 0.0):.2f}" for name in names]
-        cells += [f"{one['refresh']:.2f}", f"{one['peak_memory_gb']:.1f}", f"{one['others_cores']:.1f}"]
+def engine_load(run: dict) -> Load:
+    """A run's step, in mean lengths."""
+    n = run.get("n", 2)
+    return Load(
+        prompts=run["prompts"],
+        n=n,
+        prompt=round(run["tokens"] / run["prompts"] / n - run["response_length"]),
+        response=round(run["response_length"]),
+        paired=n if run.get("pairing") == "all" else 2,
+        longest=run.get("longest", 16),
+        checkpointing=False,  # the products are kept: what is recomputed takes next to nothing
+    )
+
+
+def engine_machine(runs: list[dict], plain: dict) -> Machine:
+    """This machine, its shares of the rate fitted to the runs of at least 100 million parameters on one rank."""
+    machine = plain_machine(plain)
+    steps = []
+    for run in runs:
+        model = SHAPES[run.get("model", "135M")]
+        if model.parameters > 1e8 and run.get("ranks", 1) == 1:
+            seconds = run["seconds"]["update_actor"] - adamw_seconds(machine, model, devices=1)
+            steps.append((model, engine_load(run), run["seconds"] | {"update": seconds}))
+    return fit_shares(machine, steps, {"generation": "gen", "reference": "ref", "update": "update"})
+
+
+def engine_table(found: dict[str, dict], plain: dict) -> str:
+    runs = [found[name] for name in ENGINE if name in found]
+    machine = engine_machine(runs, plain)
+    columns = ["model", "ranks", "prompts", "n", "tokens a response, mean", "pairs"]
+    columns += ["generation, s: measured / predicted", "reference, s", "update, s", "weights to vLLM, s", "step, s"]
+    columns += ["refresh, s", "peak memory, GB", "others' cores"]
+    lines = [
+        f"{runs[0]['machine']['kind']}: fitted shares of the rate: generation {machine.prefill_share:.0%}, reference "
+        f"{machine.forward_share:.0%}, update {machine.update_share:.0%}.",
+        "",
+        f"| {' | '.join(columns)} |",
+        f"|{' --- |' * len(columns)}",
+    ]
+    for run in runs:
+        name, seconds = run.get("model", "135M"), run["seconds"]
+        phases = predict(machine, SHAPES[name], engine_load(run))
+        cells = [name, run.get("ranks", 1), run["prompts"], run.get("n", 2)]
+        cells += [f"{run['response_length']:.1f}", f"{run['pairs']:.0f}"]
+        for phase, measured in (("generation", "gen"), ("reference", "ref"), ("update", "update_actor")):
+            cells.append(f"{seconds[measured]:.2f} / {phases.seconds[phase]:.2f}")
+        cells += [f"{seconds['update_weights']:.2f}", f"{seconds['step']:.2f} / {phases.step_seconds:.2f}"]
+        cells += [f"{run['refresh']:.2f}", f"{run['peak_memory_gb']:.1f}", f"{run['others_cores']:.1f}"]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
@@ -355,8 +409,8 @@ def write_tables() -> None:
     tables["parts"] = parts_table()
     if plain := latest_plain():
         tables["plain"] = plain_table(plain)
-    if ENGINE_FILE.exists():
-        tables["engine"] = engine_table(json.loads(ENGINE_FILE.read_text())["runs"])
+        if ENGINE_FILE.exists():
+            tables["engine"] = engine_table(json.loads(ENGINE_FILE.read_text())["runs"], plain)
     DOCUMENT.write_text(fill(DOCUMENT.read_text(), tables))
 
 
