@@ -34,7 +34,6 @@ from benchmarks.growth import (
 )
 from benchmarks.machine import (
     ROOT,
-    describe,
     memory_bandwidth,
     plain_environment,
     provenance,
@@ -382,11 +381,11 @@ def shorten(settings: str) -> str:
 
 
 # ---- The document ----------------------------------------------------------------------------------------------------
-def latest_plain() -> dict | None:
-    """The newest measurement of plain steps on this kind of machine, or of any if there is none."""
+def latest_plain(kind: str | None = None) -> dict:
+    """The newest measurement of plain steps, on that kind of machine if there is one."""
     found = [json.loads(path.read_text()) for path in RESULTS.glob("*-scaling-plain*.json")]
-    here = [one for one in found if one["machine"]["kind"] == describe()["kind"]] or found
-    return max(here, key=lambda one: one["date"], default=None)
+    there = [one for one in found if one["machine"]["kind"] == kind] or found
+    return max(there, key=lambda one: one["date"])
 
 
 def fill(text: str, tables: dict[str, str]) -> str:
@@ -404,14 +403,18 @@ def fill(text: str, tables: dict[str, str]) -> str:
     return text
 
 
-def write_tables() -> None:
-    tables = {"1,024 prompts": gpu_table(), "128 prompts a GPU": gpu_table(prompts=128), "fit": fit_table()}
-    tables["parts"] = parts_table()
-    if plain := latest_plain():
-        tables["plain"] = plain_table(plain)
-        if ENGINE_FILE.exists():
-            tables["engine"] = engine_table(json.loads(ENGINE_FILE.read_text())["runs"], plain)
-    DOCUMENT.write_text(fill(DOCUMENT.read_text(), tables))
+def tables() -> dict[str, str]:
+    """The document's tables by name: what the formula says, and what was measured last."""
+    runs = json.loads(ENGINE_FILE.read_text())["runs"]
+    kind = next(iter(runs.values()))["machine"]["kind"]
+    return {
+        "1,024 prompts": gpu_table(),
+        "128 prompts a GPU": gpu_table(prompts=128),
+        "fit": fit_table(),
+        "parts": parts_table(),
+        "plain": plain_table(latest_plain()),
+        "engine": engine_table(runs, latest_plain(kind)),
+    }
 
 
 def main() -> None:
@@ -425,7 +428,7 @@ def main() -> None:
         write_result("scaling-plain", provenance() | measure_plain(options.model, options.rounds))
     elif options.what == "engine":
         run_missing([], ENGINE, lambda name: measure_engine(name, options.model, options.data), ENGINE_FILE, "runs")
-    write_tables()
+    DOCUMENT.write_text(fill(DOCUMENT.read_text(), tables()))
 
 
 if __name__ == "__main__":

@@ -494,7 +494,7 @@ def test_the_longest_response_ends_generation():
 
 
 def test_fitting_finds_the_shares_that_made_the_measurements():
-    true = dataclasses.replace(scaling.cpu(200e9, 20e9), forward_share=0.8, update_share=0.7)
+    true = dataclasses.replace(scaling.cpu("x", 200e9, 20e9), forward_share=0.8, update_share=0.7)
     measured = []
     for model, pairs in (("135M", 8), ("135M", 32), ("0.5B", 8)):
         size = {
@@ -509,8 +509,21 @@ def test_fitting_finds_the_shares_that_made_the_measurements():
         measured.append(
             size | {"best": {"ref": found["reference"], "update": found["update"] - adamw, "optimizer": adamw}}
         )
-    fitted = scaling.plain_machine({"memory_bandwidth": 20e9, "measured": measured})
-    assert (fitted.forward_share, fitted.update_share) == (pytest.approx(0.8), pytest.approx(0.7))
+    plain = {"machine": {"kind": "x"}, "memory_bandwidth": 20e9, "measured": measured}
+    fitted = scaling.plain_machine(plain)
+    assert (fitted.name, fitted.forward_share, fitted.update_share) == ("x", pytest.approx(0.8), pytest.approx(0.7))
+
+    true = dataclasses.replace(true, prefill_share=0.3, forward_share=0.5, update_share=0.6)
+    runs = []
+    for size in ({"prompts": 8}, {"prompts": 32, "n": 8, "pairing": "all"}, {"prompts": 8, "model": "0.5B"}):
+        run = size | {"response_length": 12.0, "tokens": (45 + 12) * size["prompts"] * size.get("n", 2)}
+        model, load = scaling.SHAPES[size.get("model", "135M")], scaling.engine_load(run)
+        found = growth.predict(dataclasses.replace(true, memory_bandwidth=1e15), model, load).seconds
+        update = found["update"] + growth.adamw_seconds(true, model, 1)
+        runs.append(run | {"seconds": {"gen": found["generation"], "ref": found["reference"], "update_actor": update}})
+    fitted = scaling.engine_machine(runs, plain)
+    shares = fitted.prefill_share, fitted.forward_share, fitted.update_share
+    assert shares == (pytest.approx(0.3), pytest.approx(0.5), pytest.approx(0.6, rel=1e-3))
 
 
 def test_tables_stand_between_their_marks_and_nowhere_else():
@@ -520,8 +533,6 @@ def test_tables_stand_between_their_marks_and_nowhere_else():
         scaling.fill(text, {"y": ""})
 
 
-def test_the_documents_predictions_are_the_models():
+def test_the_documents_predictions_are_the_models_and_its_measurements_those_that_are_recorded():
     text = scaling.DOCUMENT.read_text()
-    tables = {"1,024 prompts": scaling.gpu_table(), "128 prompts a GPU": scaling.gpu_table(prompts=128)}
-    tables |= {"fit": scaling.fit_table(), "parts": scaling.parts_table()}
-    assert scaling.fill(text, tables) == text
+    assert scaling.fill(text, scaling.tables()) == text
