@@ -43,11 +43,16 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.fixture
-def run(tmp_path, tiny_models, monkeypatch) -> Run:
-    """A run that could start, on a machine from which the hub cannot be asked for names that it has."""
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch):
+    """The hub cannot be asked for names that it has."""
     monkeypatch.setattr(huggingface_hub, "model_info", hub_without_network)
     model_files._is_on_hub.cache_clear()
+
+
+@pytest.fixture
+def run(tmp_path, tiny_models) -> Run:
+    """A run that could start."""
     return Run(tmp_path, tiny_models["llama"])
 
 
