@@ -16,6 +16,8 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from benchmarks import plain_step
 from benchmarks.arithmetic import Model
 from benchmarks.growth import (
@@ -112,14 +114,16 @@ def plain_machine(result: dict) -> Machine:
     return fit_shares(machine, steps, {"reference": "ref", "update": "update"})
 
 
-SHARES = {"generation": "prefill_share", "reference": "forward_share", "update": "update_share"}
+SHARES = {"reference": "forward_share", "update": "update_share"}
 
 
-def fit_shares(machine: Machine, steps: list[tuple[Model, Load, dict]], phases: dict[str, str]) -> Machine:
+Step = tuple[Model, Load, dict]  # what was trained on what, and the seconds that it took
+
+
+def fit_shares(machine: Machine, steps: list[Step], phases: dict[str, str]) -> Machine:
     """The machine with the shares of its rate, medians over the steps, at which it takes as long as they took.
 
     Args:
-        steps: what was trained on what, and the seconds that it took.
         phases: of the model's phases, and what the steps call each.
     """
     shares = {}
@@ -179,6 +183,21 @@ def plain_table(result: dict) -> str:
             f"{one['others_cores']:.1f} |"
         )
     return "\n".join(lines)
+
+
+def fit_generation(machine: Machine, steps: list[Step]) -> Machine:
+    """The machine with the share of its rate, and the seconds of a decoding step, that fit generation best.
+
+    Least squares of the relative errors.
+    """
+    full = replace(machine, prefill_share=1.0, token_seconds=0.0, memory_bandwidth=float("inf"))
+    rows, ones = [], np.ones(len(steps))
+    for model, load, seconds in steps:
+        waves = -(-load.prompts * load.n // load.most_sequences)
+        arithmetic = predict(full, model, load).seconds["generation"]
+        rows.append(np.array([arithmetic, waves * (load.longest or load.response)]) / seconds["gen"])
+    (slower, token_seconds), *_ = np.linalg.lstsq(np.array(rows), ones, rcond=None)
+    return replace(machine, prefill_share=1 / slower, token_seconds=token_seconds)
 
 
 # ---- This recipe -----------------------------------------------------------------------------------------------------
@@ -257,12 +276,13 @@ def engine_load(run: dict) -> Load:
         response=round(run["response_length"]),
         paired=n if run.get("pairing") == "all" else 2,
         longest=run.get("longest", 16),
+        most_sequences=128,  # of the CPU profile
         checkpointing=False,  # the products are kept: what is recomputed takes next to nothing
     )
 
 
 def engine_machine(runs: list[dict], plain: dict) -> Machine:
-    """This machine, its shares of the rate fitted to the runs of at least 100 million parameters on one rank."""
+    """This machine, fitted to the runs of at least 100 million parameters on one rank."""
     machine = plain_machine(plain)
     steps = []
     for run in runs:
@@ -270,7 +290,7 @@ def engine_machine(runs: list[dict], plain: dict) -> Machine:
         if model.parameters > 1e8 and run.get("ranks", 1) == 1:
             seconds = run["seconds"]["update_actor"] - adamw_seconds(machine, model, devices=1)
             steps.append((model, engine_load(run), run["seconds"] | {"update": seconds}))
-    return fit_shares(machine, steps, {"generation": "gen", "reference": "ref", "update": "update"})
+    return fit_generation(fit_shares(machine, steps, {"reference": "ref", "update": "update"}), steps)
 
 
 def engine_table(found: dict[str, dict], plain: dict) -> str:
@@ -280,8 +300,9 @@ def engine_table(found: dict[str, dict], plain: dict) -> str:
     columns += ["generation, s: measured / predicted", "reference, s", "update, s", "weights to vLLM, s", "step, s"]
     columns += ["refresh, s", "peak memory, GB", "others' cores"]
     lines = [
-        f"{runs[0]['machine']['kind']}: fitted shares of the rate: generation {machine.prefill_share:.0%}, reference "
-        f"{machine.forward_share:.0%}, update {machine.update_share:.0%}.",
+        f"{runs[0]['machine']['kind']}: fitted shares of the rate: generation {machine.prefill_share:.0%} and "
+        f"{machine.token_seconds * 1000:.0f} ms a decoding step, reference {machine.forward_share:.0%}, update "
+        f"{machine.update_share:.0%}.",
         "",
         f"| {' | '.join(columns)} |",
         f"|{' --- |' * len(columns)}",

@@ -513,7 +513,7 @@ def test_fitting_finds_the_shares_that_made_the_measurements():
     fitted = scaling.plain_machine(plain)
     assert (fitted.name, fitted.forward_share, fitted.update_share) == ("x", pytest.approx(0.8), pytest.approx(0.7))
 
-    true = dataclasses.replace(true, prefill_share=0.3, forward_share=0.5, update_share=0.6)
+    true = dataclasses.replace(true, prefill_share=0.3, token_seconds=0.1, forward_share=0.5, update_share=0.6)
     runs = []
     for size in ({"prompts": 8}, {"prompts": 32, "n": 8, "pairing": "all"}, {"prompts": 8, "model": "0.5B"}):
         run = size | {"response_length": 12.0, "tokens": (45 + 12) * size["prompts"] * size.get("n", 2)}
@@ -522,8 +522,8 @@ def test_fitting_finds_the_shares_that_made_the_measurements():
         update = found["update"] + growth.adamw_seconds(true, model, 1)
         runs.append(run | {"seconds": {"gen": found["generation"], "ref": found["reference"], "update_actor": update}})
     fitted = scaling.engine_machine(runs, plain)
-    shares = fitted.prefill_share, fitted.forward_share, fitted.update_share
-    assert shares == (pytest.approx(0.3), pytest.approx(0.5), pytest.approx(0.6, rel=1e-3))
+    shares = fitted.prefill_share, fitted.token_seconds, fitted.forward_share, fitted.update_share
+    assert shares == pytest.approx((0.3, 0.1, 0.5, 0.6), rel=1e-3)
 
 
 def test_tables_stand_between_their_marks_and_nowhere_else():
