@@ -1,7 +1,9 @@
 """What RunMonitor measures of a run's processes, and how seldom it asks for what costs much."""
 
+import os
 import subprocess
 import sys
+import tempfile
 import types
 from multiprocessing import shared_memory
 from pathlib import Path
@@ -55,7 +57,11 @@ def test_compiled_kernels_are_where_torch_has_them(monkeypatch, user):
         return user
 
     monkeypatch.setattr("getpass.getuser", getuser)
-    assert run_monitor._compiled_kernels() == default_cache_dir()
+    try:
+        expected = default_cache_dir()
+    except KeyError:  # torch 2.11, of the GPU profile, knows users with names alone
+        expected = f"{tempfile.gettempdir()}/torchinductor_uid_{os.getuid()}"
+    assert run_monitor._compiled_kernels() == expected
 
 
 @pytest.mark.parametrize(("set_by_user", "joins"), [(None, False), ("/mine", False), (None, True)])
