@@ -171,12 +171,16 @@ def offload_seconds(machine: Machine, model: Model, layout: Layout) -> float:
     return 2 * moved / machine.host_bandwidth
 
 
+def decoding_steps(load: Load, prompts: int) -> int:
+    """Until the longest response has ended, once for each so many sequences as run at a time."""
+    return ceil(prompts * load.n / load.most_sequences) * (load.longest or load.response)
+
+
 def generation_seconds(machine: Machine, model: Model, load: Load, prompts: int) -> float:
     """Prefill of each prompt once, then decoding steps that read all weights and the running sequences' keys."""
     sequences = prompts * load.n
     prefill = prompts * forward_flop(model, Work(load.prompt, causal(load.prompt), 0))
-    waves = ceil(sequences / load.most_sequences)
-    steps = waves * (load.longest or load.response)
+    steps = decoding_steps(load, prompts)
     running = sequences * load.response / steps  # in the mean over the steps
     context = load.prompt + load.response // 2
     token_flop = forward_flop(model, Work(1, context, 1))

@@ -30,6 +30,7 @@ from benchmarks.growth import (
     Machine,
     Prediction,
     adamw_seconds,
+    decoding_steps,
     layout_of,
     predict,
     refresh_seconds,
@@ -111,25 +112,20 @@ def plain_machine(result: dict) -> Machine:
     rate = statistics.median(one["rate"] for one in sizes)
     machine = cpu(result["machine"]["kind"], rate, result["memory_bandwidth"])
     steps = [(SHAPES[one["model"]], plain_load(one), one["best"]) for one in sizes]
-    return fit_shares(machine, steps, {"reference": "ref", "update": "update"})
+    return fit_shares(machine, steps)
 
 
-SHARES = {"reference": "forward_share", "update": "update_share"}
+Step = tuple[Model, Load, dict]  # what was trained on what, and the seconds that it took, by phase
+# By share of the rate: the model's phase, and what a step calls it
+SHARES = {"forward_share": ("reference", "ref"), "update_share": ("update", "update")}
 
 
-Step = tuple[Model, Load, dict]  # what was trained on what, and the seconds that it took
-
-
-def fit_shares(machine: Machine, steps: list[Step], phases: dict[str, str]) -> Machine:
-    """The machine with the shares of its rate, medians over the steps, at which it takes as long as they took.
-
-    Args:
-        phases: of the model's phases, and what the steps call each.
-    """
+def fit_shares(machine: Machine, steps: list[Step]) -> Machine:
+    """The machine with the shares of its rate, medians over the steps, at which it takes as long as they took."""
     shares = {}
-    for phase, measured in phases.items():
-        full = replace(machine, **{SHARES[phase]: 1.0}, memory_bandwidth=float("inf"))
-        shares[SHARES[phase]] = statistics.median(
+    for share, (phase, measured) in SHARES.items():
+        full = replace(machine, **{share: 1.0}, memory_bandwidth=float("inf"))
+        shares[share] = statistics.median(
             predict(full, model, load).seconds[phase] / seconds[measured] for model, load, seconds in steps
         )
     return replace(machine, **shares)
@@ -183,21 +179,6 @@ def plain_table(result: dict) -> str:
             f"{one['others_cores']:.1f} |"
         )
     return "\n".join(lines)
-
-
-def fit_generation(machine: Machine, steps: list[Step]) -> Machine:
-    """The machine with the share of its rate, and the seconds of a decoding step, that fit generation best.
-
-    Least squares of the relative errors.
-    """
-    full = replace(machine, prefill_share=1.0, token_seconds=0.0, memory_bandwidth=float("inf"))
-    rows, ones = [], np.ones(len(steps))
-    for model, load, seconds in steps:
-        waves = -(-load.prompts * load.n // load.most_sequences)
-        arithmetic = predict(full, model, load).seconds["generation"]
-        rows.append(np.array([arithmetic, waves * (load.longest or load.response)]) / seconds["gen"])
-    (slower, token_seconds), *_ = np.linalg.lstsq(np.array(rows), ones, rcond=None)
-    return replace(machine, prefill_share=1 / slower, token_seconds=token_seconds)
 
 
 # ---- This recipe -----------------------------------------------------------------------------------------------------
@@ -281,6 +262,20 @@ def engine_load(run: dict) -> Load:
     )
 
 
+def fit_generation(machine: Machine, steps: list[Step]) -> Machine:
+    """The machine with the share of its rate, and the seconds of a decoding step, that fit generation best.
+
+    Least squares of the relative errors.
+    """
+    full = replace(machine, prefill_share=1.0, token_seconds=0.0, memory_bandwidth=float("inf"))
+    rows, ones = [], np.ones(len(steps))
+    for model, load, seconds in steps:
+        arithmetic = predict(full, model, load).seconds["generation"]
+        rows.append(np.array([arithmetic, decoding_steps(load, load.prompts)]) / seconds["gen"])
+    (slower, token_seconds), *_ = np.linalg.lstsq(np.array(rows), ones, rcond=None)
+    return replace(machine, prefill_share=1 / slower, token_seconds=token_seconds)
+
+
 def engine_machine(runs: list[dict], plain: dict) -> Machine:
     """This machine, fitted to the runs of at least 100 million parameters on one rank."""
     machine = plain_machine(plain)
@@ -290,7 +285,7 @@ def engine_machine(runs: list[dict], plain: dict) -> Machine:
         if model.parameters > 1e8 and run.get("ranks", 1) == 1:
             seconds = run["seconds"]["update_actor"] - adamw_seconds(machine, model, devices=1)
             steps.append((model, engine_load(run), run["seconds"] | {"update": seconds}))
-    return fit_generation(fit_shares(machine, steps, {"reference": "ref", "update": "update"}), steps)
+    return fit_generation(fit_shares(machine, steps), steps)
 
 
 def engine_table(found: dict[str, dict], plain: dict) -> str:
