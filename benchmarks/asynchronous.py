@@ -2,10 +2,10 @@
 
     .venv/bin/python -m benchmarks.asynchronous [ARM ...] [--seeds 1 2 3] [--runs outputs/asynchronous]
 
-Each arm trains on as many prompts in as many steps; held-out accuracy is the mean over seeds beside its spread. Every
-run is added to benchmarks/results/asynchronous.json at once; one that stands there is skipped. On two cores a
-run takes 4.5 minutes. The seconds say nothing of GPUs: responses of 16 tokens leave no stragglers that would be worth
-stopping.
+Each arm trains on as many prompts in as many steps as the default, which benchmarks/defaults.py runs; held-out accuracy
+is the mean over seeds beside its spread. Every run is added to benchmarks/results/asynchronous.json at once; one that
+stands there is skipped. On two cores a run takes 4.5 minutes. The seconds say nothing of GPUs: responses of 16 tokens
+leave no stragglers that would be worth stopping.
 """
 
 import argparse
@@ -13,7 +13,6 @@ import statistics
 from pathlib import Path
 
 from benchmarks.default_run import (
-    EARLIER_RATE,
     arm_and_seed,
     arms_with_seeds,
     cell,
@@ -26,9 +25,7 @@ from benchmarks.machine import ROOT, provenance, results_file, run_missing, slug
 
 ASYNC = ["trainer.v1.trainer_mode=colocate_async"]
 EVERY_4 = ["trainer.rollout_sync_freq=4", "actor_rollout_ref.rollout.free_cache_engine=False"]
-SETTINGS = [EARLIER_RATE]
 ARMS = {
-    "sync": [],
     "colocate_async": ASYNC,
     "sync, weights every 4 steps": EVERY_4,
     "colocate_async, weights every 4 steps": ASYNC + EVERY_4,
@@ -39,7 +36,7 @@ def run(name: str, runs: Path) -> dict:
     """One run of an arm with a seed: accuracies before and after, staleness, seconds of a step."""
     arm, seed = arm_and_seed(name)
     folder = runs.resolve() / slug(name)
-    history, _ = train([*SETTINGS, *ARMS[arm], *seeded(seed)], folder)
+    history, _ = train([*ARMS[arm], *seeded(seed)], folder)
     steps = [one for one in history if "staleness/mean" in one]
     staleness = {
         "staleness_mean": statistics.mean(one["staleness/mean"] for one in steps),

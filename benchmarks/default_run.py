@@ -14,8 +14,6 @@ from recipe.spin.rollout.validation_metrics import held_out_accuracy
 from recipe.spin.run.drift import find_drift
 
 KINDS = ("sampled", "greedy")
-# The default's when the documents' runs of some benchmarks were made
-EARLIER_RATE = "actor_rollout_ref.actor.optim.lr=1e-5"
 
 
 def seeded(seed: int) -> list[str]:

@@ -1,6 +1,6 @@
 """A run with a judge in place of the reward: one that knows the rule, and the same turned round.
 
-All else is as in the default run but the learning rate, which is the default of 2026-11-25.
+All else is as in the default run.
 
     .venv/bin/python -m benchmarks.judge [--runs outputs/judge]
 
@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from benchmarks.default_run import EARLIER_RATE, seeded, summarize, train
+from benchmarks.default_run import seeded, summarize, train
 from benchmarks.machine import ROOT, provenance, write_result
 from benchmarks.rule_judge import Rule, RuleJudge, is_no_sum, is_sum
 
@@ -24,7 +24,7 @@ def run(rule: Rule, steps: int, folder: Path) -> dict:
     """One run against a judge with this rule."""
     with RuleJudge(rule, delay=DELAY, unreadable=UNREADABLE) as judge:
         source = ["algorithm.preference_source=judge", f"algorithm.judge.servers=[{judge.address}]"]
-        history, _ = train([*seeded(1), EARLIER_RATE, *source, f"trainer.total_training_steps={steps}"], folder)
+        history, _ = train([*seeded(1), *source, f"trainer.total_training_steps={steps}"], folder)
     steps_judged = [one for one in history if "judge/asked" in one]
     means = {
         name: sum(one[f"judge/{name}"] for one in steps_judged) / len(steps_judged)

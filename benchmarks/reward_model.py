@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks import sum_classifier
-from benchmarks.default_run import EARLIER_RATE, seeded, summarize, train
+from benchmarks.default_run import seeded, summarize, train
 from benchmarks.learning_curves import model
 from benchmarks.machine import ROOT, provenance, write_result
 from recipe.spin.examples.arithmetic.reward import compute_score
@@ -41,7 +41,6 @@ def run(reward_model: Path, folder: Path) -> dict:
     history, process = train(
         [
             *seeded(1),
-            EARLIER_RATE,
             "reward.custom_reward_function.path=null",
             "reward.reward_model.enable=True",
             f"reward.reward_model.model_path={reward_model}",

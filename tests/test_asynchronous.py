@@ -216,7 +216,7 @@ def test_the_benchmark_skips_runs_that_it_has(monkeypatch, tmp_path):
     names = arms_with_seeds(["sync, weights every 4 steps"], [3, 4])
     for _ in range(2):
         found = run_missing([], names, lambda name: asynchronous.run(name, tmp_path), tmp_path / "found.json", "runs")
-    assert asked == [[*asynchronous.SETTINGS, *asynchronous.EVERY_4, *seeded(seed)] for seed in (3, 4)]
+    assert asked == [[*asynchronous.EVERY_4, *seeded(seed)] for seed in (3, 4)]
     assert found[names[0]]["staleness_max"] == 2 and found[names[1]]["after"] == {"greedy": 2}
 
 

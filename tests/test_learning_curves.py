@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import asynchronous, learning_curves
+from benchmarks import learning_curves
 from benchmarks.learning_curves import draw, read, table
 
 VALIDATION = "val-core/arithmetic/acc/mean@4", "val-greedy-core/arithmetic/acc/mean@1"
@@ -16,9 +16,6 @@ def write(folder: Path, lines: list[dict]) -> Path:
     folder.mkdir()
     (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
     return folder
-
-
-STEP = {"staleness/mean": 0.5, "staleness/max": 1}
 
 
 @pytest.fixture
@@ -56,14 +53,3 @@ def test_all_arms_train_at_the_learning_rate_of_the_documents_table(tmp_path, mo
         learning_curves.ARMS[name][1](tmp_path, 1)
     rate = "actor_rollout_ref.actor.optim.lr=1e-5"
     assert len(commands) == 3 and all(command.count(rate) == 1 for command in commands)
-
-
-def test_runs_with_weights_that_are_behind_train_at_that_of_theirs(tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr(asynchronous, "train", lambda overrides, folder: asked.append(overrides) or ([STEP], None))
-    monkeypatch.setattr(asynchronous, "summarize", lambda history: {})
-    monkeypatch.setattr(asynchronous, "provenance", dict)
-    asynchronous.run("sync, weights every 4 steps, seed 2", tmp_path)
-    assert asked == [
-        ["actor_rollout_ref.actor.optim.lr=1e-5", *asynchronous.EVERY_4, *asynchronous.seeded(2)],
-    ]
