@@ -38,6 +38,10 @@ BAD = [
         [f"{ACTOR}.fsdp_config.mixed_precision=", "reduce_dtype: fp16 is not supported", "in no checkpoint"],
     ),
     (f"{ACTOR}.fsdp_config.model_dtype=fp16", [f"{ACTOR}.fsdp_config.model_dtype='fp16'", "use bf16 or fp32"]),
+    *(
+        (f"{ACTOR}.strategy=fsdp {key}=True", [f"{key}=True", f"set {ACTOR}.strategy=fsdp2, or False here"])
+        for key in (f"{ACTOR}.fsdp_config.offload_policy", "actor_rollout_ref.ref.fsdp_config.param_offload")
+    ),
     (f"{ROLLOUT}.max_model_len=1000", [f"{ROLLOUT}.max_model_len=1000", "512 tokens at most"]),
     (f"{ROLLOUT}.tensor_model_parallel_size=2", [f"{ROLLOUT}.tensor_model_parallel_size=2", "the 1 ranks"]),
     (f"{ROLLOUT}.data_parallel_size=2", [f"{ROLLOUT}.data_parallel_size=2", "groups of 2"]),
@@ -120,6 +124,8 @@ def test_a_logger_whose_package_is_missing(run, monkeypatch):
 @pytest.mark.parametrize(
     "overrides",
     [
+        f"{ACTOR}.strategy=fsdp actor_rollout_ref.ref.fsdp_config.param_offload=True trainer.ref_update_freq=0",
+        "actor_rollout_ref.ref.fsdp_config.param_offload=True",  # FSDP2
         "data.gen_batch_size=2",
         "data.train_max_samples=4",
         f"{ROLLOUT}.max_num_batched_tokens=32 {ROLLOUT}.max_num_seqs=8 {ROLLOUT}.enable_chunked_prefill=True",

@@ -57,6 +57,24 @@ def reference_is_sharded_as_the_actor(settings: Settings) -> None:
         settings.require(settings[f"{REF}.{key}"] == settings[f"{ACTOR}.{key}"], f"{REF}.{key}", remedy)
 
 
+def fsdp1_wraps_both_models(settings: Settings) -> None:
+    """One rank in fp32 goes without FSDP (RowEngine._needs_no_fsdp) unless a model is to lie on the host.
+
+    FSDP1 then has one tensor of many weights where the other model has them one by one.
+    """
+    precision = (settings[f"{ACTOR}.fsdp_config.mixed_precision"] or {}).get("param_dtype", "bf16")  # verl's default
+    plain = ranks(settings) == 1 and {precision, settings[f"{REF}.fsdp_config.model_dtype"]} <= set(FP32)
+    if settings[f"{ACTOR}.strategy"] != "fsdp" or not plain or settings["trainer.ref_update_freq"] <= 0:
+        return
+    for key in (f"{ACTOR}.fsdp_config.offload_policy", f"{REF}.fsdp_config.param_offload"):
+        settings.require(
+            not settings[key],
+            key,
+            f"FSDP1 would wrap one of two models on one rank in fp32, and a refresh could not copy; set {ACTOR}."
+            "strategy=fsdp2, or False here",
+        )
+
+
 def precisions_are_known(settings: Settings) -> None:
     key = f"{ACTOR}.fsdp_config.mixed_precision"
     known = get_args(Precision)
@@ -106,6 +124,7 @@ RULES = (
     adapters_are_gathered_alone,
     small_steps_need_fp32,
     reference_is_sharded_as_the_actor,
+    fsdp1_wraps_both_models,
     precisions_are_known,
     the_actor_trains_without_fp16,
     shared_prompts_meet_half_precision,
