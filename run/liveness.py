@@ -1,6 +1,7 @@
 """Whether the processes of a run live: what asks a dead one often waits for ever, and the run would with it."""
 
 import _thread
+import contextlib
 import re
 import signal
 import threading
@@ -122,11 +123,11 @@ class Liveness:
     @staticmethod
     def _last_words(pattern: str) -> str:
         """The last lines of the newest log of that name that says anything."""
-        files = sorted(ray_logs().glob(pattern), key=lambda file: file.stat().st_mtime, reverse=True)
-        for file in files:
-            lines = [line[:LINE_LENGTH] for line in _end_of(file).splitlines() if not NO_WORDS.match(line)]
-            if lines:
-                return "\n".join(f"  {line}" for line in lines[-LAST_LINES:])
+        with contextlib.suppress(OSError):  # a log that went, or cannot be read; that the process died counts
+            for file in sorted(ray_logs().glob(pattern), key=lambda file: file.stat().st_mtime, reverse=True):
+                lines = [line[:LINE_LENGTH] for line in _end_of(file).splitlines() if not NO_WORDS.match(line)]
+                if lines:
+                    return "\n".join(f"  {line}" for line in lines[-LAST_LINES:])
         return ""
 
 

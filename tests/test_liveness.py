@@ -54,6 +54,14 @@ def test_the_first_that_died_is_named_with_its_last_words(table, tmp_path):
     assert watch.lost.last_words.splitlines() == [f"  line {i}" for i in range(3, 9)]
 
 
+def test_a_death_is_seen_although_its_log_cannot_be_read(table, tmp_path):
+    table.append(actor(3, "RewardWorker", "DEAD", reason=ActorDiedErrorContext.WORKER_DIED))
+    (tmp_path / "worker-a-01000000-103.err").symlink_to(tmp_path / "gone")
+    watch = Liveness()
+    watch._look()
+    assert watch.lost.component == "reward worker 0" and watch.lost.last_words == ""
+
+
 def test_the_log_of_another_machines_process_is_not_there(table, tmp_path):
     row = actor(1, "RewardWorker", "DEAD", reason=ActorDiedErrorContext.WORKER_DIED)
     table.append(row | {"Address": {"IPAddress": "elsewhere"}})
