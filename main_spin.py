@@ -23,7 +23,7 @@ from recipe.spin.common.settings import ConfigError
 from recipe.spin.engine.kernels import has_flash_attention_2
 from recipe.spin.run import resume, signals
 from recipe.spin.run.console import without_chatter
-from recipe.spin.run.failure import RunFailed
+from recipe.spin.run.failure import RunFailed, same_command
 from recipe.spin.run.lock import hold_run_folder
 
 FOLDER = Path(__file__).resolve().parent
@@ -104,16 +104,17 @@ def run_spin(config: DictConfig) -> None:
     from recipe.spin.run.failure import explained
     from recipe.spin.run.liveness import Liveness
     from recipe.spin.run.monitor import TASK_RUNNER, RunMonitor
-    from recipe.spin.run_folder import read_history
+    from recipe.spin.run_folder import FAILURE, read_history
 
     runner = TaskRunnerClass(config, name=TASK_RUNNER, num_cpus=1, max_concurrency=2)
-    logs = Path(config.trainer.default_local_dir).absolute() / "logs"
+    logs = Path(config.trainer.default_local_dir).absolute() / FAILURE
+    go_on = same_command(config.trainer.resume_mode)
     history, _ = read_history(logs.parent)
     monitor = RunMonitor(logs, config.trainer.device, joins=cluster.prepare(config), history=history)
     heap.hand_back()
-    with explained(logs):
+    with explained(logs, go_on=go_on):
         sigterm, imports = verl_patches.sigterm_kept_from_ray(), verl_patches.workers_without_folder_of_the_call()
-        with monitor, explained(logs, monitor.logs), Liveness(), sigterm, imports:
+        with monitor, explained(logs, monitor.logs, go_on), Liveness(), sigterm, imports:
             run_ppo(config, task_runner_class=runner)
         report.write(config, seconds=monitor.seconds, peak_memory_gb=monitor.peak_memory_gb)
 
@@ -203,7 +204,7 @@ def main(config: DictConfig) -> None:
     except (ConfigError, RunFailed) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.stderr.write("stopped; the same command goes on from the last checkpoint\n")
+        sys.stderr.write(f"stopped; the same command {same_command(config.trainer.resume_mode)}\n")
         sys.exit(128 + (signals.received or [signal.SIGINT])[0])
 
 

@@ -11,6 +11,7 @@ TRACKER = "latest_checkpointed_iteration.txt"  # verl writes it last: the step o
 CHECKPOINT = re.compile(r"global_step_(0|[1-9][0-9]*)")
 ANSWERS = re.compile(r"step_([0-9]{8})\.jsonl")
 UNREADABLE = "judge_unreadable.jsonl"  # answers of judges
+FAILURE = "failure"  # of the latest start, if it failed: the whole error, and the workers' logs
 METRICS = re.compile(r"from_step_([0-9]{8})(?:-([0-9]+))?\.jsonl")
 
 

@@ -22,7 +22,14 @@ LOG_RECORD = re.compile(r"^[A-Z]+:(?=\d{4}-\d\d-\d\d )", re.MULTILINE)  # by lev
 # In the log: a training prompt is called by its step and number, a held-out one by a random id
 TRAINING_PROMPT = re.compile(r"Error in _run_prompt for uid=[0-9]{8}-[0-9]{8}$", re.MULTILINE)
 HELD_OUT_PROMPT = re.compile(r"Error in _run_prompt for uid=[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$", re.MULTILINE)
-GO_ON = "When the cause is removed the same command goes on from the last checkpoint."
+FROM_LAST_CHECKPOINT = "goes on from the last checkpoint"  # what the same command does, given once more
+
+
+def same_command(mode: str) -> str:
+    """In words, where the same command, given once more, begins."""
+    auto = f"trainer.resume_mode=auto {FROM_LAST_CHECKPOINT}"
+    anew = {"disable": f"begins anew; {auto}", "resume_path": f"begins at trainer.resume_from_path again; {auto}"}
+    return anew.get(mode, FROM_LAST_CHECKPOINT)
 
 
 class RunFailed(RuntimeError):
@@ -34,10 +41,10 @@ class ComponentDied(RuntimeError):
 
 
 @contextmanager
-def explained(logs: Path, workers_logs: str | None = None) -> Iterator[None]:
+def explained(logs: Path, workers_logs: str | None = None, go_on: str = FROM_LAST_CHECKPOINT) -> Iterator[None]:
     """Turns an exception that ends a run into a RunFailed, and writes the whole of it to a file in `logs`.
 
-    The message says where the workers' logs are, by default there too.
+    The message says where the workers' logs are, by default there too, and what the same command will do.
     To be left before Ray is shut down, whose files hold a cause that reaches nobody else.
     """
     try:
@@ -49,7 +56,7 @@ def explained(logs: Path, workers_logs: str | None = None) -> Iterator[None]:
         lines = [
             cause_of(error, records),
             *full_disks(logs),
-            GO_ON,
+            f"When the cause is removed the same command {go_on}.",
             f"logs: {workers_logs or logs} (the whole error: {logs / WHOLE_ERROR})",
         ]
         try:

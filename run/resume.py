@@ -122,7 +122,8 @@ def prepare(config: DictConfig) -> None:
 
     Settings and files that differ from those of the checkpoint's run are refused where they change what is trained or
     measured, and said on the console where they do not. `trainer.resume_mode=force` takes them all and becomes verl's
-    auto. Everything above that step, of the run's earlier attempts, is moved into a folder `set_aside_N`.
+    auto. Everything above that step, of the run's earlier attempts, is moved into a folder `set_aside_N`, and all of
+    another run's where the checkpoint is from elsewhere.
 
     Raises:
         ConfigError: when the run may not go on from the checkpoint, or its folder cannot be written.
@@ -144,7 +145,8 @@ def prepare(config: DictConfig) -> None:
 
 
 def _prepare(config: DictConfig, folder: Path, settings: dict, step: int, origin: Path) -> None:
-    if step > 0 and origin.resolve() != folder.resolve():
+    comes_from_elsewhere = step > 0 and origin.resolve() != folder.resolve()
+    if comes_from_elsewhere:
         ahead = config.trainer.v1.trainer_mode != "sync"  # TransferQueue unpickles what was answered ahead
         _say(
             f"goes on from {origin}, not this run's folder"
@@ -154,12 +156,12 @@ def _prepare(config: DictConfig, folder: Path, settings: dict, step: int, origin
         _compare(settings, origin, step, config)
     if config.trainer.resume_mode == "force":
         config.trainer.resume_mode = "auto"
-    moved_to = set_aside(folder, step)
-    if step > 0 and origin.resolve() != folder.resolve():
+    moved_to = set_aside(folder, 0 if comes_from_elsewhere else step)
+    if comes_from_elsewhere:
         copy_answers(origin, folder, step)
     _store(settings, folder)
     if moved_to:
-        _say(f"begins at step {step}; what {folder} held beyond that is in {moved_to}, which may be deleted")
+        _say(f"begins at step {step}; what {folder} held of other starts is in {moved_to}, which may be deleted")
 
 
 def _say(text: str) -> None:

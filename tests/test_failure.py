@@ -63,6 +63,19 @@ def log(folder: Path, error: str, uid: str, *, job: str = "01000000", worker: st
         file.write(f"ERROR:{time}:Error in _run_prompt for uid={uid}\n  File y\n{error}\nWARNING:{time}:more\n")
 
 
+@pytest.mark.parametrize(
+    ("mode", "begins"),
+    [
+        ("auto", "goes on from the last checkpoint."),
+        ("resume_path", "begins at trainer.resume_from_path again; trainer.resume_mode=auto goes on from the last"),
+        ("disable", "begins anew; trainer.resume_mode=auto goes on from the last checkpoint."),
+    ],
+)
+def test_what_the_same_command_does_is_said_as_it_is(tmp_path, ray_logs, mode, begins):
+    with pytest.raises(RunFailed, match=begins), explained(tmp_path, go_on=failure.same_command(mode)):
+        raise ValueError("n is 1")
+
+
 @pytest.mark.parametrize("message", [SCORING_FAILED, NOTHING_LEFT])
 def test_what_the_agent_loop_logged_is_the_cause_and_only_of_this_run(tmp_path, ray_logs, message):
     older = tmp_path / "run" / "logs"

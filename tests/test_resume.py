@@ -22,7 +22,15 @@ from recipe.spin.checks.reward_file import WEIGHTED
 from recipe.spin.common.secrets import is_secret
 from recipe.spin.common.settings import ConfigError
 from recipe.spin.run import resume
-from recipe.spin.run_folder import TRACKER, UNREADABLE, checkpoints, first_answers, keep_answers, keep_unreadable
+from recipe.spin.run_folder import (
+    TRACKER,
+    UNREADABLE,
+    checkpoints,
+    first_answers,
+    keep_answers,
+    keep_unreadable,
+    metrics_files,
+)
 
 ROOM = ["actor_rollout_ref.rollout.max_model_len=512", "algorithm.judge.max_tokens=16"]
 
@@ -465,6 +473,22 @@ def test_a_checkpoint_of_another_folder(stopped, tmp_path, capsys, mode, unpickl
     said = capsys.readouterr().err
     assert f"goes on from {stopped.path}, not this run's folder" in said
     assert ("its transfer_queue/ runs code" in said) == unpickles
+
+
+def test_a_checkpoint_of_another_folder_ends_what_a_folder_held(stopped, tmp_path):
+    """Two runs would be one in its report, and the other's checkpoints pruned as its own."""
+    stopped.start("trainer.resume_mode=disable")  # is empty now
+    origin, folder = tmp_path / "origin", stopped.path
+    (origin / "global_step_5" / "actor").mkdir(parents=True)
+    stopped.save(2)
+    (folder / "metrics").mkdir(exist_ok=True)
+    (folder / "metrics" / "from_step_00000000.jsonl").touch()
+    keep_answers(folder, 0, [])
+    (folder / "notes.txt").touch()
+    stopped.start("trainer.resume_mode=resume_path", f"trainer.resume_from_path={origin}/global_step_5")
+    assert not checkpoints(folder) and not metrics_files(folder) and first_answers(folder) is None
+    assert not (folder / TRACKER).exists() and (folder / "notes.txt").exists()
+    assert list(checkpoints(folder / "set_aside_2")) == [2] and list(checkpoints(origin)) == [5]
 
 
 def test_a_tracker_that_a_kill_emptied_is_mended(stopped, capsys):
