@@ -248,7 +248,7 @@ class SpinTrainer(OpponentInVLLM, StaleWeights, HeldOutValidation, PPOTrainerSyn
         metrics["pairs/tie_rate"] = 1 - paired_prompts / (len(prompts) // n)
         if pairs.chosen.numel() == 0:
             return None
-        metrics["pairs/score_margin"] = pairs.margin.mean().item()
+        metrics["pairs/score_margin"] = ((pairs.margin * pairs.weight).sum() / pairs.weight.sum()).item()
         return self.dpo.lay_out(responses, pairs, prompt_of)
 
     def _check_complete(self, prompts: list[str], n: int) -> None:

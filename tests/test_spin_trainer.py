@@ -349,7 +349,9 @@ class RejectsItsOwn(PreferenceSource):
     weights = (0.5, 0.5)
 
     def pair(self, responses, rewards, mask, step) -> Pairing:
-        pairs = PreferencePairs(torch.tensor([2, 2]), torch.tensor([3, 5]), torch.ones(2), torch.tensor(self.weights))
+        pairs = PreferencePairs(
+            torch.tensor([2, 2]), torch.tensor([3, 5]), torch.tensor([1.0, 3.0]), torch.tensor(self.weights)
+        )
         return Pairing(responses, pairs, torch.tensor([0, 0, 1, 1, 0, 1]))
 
 
@@ -392,6 +394,10 @@ def test_pairs_to_which_a_source_gives_no_weight_are_left_out(prefer):
     """A mini-batch of them alone would have no mean."""
     metrics, [pairs] = prefer(0.0, 0.5)
     assert pairs.rejected.tolist() == [5] and pairs.weight.tolist() == [0.5] and metrics["pairs/used"] == 1
+
+
+def test_the_margin_is_the_mean_over_prompts_as_that_of_other_metrics(prefer):
+    assert prefer(0.75, 0.25)[0]["pairs/score_margin"] == 0.75 * 1 + 0.25 * 3
 
 
 def test_a_step_whose_pairs_weigh_nothing_has_none(prefer):
