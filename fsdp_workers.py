@@ -93,6 +93,8 @@ class SpinWorker(ActorRolloutRefWorker):
 
         alpha 1 copies (SPIN's next opponent); below 1 it is TR-DPO's soft update (arXiv 2404.09656, eq. 8).
         """
+        if alpha == 1.0 and not self._reference_refreshed:
+            leave_mapped_file(self.ref.engine.module)
         mix_parameters(source=self.actor.engine.module, target=self.ref.engine.module, alpha=alpha)
         self._reference_refreshed = True
 
@@ -124,6 +126,16 @@ def meet_in_a_file(environment: MutableMapping[str, str]) -> None:
 
 def _reference_path(actor_path: str) -> str:
     return os.path.join(os.path.dirname(actor_path), "reference")
+
+
+def leave_mapped_file(module: torch.nn.Module) -> None:
+    """Gives weights that are to be overwritten memory of their own, its content left open, where FSDP has not yet.
+
+    On a CPU they lie in the model's file, mapped: a page that is written there is read and copied first.
+    """
+    if not isinstance(module, FSDP | FSDPModule):
+        for parameter in module.parameters():
+            parameter.data = torch.empty_like(parameter.data)
 
 
 @torch.no_grad()
