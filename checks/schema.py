@@ -127,7 +127,9 @@ class Algorithm(Section):
     )
     dpo_f_alpha_divergence_coef: float = own(0.5, "of `alpha_divergence`: from 0 (forward_kl) to 1 (reverse_kl)")
     dpo_pairing: Literal[PAIRINGS] = own("best_worst", "or `random`, or `all` pairs of a prompt's responses")
-    dpo_tie_policy: Literal[TIE_POLICIES] = own("drop", "equal scores give no pair; `first` prefers the first response")
+    dpo_tie_policy: Literal[TIE_POLICIES] = own(
+        "drop", "equal scores give no pair; `first` prefers the first response to the last"
+    )
     dpo_min_margin: NotNegative = own(0.0, "scores closer than this are equal")
     filter_groups: FilterGroups
     missing_eos_penalty: NotNegative | None = own(None, "taken off the score of a response without an end token")
@@ -395,8 +397,8 @@ class ActorRolloutRef(Section):
     )
     keep_products: bool = own(
         False,
-        "with `model.enable_gradient_checkpointing` keep the results of matrix products (on a CPU of attention too) "
-        "and recompute the rest only (True in the CPU profile)",
+        "with `actor_rollout_ref.model.enable_gradient_checkpointing` keep the results of matrix products (on a CPU of "
+        "attention too) and recompute the rest only (True in the CPU profile)",
     )
     model: Model
     rollout: Rollout

@@ -43,7 +43,7 @@ def the_machine_has_the_ranks(settings: Settings) -> None:
     whom = f"them and the {pool} of the reward model's own pool" if pool else "them"
     if settings["trainer.device"] == "cuda":
         gpus = torch.cuda.device_count()
-        remedy = f"this machine shows {gpus} GPUs for {whom}; lower it, or use device=cpu on a machine without GPUs"
+        remedy = f"this machine shows {gpus} GPUs for {whom}; lower it, or train without (SPIN_PROFILE=cpu run_spin.sh)"
         settings.require(asked <= gpus, key, remedy)
     logical = settings["ray_kwargs.ray_init.num_gpus"]
     settings.require(
