@@ -21,7 +21,7 @@ def held_out_accuracy(metrics: dict[str, float | None]) -> dict[str, float | Non
     for name, prefix in (("greedy", "val-greedy-core/"), ("sampled", "val-core/")):
         values = [value for key, value in metrics.items() if key.startswith(prefix) and "/mean@" in key]
         if values:
-            found[name] = sum(values) / len(values) if all(map(is_number, values)) else None
+            found[name] = sum(values) / len(values) if all(map(is_finite, values)) else None
     return found
 
 
@@ -41,7 +41,7 @@ def held_out_measure(history: History) -> str:
 
 def held_out_faults(metrics: dict[str, float | None]) -> dict[str, float]:
     """What a validation had of HELD_OUT_FAULTS."""
-    return {name: metrics[name] for name in HELD_OUT_FAULTS if is_number(metrics.get(name)) and metrics[name] > 0}
+    return {name: metrics[name] for name in HELD_OUT_FAULTS if is_finite(metrics.get(name)) and metrics[name] > 0}
 
 
 def in_words(faults: dict[str, float]) -> str:
@@ -49,6 +49,6 @@ def in_words(faults: dict[str, float]) -> str:
     return "; ".join(HELD_OUT_FAULTS[name].format(value) for name, value in faults.items())
 
 
-def is_number(value) -> bool:
+def is_finite(value) -> bool:
     """Whether a metric can be drawn and compared."""
     return isinstance(value, int | float) and math.isfinite(value)

@@ -7,7 +7,7 @@ when responses grow because longer ones happen to be preferred. A step without a
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 
-from recipe.spin.rollout.validation_metrics import History, is_number
+from recipe.spin.rollout.validation_metrics import History, is_finite
 
 # What is read of a step that had pairs
 READ = (
@@ -53,7 +53,7 @@ class Drift:
         self._history: list[Mapping[str, float]] = [
             {"step": step, **metrics}
             for step, metrics in (history or {}).items()
-            if all(is_number(metrics.get(name)) for name in READ)
+            if all(is_finite(metrics.get(name)) for name in READ)
         ]
         self._step = 0
         self._told: set[str] = set()

@@ -12,7 +12,7 @@ from recipe.spin.rollout.validation_metrics import (
     held_out_faults,
     held_out_measure,
     in_words,
-    is_number,
+    is_finite,
 )
 from recipe.spin.run_folder import checkpoints, read_history, tracked_step, write_whole
 
@@ -84,7 +84,7 @@ def plot(history: History, path: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
 
     def curve(axes, values: dict[int, float | None], label: str, style: str) -> None:
-        values = {step: value for step, value in values.items() if is_number(value)}
+        values = {step: value for step, value in values.items() if is_finite(value)}
         if values:
             axes.plot(list(values), list(values.values()), style, label=label)
 
