@@ -29,6 +29,8 @@ TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json")
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 OF_AN_ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
 SAVE = "save model and tokenizer there with save_pretrained"
+# Model types whose forward pass verl 0.9.1 replaces (verl/models/transformers/monkey_patch.py)
+FORWARD_OF_VERL = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v", "qwen3_5", "qwen3_5_moe")
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 HUB_SECONDS = 5
 
@@ -46,11 +48,11 @@ def check_model(settings: Settings) -> None:
             MODEL_LENGTH,
             f"the model was made for {positions} tokens at most; lower it, or set null",
         )
-        settings.run(partial(_check_attention, config=config), partial(_check_heads, config=config))
+        settings.run(*(partial(check, config=config) for check in CHECKS))
         _check_weights(settings, PATH, folder)
     elif file := _cached_file(settings[PATH], "config.json"):
         config = _read_json(settings, PATH, file)
-        settings.run(partial(_check_attention, config=config), partial(_check_heads, config=config))
+        settings.run(*(partial(check, config=config) for check in CHECKS))
 
 
 def _check_adapter(settings: Settings) -> None:
@@ -233,6 +235,26 @@ def _check_heads(settings: Settings, config: dict) -> None:
         f"the model's {heads} heads of attention, {of_keys} of them with keys, cannot be dealt out evenly to so many "
         "ranks; choose a size that divides the first, and divides the second or is a multiple of it",
     )
+
+
+def _check_images(settings: Settings, config: dict) -> None:
+    """Of the models of text and images only those whose text part runs as a model of text would."""
+    settings.require(
+        config.get("model_type") not in FORWARD_OF_VERL,
+        PATH,
+        f"of a {config.get('model_type')} verl replaces the forward pass by one that gives the logits of all tokens, "
+        "where the recipe needs those of responses alone; name a model of text",
+    )
+    key = f"{ACTOR}.{ULYSSES}"
+    settings.require(
+        settings[key] == 1 or not config.get("vision_config"),
+        key,
+        "verl leaves it to a model of text and images to split its sequences, which most do not; set 1, or name a "
+        "model of text",
+    )
+
+
+CHECKS = (_check_attention, _check_heads, _check_images)
 
 
 # ---- The hub ---------------------------------------------------------------------------------------------------------

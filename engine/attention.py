@@ -209,7 +209,7 @@ def _half(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def check_model_shares_prompts(model: torch.nn.Module) -> None:
     """Errors: ValueError for a model in which a token depends on others by more than attention."""
-    config = model.config
+    config = model.config.get_text_config()  # of a model of texts and images
     others = set(getattr(config, "layer_types", None) or ()) - KNOWN_LAYERS
     if others or getattr(model, "_is_stateful", False) or not getattr(model, "_supports_attention_backend", False):
         what = f"layers of the kinds {', '.join(sorted(others))}" if others else "layers that are not attention alone"

@@ -6,6 +6,7 @@ Two engines, by what a row becomes: SharedPromptEngine computes its prompt once,
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from inspect import signature
 
 import torch
 from tensordict import TensorDict
@@ -87,6 +88,11 @@ class RowEngine(FSDPEngineWithLMHead):
         dtype = self.engine_config.model_dtype or ("bf16" if self.engine_config.forward_only else "fp32")
         with self._configured(model_dtype="fp32"):
             module = super()._build_module()
+        if "logits_to_keep" not in signature(module.forward).parameters:  # verl has replaced that of some
+            raise ValueError(
+                f"{type(module).__name__}.forward takes no logits_to_keep and gives the logits of all tokens; name a "
+                "model of text in actor_rollout_ref.model.path"
+            )
         for parameter in module.parameters():
             parameter.data = parameter.data.to(PrecisionType.to_dtype(dtype))
         if self.keeps_products and self.model_config.enable_gradient_checkpointing:

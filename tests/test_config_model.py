@@ -1,7 +1,9 @@
 """Models that cannot work are refused before Ray starts, by one message with the remedy."""
 
 import errno
+import inspect
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import torch
 from checkable_run import composed, override
 from huggingface_hub.errors import OfflineModeIsEnabled
 from omegaconf import OmegaConf
+from verl.models.transformers import monkey_patch
 
 from recipe.spin import main_spin
 from recipe.spin.checks import check, model_files
@@ -94,6 +97,12 @@ DAMAGES = {
     "not causal": (
         lambda folder: change(folder / "config.json", architectures=["BertForMaskedLM"], model_type="bert"),
         ["BertForMaskedLM", "a causal language model"],
+    ),
+    "verl's own forward pass": (
+        lambda folder: change(
+            folder / "config.json", architectures=["Qwen3VLForConditionalGeneration"], model_type="qwen3_vl"
+        ),
+        ["of a qwen3_vl verl replaces the forward pass", "name a model of text"],
     ),
     "no architecture": (lambda folder: change(folder / "config.json", architectures=None), ["a causal language model"]),
     "broken tokenizer": (lambda folder: cut(folder / "tokenizer.json"), ["the tokenizer cannot be read"]),
@@ -195,6 +204,26 @@ def test_heads_that_cannot_be_dealt_out_to_ranks_are_refused_before_ray(
         run.check(*overrides, device="gpu")
     else:
         assert f"the model's {heads} heads of attention, {of_keys} of them" in run.refusal(*overrides, device="gpu")
+
+
+def test_sequences_of_a_model_of_text_and_images_are_not_split(run, folder, with_gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    change(folder / "config.json", vision_config={"hidden_size": 64})
+    overrides = [f"{PATH}={folder}", "trainer.n_gpus_per_node=2"]
+    run.check(*overrides, device="gpu")
+    key = "actor_rollout_ref.actor.ulysses_sequence_parallel_size"
+    assert "of text and images to split its sequences" in run.refusal(*overrides, f"{key}=2", device="gpu")
+
+
+def test_models_whose_forward_pass_verl_replaces_are_known():
+    patches = inspect.getsource(monkey_patch.apply_monkey_patch)
+    replaced = {
+        name
+        for kinds, body in re.findall(r"model_type (?:in|==) (.*):\n((?:.*\n)*?)(?=    (?:el)?if |\Z)", patches)
+        if ".forward = forward_with_normal_backend" in body
+        for name in re.findall(r'"(\w+)"', kinds)
+    }
+    assert replaced == set(model_files.FORWARD_OF_VERL)
 
 
 # ---- Names on the hub ------------------------------------------------------------------------------------------------

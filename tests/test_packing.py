@@ -10,8 +10,19 @@ from as_on_gpus import attention_as_on_gpus, standing_in_for_the_kernel
 from plain_model import response_logp
 from torch.nn.attention import varlen
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, LlamaConfig, MistralConfig, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    Lfm2Config,
+    Lfm2VlConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen3Config,
+)
 from verl.utils import tensordict_utils as tu
+from verl.workers.config import FSDPEngineConfig
+from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from recipe.spin.engine import attention, kernels
 from recipe.spin.engine.logps import (
@@ -317,6 +328,24 @@ def test_a_model_with_other_layers_is_refused_with_the_way_on():
     model.config.layer_types = ["full_attention", "linear_attention"]
     with pytest.raises(ValueError, match="linear_attention.*actor_rollout_ref.share_prompt=False"):
         attention.check_model_shares_prompts(model)
+
+
+def test_the_layers_of_a_model_of_texts_and_images_are_those_of_its_text_part():
+    model = build(MODELS["grouped queries"])
+    text = Lfm2Config(num_hidden_layers=2, layer_types=["full_attention", "conv"])
+    model.config = Lfm2VlConfig(text_config=text.to_dict())
+    with pytest.raises(ValueError, match="kinds conv, .*actor_rollout_ref.share_prompt=False"):
+        attention.check_model_shares_prompts(model)
+
+
+def test_a_model_that_gives_all_logits_is_refused(monkeypatch):
+    """verl replaces the forward pass of some, and would have made log-probs of the wrong tokens."""
+    model = torch.nn.Linear(2, 2)
+    monkeypatch.setattr(FSDPEngineWithLMHead, "_build_module", lambda self: model)
+    engine = SeparateEngine.__new__(SeparateEngine)
+    engine.engine_config = FSDPEngineConfig(model_dtype="fp32")
+    with pytest.raises(ValueError, match="Linear.forward takes no logits_to_keep.*actor_rollout_ref.model.path"):
+        engine._build_module()
 
 
 def test_a_model_with_a_state_is_refused():
