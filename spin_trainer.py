@@ -6,6 +6,7 @@ refresh the reference -> generate -> score -> prefer -> reference log-probs -> u
 import math
 import os
 from functools import cached_property
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,7 @@ from recipe.spin.rollout.held_out import HeldOutValidation
 from recipe.spin.rollout.opponent import OpponentInVLLM
 from recipe.spin.rollout.reward_worker import RewardWorker
 from recipe.spin.rollout.staleness import StaleWeights
+from recipe.spin.rollout.validation_metrics import History
 from recipe.spin.rollout.weights import has_own_sockets
 
 verl_patches.load_data_alone(trainer_base)
@@ -63,7 +65,6 @@ class SpinTrainer(OpponentInVLLM, StaleWeights, HeldOutValidation, PPOTrainerSyn
             "finished": (),
         }
         self._fetched = (0, 0)  # step, and the prompts fetched in it so far
-        self._without_pairs_in_a_row = 0  # steps
 
     # ------------------------------------------------------------------ setup
 
@@ -139,13 +140,14 @@ class SpinTrainer(OpponentInVLLM, StaleWeights, HeldOutValidation, PPOTrainerSyn
         os.environ["VERL_FILE_LOGGER_PATH"] = str(run_folder.next_metrics_file(folder, self.global_steps))
         loggers = [trainer.logger] if isinstance(trainer.logger, str) else trainer.logger or []
         trainer.logger = [*loggers, *({"file"} - set(loggers))]  # the report is made of the file
+        history, _ = run_folder.read_history(folder)
         if self.global_steps > 0:
-            trainer.val_before_train = trainer.val_only or self._validation_is_missing(folder)
+            trainer.val_before_train = trainer.val_only or self._validation_is_missing(history)
+        self._without_pairs_in_a_row = _steps_without_pairs(history, self.global_steps)
         adapter = self.config.actor_rollout_ref.model.lora_adapter_path  # trained before, unlike the reference
         self.dpo.reference_equals_actor = self.global_steps == 0 and not adapter
 
-    def _validation_is_missing(self, folder: Path) -> bool:
-        history, _ = run_folder.read_history(folder)
+    def _validation_is_missing(self, history: History) -> bool:
         validated = any(name.startswith("val-") for name in history.get(self.global_steps, {}))
         return self._validation_is_due() and not validated
 
@@ -265,9 +267,8 @@ class SpinTrainer(OpponentInVLLM, StaleWeights, HeldOutValidation, PPOTrainerSyn
         self._without_pairs_in_a_row = 0 if found else self._without_pairs_in_a_row + 1
         if self._without_pairs_in_a_row >= limit:
             raise RuntimeError(
-                f"step {self.global_steps}: {limit} steps in a row gave no pair, as all responses to each prompt tie "
-                f"(trainer.max_steps_without_pairs={limit}). Give the reward or the judge more grades, sample more "
-                "responses (actor_rollout_ref.rollout.n), or take prompts that are neither too hard nor too easy"
+                f"step {self.global_steps}: {limit} steps in a row gave no pair, as {answers.NO_PAIR} "
+                f"(trainer.max_steps_without_pairs={limit}). {answers.PAIR_REMEDY}"
             )
 
     @property
@@ -340,3 +341,8 @@ def _load_replica() -> type:
     from recipe.spin.rollout.server import RolloutReplica  # imports vLLM
 
     return RolloutReplica
+
+
+def _steps_without_pairs(history: History, step: int) -> int:
+    """How many steps up to this one, one after the other, had none."""
+    return next(passed for passed in count() if history.get(step - passed, {}).get("pairs/used") != 0)

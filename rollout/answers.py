@@ -11,6 +11,13 @@ from recipe.spin.engine.rows import pad_rows
 from recipe.spin.preferences.reward_error import RewardError
 from recipe.spin.rollout.scoring import FAULT
 
+# What is said of steps without a pair
+NO_PAIR = "no prompt has two responses to tell apart: they tie, or were left out"
+PAIR_REMEDY = (
+    "Give the reward or the judge more grades, sample more responses (actor_rollout_ref.rollout.n), or take prompts "
+    "that are neither too hard nor too easy"
+)
+
 
 def ended(responses: list[torch.Tensor], end_tokens: set[int]) -> torch.Tensor:
     """Which of N responses, given as tokens, ended by themselves (N,)."""

@@ -7,6 +7,7 @@ when responses grow because longer ones happen to be preferred. A step without a
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 
+from recipe.spin.rollout.answers import NO_PAIR, PAIR_REMEDY
 from recipe.spin.rollout.validation_metrics import History, is_finite
 
 # What is read of a step that had pairs
@@ -92,10 +93,8 @@ def _no_pair(history: Sequence[Mapping[str, float]]) -> str | None:
         return None
     step = history[-1]
     text = (
-        f"step {step['step']} gave no pair and trained nothing, as no prompt has two responses to tell apart: they "
-        "tie, or were left out. After trainer.max_steps_without_pairs such steps in a row the run stops. Give the "
-        "reward or the judge more grades, sample more responses (actor_rollout_ref.rollout.n), or take prompts that "
-        "are neither too hard nor too easy"
+        f"step {step['step']} gave no pair and trained nothing, as {NO_PAIR}. After trainer.max_steps_without_pairs "
+        f"such steps in a row the run stops. {PAIR_REMEDY}"
     )
     rate = step.get("judge/first_rate")
     if rate is None:

@@ -147,6 +147,18 @@ def test_steps_without_a_pair_in_a_row_stop_the_run(step):
         step(pairs=False)
 
 
+def test_a_start_counts_the_steps_without_a_pair_before_it(train):
+    class WithoutPairs(EmptySteps):
+        def step(self, metrics, timing_raw):
+            metrics["pairs/used"] = 0
+            self._check_pairs(found=False)
+            return super().step(metrics, timing_raw)
+
+    train(2, WithoutPairs, max_steps_without_pairs=3)
+    with pytest.raises(RuntimeError, match="step 3: 3 steps in a row gave no pair"):
+        train(8, WithoutPairs, max_steps_without_pairs=3)
+
+
 def test_the_learning_rate_goes_on_in_a_step_without_pairs(step):
     """An update advances its schedule by itself, skipped or not."""
     step()
