@@ -130,7 +130,6 @@ class PackedRows:
     visibility: Visibility
     predictors: Tensor  # (R,) place of the token that predicts each response token
     labels: Tensor  # (R,) the response tokens
-    padding: int  # tokens at the end that belong to no row
 
     @property
     def position_ids(self) -> Tensor:
@@ -138,7 +137,7 @@ class PackedRows:
 
 
 def pack_rows(input_ids: Tensor, segments: Tensor, multiple_of: int = 1) -> PackedRows:
-    """Packs rows, jagged `input_ids` and `segments` (rows.py), into one sequence of a length divisible as asked."""
+    """Packs rows, jagged `input_ids` and `segments` (rows.py), into one sequence, padded to a divisible length."""
     rows = list(zip(input_ids.unbind(), row_lists(segments), strict=True))
     common = common_beginning([tokens[: lengths[0]] for tokens, lengths in rows]) if len(rows) > 1 else 0
     place = common
@@ -173,7 +172,6 @@ def pack_rows(input_ids: Tensor, segments: Tensor, multiple_of: int = 1) -> Pack
         Visibility(found, [span for span in spans if span[1]], common, torch.cat(positions).to(device)),
         torch.tensor(predictors, dtype=torch.long, device=device),
         torch.cat([input_ids.values()[:0], *labels]),
-        padding,
     )
 
 

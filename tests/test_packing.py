@@ -223,8 +223,7 @@ def test_a_token_is_computed_once():
     assert packed.position_ids.tolist() == [0, 1, 2, 3, 4, 5, 4, 2, 3, 3, 3]
     assert packed.labels.tolist() == [6, 7, 8, 9, 10, 11]
     assert packed.input_ids[packed.predictors].tolist() == [4, 6, 4, 5, 5, 5]
-    assert packed.padding == 0
-    assert pack(prompts, answers, 4).padding == 1
+    assert pack(prompts, answers, 4).input_ids.tolist() == [*packed.input_ids.tolist(), 0]
 
 
 def test_prompts_are_copied_for_models_that_cannot_share():
