@@ -16,7 +16,7 @@ from recipe.spin.checks.check import check_config
 from recipe.spin.checks.finding import FAIL
 from recipe.spin.checks.machine import check_cluster
 from recipe.spin.checks.model_files import fit_weight_bucket
-from recipe.spin.checks.paths import expand_home
+from recipe.spin.checks.paths import make_absolute
 from recipe.spin.checks.pinned_model import fetch_pinned_model
 from recipe.spin.common import heap
 from recipe.spin.common.settings import ConfigError
@@ -192,7 +192,7 @@ def main(config: DictConfig) -> None:
     signals.honor()
     try:
         _resolve(config)
-        expand_home(config)
+        make_absolute(config)
         fetch_pinned_model(config)
         check_config(config)
         _check_by_verl(config)

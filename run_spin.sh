@@ -66,12 +66,17 @@ argument() {
     echo "$value"
 }
 
+# choose_model ARGUMENT...: sets MODEL, which an argument names as well as MODEL_PATH does.
 choose_model() {
-    if [[ -n "${MODEL_PATH:-}" ]]; then
+    local given
+    given="$(argument actor_rollout_ref.model.path "$@")"
+    if [[ -n "$given" ]]; then
+        MODEL="$given"
+    elif [[ -n "${MODEL_PATH:-}" ]]; then
         MODEL="$MODEL_PATH"
         if [[ -d "$(absolute "$MODEL")" ]]; then
             MODEL="$(absolute "$MODEL")"
-        elif [[ "$MODEL" =~ ^[./~] || "$MODEL" == */*/* ]]; then
+        elif [[ "$MODEL" =~ ^[./~] || ("$MODEL" == */*/* && "$MODEL" != *@*) ]]; then
             spin_die "MODEL_PATH is '$MODEL', and there is no such folder." \
                 "Give the path of a Hugging Face model folder, or a hub name such as Qwen/Qwen2.5-3B-Instruct."
         fi
@@ -128,9 +133,12 @@ choose_data() {
     fi
 }
 
-# Sets REWARD to a file, or to nothing, and verl then takes its own reward for the rows' data_source.
+# choose_reward ARGUMENT...: sets REWARD to a file, or to nothing where an argument tells, or verl takes its own reward
+# for the rows' data_source.
 choose_reward() {
     local file
+    REWARD=""
+    if [[ -n "$(argument reward.custom_reward_function.path "$@")" ]]; then return; fi
     if [[ -n "${REWARD_PATH:-}" ]]; then
         REWARD="$(absolute "$REWARD_PATH")"
         if [[ ! -f "$REWARD" ]]; then
@@ -138,7 +146,6 @@ choose_reward() {
         fi
         return
     fi
-    REWARD=""
     if [[ -z "$DATA" ]]; then return; fi
     for file in "$DATA/reward.py" "$SPIN_ROOT/examples/$NAME/reward.py"; do
         if [[ -f "$file" ]]; then
@@ -168,9 +175,15 @@ choose_machines() {
     if ((NNODES > 1)); then export RAY_ADDRESS="${RAY_ADDRESS:-auto}"; fi
 }
 
-# The first of RUN_DIR, RUN_DIR-2, RUN_DIR-3 ... that holds no finished run.
+# choose_run_dir ARGUMENT...: sets RUN to the folder that an argument names, whatever it holds; else to the first of
+# RUN_DIR, RUN_DIR-2, RUN_DIR-3 ... that holds no finished run.
 choose_run_dir() {
-    local base number=1
+    local base given number=1
+    given="$(argument trainer.default_local_dir "$@" | tr -d "\"'")"
+    if [[ -n "$given" ]]; then
+        RUN="$(absolute "$given")"
+        return
+    fi
     base="$(absolute "${RUN_DIR:-$SPIN_ROOT/outputs/$SPIN_PROFILE-$NAME}")"
     base="${base%/}"
     RUN="$base"
@@ -207,11 +220,11 @@ if [[ "${1:-}" == --install ]]; then
     spin_say "ready: $PYTHON; start Ray with it on each node: $(dirname "$PYTHON")/ray start ..."
     exit
 fi
-choose_model
+choose_model "$@"
 choose_data "$@"
-choose_reward
+choose_reward "$@"
 choose_machines
-choose_run_dir
+choose_run_dir "$@"
 tell
 
 OVERRIDES=("device=$SPIN_PROFILE" "trainer.nnodes=$NNODES" "trainer.n_gpus_per_node=$N_GPUS_PER_NODE")

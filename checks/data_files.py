@@ -102,6 +102,8 @@ def read_prompts(settings: Settings, key: str, file: str) -> Prompts:
         ConfigError: names the file, and the first row with a fault.
     """
     path = Path(file)
+    if magic := set("*?[") & set(file):
+        raise ConfigError(f"{key}={file!r}: {' and '.join(sorted(magic))} would be a pattern of names; rename the file")
     if not path.is_file():
         raise ConfigError(f"{key}={file!r}: there is no such file; make it (examples/) or name another")
     rows = _read_rows(key, path)
@@ -180,6 +182,9 @@ def _row_fault(row: dict, settings: Settings) -> str | None:
     taken = sorted(TAKEN & row.keys())
     if taken:
         return f"the column {taken[0]!r} has a name that the rollout uses itself; rename or drop it"
+    extra = row.get("extra_info")
+    if not isinstance(extra, dict | None):
+        return f"the column 'extra_info' holds {str(extra)[:60]!r}; verl takes an object (dict) or null there"
     media = [settings[key] for key in MEDIA if row.get(settings[key])]
     return f"the column {media[0]!r} is not empty; {TEXT_ALONE}, and drop the column" if media else None
 

@@ -178,7 +178,8 @@ def _check_architecture(settings: Settings, config: dict) -> None:
 
 def _shards(settings: Settings, key: str, folder: Path) -> list[Path]:
     """The files that hold the weights, whether they exist or not."""
-    index = next(folder.glob("*.index.json"), None)
+    found = sorted(folder.glob("*.index.json"), key=lambda file: ".safetensors." not in file.name)  # as it is loaded
+    index = next(iter(found), None)
     if index is None:
         return sorted(file for pattern in WEIGHTS for file in folder.glob(pattern))
     named = _read_json(settings, key, index).get("weight_map")

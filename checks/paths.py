@@ -1,4 +1,4 @@
-"""Settings that name files: `~` in them, which no shell expands within KEY=~/x, and names that no file can have."""
+"""Settings that name files: made absolute, `~` in them too, and names that no file can have."""
 
 import os
 from collections.abc import Iterable
@@ -8,11 +8,15 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from recipe.spin.common.settings import Settings
 
 MODEL, REWARD = "actor_rollout_ref.model", "reward"
-PATHS = (
+# Folders, or names on the hub
+MODELS = (
     f"{MODEL}.path",
     f"{MODEL}.tokenizer_path",
     f"{MODEL}.lora_adapter_path",
     f"{REWARD}.reward_model.model_path",
+)
+PATHS = (
+    *MODELS,
     f"{REWARD}.custom_reward_function.path",
     f"{REWARD}.reward_manager.module.path",
     "actor_rollout_ref.rollout.agent.agent_loop_config_path",
@@ -28,13 +32,16 @@ PATHS = (
 PARTS = f"{REWARD}.custom_reward_function.reward_kwargs.functions"  # of preferences/weighted.py, each with a path
 
 
-def expand_home(config: DictConfig) -> None:
-    """Puts the user's folder in place of `~` in all settings of a resolved config that name files."""
+def make_absolute(config: DictConfig) -> None:
+    """Makes all settings of a resolved config that name files absolute.
+
+    Shells expand no `~` within KEY=~/x, and the processes of a cluster that is joined are in the folder of its start.
+    """
     parts = OmegaConf.select(config, PARTS)
     for key in _keys(parts if isinstance(parts, DictConfig) else ()):
         value = OmegaConf.select(config, key)  # None too where a section is null, which check_config tells
         if isinstance(value, str | ListConfig):
-            OmegaConf.update(config, key, _expanded(value))
+            OmegaConf.update(config, key, _absolute(value, key in MODELS))
 
 
 def names_can_be_looked_up(settings: Settings) -> None:
@@ -62,7 +69,13 @@ def _keys(parts: Iterable[str]) -> list[str]:
     return [*PATHS, *(f"{PARTS}.{name}.path" for name in parts)]
 
 
-def _expanded(value):
+def _absolute(value, of_a_model: bool):
     if isinstance(value, ListConfig):
-        return [_expanded(one) for one in value]
-    return os.path.expanduser(value) if isinstance(value, str) else value
+        return [_absolute(one, of_a_model) for one in value]
+    if not isinstance(value, str) or not value or "://" in value:
+        return value
+    path = os.path.expanduser(value)
+    # A user who is not there, and names on the hub
+    if path.startswith("~") or (of_a_model and not os.path.exists(path)):
+        return path
+    return os.path.abspath(path)

@@ -4,6 +4,7 @@ import asyncio
 import math
 import time
 from collections.abc import Awaitable
+from contextlib import suppress
 from numbers import Real
 from typing import TypeVar
 
@@ -50,8 +51,8 @@ def finite_number(score) -> float:
     Raises:
         NoScore: when it is no finite number.
     """
-    if hasattr(score, "item"):  # of numpy's or torch's
-        score = score.item()
+    with suppress(ValueError, RuntimeError):  # of an array of several numbers, which is none below
+        score = score.item() if hasattr(score, "item") else score  # of numpy's or torch's
     if not isinstance(score, Real) or not math.isfinite(score):
         raise NoScore(f"returned {score!r}, which is no finite number,")
     return float(score)

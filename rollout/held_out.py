@@ -7,6 +7,7 @@ first validation, which the run's folder keeps.
 import json
 import math
 from collections.abc import Sequence
+from numbers import Real
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +62,7 @@ class HeldOutValidation:
             RuntimeError: when more answers failed than `trainer.max_failed_validation` allows.
         """
         infos = without_made_up_accuracy(infos)
+        infos = {name: values for name, values in infos.items() if name == PREFERENCE or _can_be_told(values)}
         noted = [info for infos_of_one in infos.pop(PREFERENCE, ()) for info in infos_of_one]
         unscored = {uid for uid, reward in zip(sample_uids, infos["reward"], strict=True) if math.isnan(reward)}
         uids = [uid for _, uid in expected_acc_counts]  # one a row, in the rows' order
@@ -107,6 +109,12 @@ def without_made_up_accuracy(infos: dict[str, list]) -> dict[str, list]:
     graded = infos.get("score") or [None] * len(infos["acc"])
     acc = [value if score is not None else None for value, score in zip(infos["acc"], graded, strict=True)]
     return infos | {"acc": acc}
+
+
+def _can_be_told(values: list) -> bool:
+    """Whether verl has a metric, or a vote, of what a reward returned beside its score; other things are left out."""
+    given = [value for value in values if value is not None]
+    return all(isinstance(value, Real | np.bool_) for value in given) or all(isinstance(value, str) for value in given)
 
 
 class HeldOutRows:

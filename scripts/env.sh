@@ -298,7 +298,10 @@ spin_setup() {
         mkdir -p "$SPIN_CACHE"
         # Two commands started together must not install into one folder
         exec 9>"$SPIN_CACHE/install.lock"
-        if command -v flock >/dev/null; then flock 9; fi
+        if command -v flock >/dev/null && ! flock --nonblock 9; then
+            spin_say "another command installs into $SPIN_ROOT, or its file system has no locks: waiting for it ..."
+            flock 9 || spin_say "no locks there: start no second command while this one installs"
+        fi
         spin_install "$mode"
         exec 9>&-
         PYTHON="$SPIN_VENV/bin/python"

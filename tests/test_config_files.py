@@ -287,6 +287,19 @@ def test_a_column_that_verl_sets_itself_passes(run, tmp_path):
     run.check(f"data.train_files={write_rows(tmp_path / 'data.parquet', [row(n) | {'index': n} for n in range(4)])}")
 
 
+def test_extra_information_that_verl_could_not_read_is_refused(run, tmp_path):
+    run.check(f"data.train_files={write_rows(tmp_path / 'a.jsonl', [row(n) | {'extra_info': None} for n in range(4)])}")
+    path = write_rows(tmp_path / "b.jsonl", [row(number) | {"extra_info": '{"index": 1}'} for number in range(4)])
+    message = run.refusal(f"data.train_files={path}")
+    assert message.startswith(f"data.train_files='{path}', row 0: the column 'extra_info' holds") and "dict" in message
+
+
+def test_a_name_that_would_be_a_pattern_is_refused(run, tmp_path):
+    """datasets looks for all files that fit."""
+    path = write_rows(tmp_path / "part[1].jsonl", [row(number) for number in range(4)])
+    assert "[ would be a pattern of names; rename the file" in run.refusal(f"data.train_files=['{path}']")
+
+
 @pytest.mark.parametrize("column", ["images", "videos", "audios"])
 def test_rows_with_more_than_text_are_refused(run, tmp_path, column):
     """vLLM would be shown them, and the update would know nothing of it."""

@@ -118,6 +118,13 @@ def test_damaged_model_folder(run, folder, damage):
     assert [word for word in words if word not in message] == [], message
 
 
+def test_an_index_of_files_that_are_not_loaded_is_passed_over(run, folder):
+    """As a download without *.bin leaves it."""
+    shutil.copy(shard(folder), folder / "model-00002-of-00002.safetensors")
+    (folder / "a.bin.index.json").write_text(json.dumps({"weight_map": {"a": "pytorch_model-1.bin"}}))
+    run.check(f"{PATH}={folder}")
+
+
 def test_model_in_whole_shards(run, folder):
     shutil.copy(shard(folder), folder / "model-00002-of-00002.safetensors")
     run.check(f"{PATH}={folder}")

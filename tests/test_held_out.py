@@ -85,6 +85,15 @@ def test_greedy_answers_have_metrics_of_their_own(trainer):
     assert metrics["val-failed/answers"] == 0
 
 
+def test_what_is_no_number_beside_a_score_is_left_out(trainer):
+    """As in training; a word may be what verl votes by, and what is missing for some counts for the others."""
+    infos = {"reward": RIGHT, "score": RIGHT, "acc": RIGHT, "details": [{"a": 1}] * 8, "pred": list("abcdefgh")}
+    metrics = validate(trainer, infos | {"mixed": [1, "a"] * 4, "some": [1.0, None] * 4})
+    assert metrics["val-core/sums/acc/mean@3"] == pytest.approx(2 / 6)
+    assert not [name for name in metrics if "/details/" in name or "/mixed/" in name]
+    assert [name for name in metrics if "/some/" in name]
+
+
 def test_a_reward_that_is_a_number_is_no_accuracy(trainer):
     """verl calls it `acc` as well, and beside it there is no `score`."""
     metrics = validate(trainer, {"reward": [0.5 * value for value in RIGHT], "acc": [0.5 * value for value in RIGHT]})

@@ -1,4 +1,4 @@
-"""Settings whose paths begin with `~`, which no shell expands behind a =."""
+"""Settings that name files: `~`, which no shell expands behind a =, and names below the folder of the call."""
 
 import errno
 import os
@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 
 from recipe.spin import main_spin
 from recipe.spin.checks.check import check_config
-from recipe.spin.checks.paths import PARTS, PATHS, expand_home
+from recipe.spin.checks.paths import PARTS, PATHS, make_absolute
 from recipe.spin.checks.reward_file import WEIGHTED
 from recipe.spin.common.settings import ConfigError
 
@@ -20,11 +20,23 @@ def test_the_users_folder_is_put_in_place_of_a_tilde(monkeypatch):
     config.data.val_files = ["~/a", "b", "~other/c"]
     part = "{one: {path: '~/one.py'}}"
     config = override(config, [f"+reward.custom_reward_function.reward_kwargs={{functions: {part}}}"])
-    expand_home(config)
+    make_absolute(config)
     for key in set(PATHS) - {"data.val_files"}:
         assert OmegaConf.select(config, key) == "/home/me/x"
-    assert config.data.val_files == ["/home/me/a", "b", "~other/c"]
+    assert config.data.val_files == ["/home/me/a", os.path.abspath("b"), "~other/c"]
     assert config.reward.custom_reward_function.reward_kwargs.functions.one.path == "/home/me/one.py"
+
+
+def test_names_below_the_folder_of_the_call_are_made_absolute(monkeypatch, tmp_path):
+    """Processes of a cluster that is joined are in another. Addresses stay, and names that the hub may have."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    names = {"trainer.default_local_dir": "run", "data.train_files": "hdfs://a/b.parquet"}
+    names |= {"actor_rollout_ref.model.path": "here", "actor_rollout_ref.model.tokenizer_path": "gpt2"}
+    config = override(composed("cpu"), [f"{key}={name}" for key, name in names.items()])
+    make_absolute(config)
+    found = [OmegaConf.select(config, key) for key in names]
+    assert found == [f"{tmp_path}/run", "hdfs://a/b.parquet", f"{tmp_path}/here", "gpt2"]
 
 
 def test_files_that_verl_loads_by_its_own_keys_are_among_them():
@@ -38,7 +50,7 @@ def test_files_that_verl_loads_by_its_own_keys_are_among_them():
 
 
 def test_a_section_that_is_null_is_left_to_the_check():
-    expand_home(OmegaConf.create({"trainer": None, "data": {"train_files": 5}}))
+    make_absolute(OmegaConf.create({"trainer": None, "data": {"train_files": 5}}))
 
 
 @pytest.mark.parametrize(
@@ -52,7 +64,7 @@ def test_a_section_that_is_null_is_left_to_the_check():
 )
 def test_a_folder_of_a_user_that_is_not_there_is_told_as_any_other(run, key):
     config = override(composed("cpu"), run.overrides(f"{key}='~nobody-here/x'"))
-    expand_home(config)
+    make_absolute(config)
     with pytest.raises(ConfigError, match=f"{key}='~nobody-here/x': there is no such f"):
         check_config(config)
 

@@ -67,6 +67,19 @@ def test_a_file_may_begin_with_the_mark_of_its_encoding(tmp_path, name, opens):
     assert [row for _, row in data_sets.read_file(tmp_path / name)] == [{"question": "1"}]
 
 
+def test_a_long_text_in_a_table(tmp_path):
+    (tmp_path / "rows.csv").write_text(f"question\n{'a' * 200_000}\n")
+    assert len(data_sets.read_file(tmp_path / "rows.csv")[0][1]["question"]) == 200_000
+
+
+def test_both_files_are_those_of_one_call(tmp_path, monkeypatch):
+    """Of a call that ends in between, old held-out prompts might be among the new ones that are trained on."""
+    data_sets.write_splits(tmp_path, {"train": [{"a": 1}], "test": [{"a": 2}]})
+    with pytest.raises(AttributeError):
+        data_sets.write_splits(tmp_path, {"train": [{"a": 2}], "test": [3]})
+    assert [row for _, row in data_sets.read_file(tmp_path / "train.parquet")] == [{"a": 1}]
+
+
 SHAREGPT = [{"from": "human", "value": ASKED["content"]}, {"from": "gpt", "value": "7"}]
 TURNS = [ASKED, {"role": "assistant", "content": "7?"}, {"role": "user", "content": "Sure?"}]
 

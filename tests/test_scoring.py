@@ -73,7 +73,7 @@ def test_numbers_are_scores(value):
     assert score(Worker(returning(value))).reward_score == float(value)
 
 
-@pytest.mark.parametrize("value", [None, "1.0", math.nan, math.inf, [1.0]])
+@pytest.mark.parametrize("value", [None, "1.0", math.nan, math.inf, [1.0], np.ones(2), torch.ones(2)])
 def test_what_is_no_finite_number_is_refused_by_name(value):
     with pytest.raises(RewardError) as caught:
         score(Worker(returning(value)))

@@ -115,6 +115,25 @@ def test_environment_variables_become_overrides(checkout: Checkout) -> None:
     assert "secret" not in result.stdout + result.stderr
 
 
+def test_what_arguments_name_is_neither_made_nor_told_otherwise(checkout: Checkout) -> None:
+    given = [
+        "actor_rollout_ref.model.path=mine/model",
+        "trainer.default_local_dir=runs/2",
+        "reward.custom_reward_function.path=null",
+    ]
+    result = checkout.spin(*given, DATA_DIR=str(checkout.data()), MODEL_PATH="/not/there")
+    assert result.code == 0, result.stderr
+    told = result.stdout + result.stderr
+    assert "model:   mine/model" in told and f"run:     {checkout.elsewhere}/runs/2" in told
+    assert "reward:  as arguments" in told and result.overrides["trainer.experiment_name"] == "2"
+    assert [f"{key}={result.overrides[key]}" for key in (one.partition("=")[0] for one in given)] == given
+
+
+def test_a_branch_of_a_model_may_have_a_slash(checkout: Checkout) -> None:
+    result = checkout.spin(DATA_DIR=str(checkout.data()), MODEL_PATH="owner/name@refs/pr/1")
+    assert result.overrides["actor_rollout_ref.model.path"] == "owner/name@refs/pr/1"
+
+
 def test_a_home_that_the_shell_did_not_expand(checkout: Checkout) -> None:
     checkout.data()
     (checkout.elsewhere / "model").mkdir()

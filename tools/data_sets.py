@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ def read_file(path: Path) -> Iterable[tuple[str, Any]]:
             rows = pq.read_table(path).to_pylist()
         elif path.suffix == ".csv":
             with path.open(encoding="utf-8-sig", newline="") as file:
+                csv.field_size_limit(sys.maxsize)  # a text may have more than its 131,072 characters
                 rows = list(csv.DictReader(file))
         elif path.suffix == ".json" and path.read_text("utf-8-sig").lstrip().startswith("["):
             rows = json.loads(path.read_text("utf-8-sig"))
@@ -64,9 +66,10 @@ def read_hub(name: str, subset: str | None, split: str, revision: str | None, re
 
 
 def write_splits(output: Path, splits: dict[str, list[dict[str, Any]]]) -> None:
-    """Writes SPLIT.parquet into the folder for each split; a file appears complete or not at all."""
+    """Writes SPLIT.parquet into the folder for each split; the files appear complete or not at all."""
     output.mkdir(parents=True, exist_ok=True)
+    partial = {split: output / f".{split}.parquet.{os.getpid()}" for split in splits}
     for split, rows in splits.items():
-        partial = output / f".{split}.parquet.{os.getpid()}"
-        pq.write_table(pa.Table.from_pylist(rows), partial)
-        partial.rename(output / f"{split}.parquet")
+        pq.write_table(pa.Table.from_pylist(rows), partial[split])
+    for split, file in partial.items():
+        file.rename(output / f"{split}.parquet")

@@ -32,7 +32,7 @@ from recipe.spin.checks.finding import FAIL, OK, WARN, Finding
 from recipe.spin.checks.gpu import devices
 from recipe.spin.checks.host import free_shared_memory
 from recipe.spin.checks.machine import findings
-from recipe.spin.checks.paths import expand_home
+from recipe.spin.checks.paths import make_absolute
 
 ROOT = Path(__file__).resolve().parents[1]
 REQUIRED = {"verl", "transferqueue"}  # of the constraints, what the recipe's code is made for
@@ -100,7 +100,7 @@ def examine(profile: str, overrides: list[str], quick: bool) -> Iterator[Finding
     yield check_ports()
     config = compose(profile, *default_settings(profile), *overrides)
     OmegaConf.resolve(config)
-    expand_home(config)
+    make_absolute(config)
     able = fit.verdict != FAIL
     for finding in findings(config):
         able = able and not (finding.verdict == FAIL and finding.name in ("driver", "GPUs", "compiler"))
@@ -229,6 +229,7 @@ def command_of(profile: str, *arguments: str) -> list[str]:
 def start(command: list[str], seconds: float, folder: Path | None = None) -> tuple[int | None, str, str]:
     """Exit code, None after `seconds`, and what was written to stdout and stderr; nothing is left running."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    environment.pop("RAY_ADDRESS", None)  # it looks at this machine, and not at a cluster
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         process = subprocess.Popen(
             command, stdout=out, stderr=err, cwd=folder, env=environment, start_new_session=True, text=True
