@@ -2,11 +2,12 @@
 
 import random
 from pathlib import Path
+from string import Template
 from typing import NamedTuple
 
 import torch
 
-QUESTION = "$request\nA $first\nB $second\n"  # for algorithm.judge.prompt; short, as the model's words are bytes
+QUESTION = Template("$request\nA $first\nB $second\n")  # short, as the model's words are bytes
 UPDATES, TEXTS, LEARNING_RATE = 400, 32, 3e-3
 
 
@@ -21,7 +22,7 @@ def better(first: str, second: str) -> str:
 
 
 def question(request: str, first: str, second: str) -> str:
-    return f"{request}\nA {first}\nB {second}\n"
+    return QUESTION.substitute(request=request, first=first, second=second)
 
 
 def examples(chance: random.Random, count: int) -> list[Example]:

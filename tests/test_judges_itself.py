@@ -54,7 +54,7 @@ def groups_of(file: Path) -> dict[str, list[tuple[str, float]]]:
 def test_a_model_that_can_judge_makes_its_own_pairs(judge, steps, judging, folder, task, tmp_path):
     """The reference judges as the model did that the run began with, the policy before its first update."""
     run = tmp_path / "run"
-    (tmp_path / "question.txt").write_text(QUESTION)
+    (tmp_path / "question.txt").write_text(QUESTION.template)
     succeed(
         task,
         folder,
