@@ -148,7 +148,7 @@ def test_vllm_on_gpus_reads_the_base_model_that_adapters_leave_as_it_is(rank, ex
 def test_gpu_profile_on_a_machine_with_fewer_gpus(run, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     message = run.refusal("trainer.n_gpus_per_node=2", device="gpu")
-    assert "trainer.n_gpus_per_node=2" in message and "1 GPU" in message and "device=cpu" in message
+    assert "trainer.n_gpus_per_node=2" in message and "1 GPU" in message and "SPIN_PROFILE=cpu" in message
 
 
 ULYSSES = "actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size"
