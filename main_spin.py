@@ -107,7 +107,7 @@ def run_spin(config: DictConfig) -> None:
     from recipe.spin.run_folder import FAILURE, read_history
 
     runner = TaskRunnerClass(config, name=TASK_RUNNER, num_cpus=1, max_concurrency=2)
-    logs = Path(config.trainer.default_local_dir).absolute() / FAILURE
+    logs = Path(config.trainer.default_local_dir) / FAILURE
     go_on = same_command(config.trainer.resume_mode)
     history, _ = read_history(logs.parent)
     monitor = RunMonitor(logs, config.trainer.device, joins=cluster.prepare(config), history=history)

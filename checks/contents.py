@@ -22,19 +22,15 @@ def contents_of(config: DictConfig) -> dict[str, str]:
     """
     found = {}
     for files in (config.data.train_files, config.data.val_files):
-        for file in (_absolute(name) for name in files_of(files) if "://" not in name):
+        for file in (Path(name) for name in files_of(files) if "://" not in name):
             found[file] = f"{count_rows(file)} rows, {_digest(file)}"
     texts = reward_files(config.reward.custom_reward_function)
     texts += [config.algorithm.judge.prompt] if config.algorithm.preference_source == "judge" else []
-    found |= {file: _digest(file) for file in map(_absolute, filter(None, texts))}
-    model = _absolute(config.actor_rollout_ref.model.path)
+    found |= {file: _digest(file) for file in map(Path, filter(None, texts))}
+    model = Path(config.actor_rollout_ref.model.path)
     for pattern in MODEL_FILES:
         found |= {file: _digest_of_pieces(file) for file in sorted(model.glob(pattern)) if file.is_file()}
     return {str(file): words for file, words in found.items()}
-
-
-def _absolute(name: str) -> Path:
-    return Path(name).absolute()
 
 
 def _digest(file: Path) -> str:

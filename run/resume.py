@@ -106,12 +106,6 @@ NOT_COMPARED = (
     "*._target_",
     f"{CONTENTS}*",  # by changed_files
 )
-PATHS = (
-    "actor_rollout_ref.model.path",
-    "data.train_files",
-    "data.val_files",
-    "reward.custom_reward_function.path",
-)
 ABSENT = "(not set)"
 
 Difference = tuple[str, Any, Any]
@@ -243,15 +237,8 @@ def set_aside(folder: Path, step: int) -> Path | None:
 
 
 def settings_of(config: DictConfig) -> dict:
-    """The resolved settings as plain values, paths of this machine absolute, secrets left out."""
-    settings = OmegaConf.to_container(config, resolve=True)
-    for key in PATHS:
-        *sections, name = key.split(".")
-        section = settings
-        for part in sections:
-            section = section[part]
-        section[name] = _absolute(section[name])
-    return without_secrets(settings)
+    """The resolved settings as plain values, secrets left out."""
+    return without_secrets(OmegaConf.to_container(config, resolve=True))
 
 
 def _contents(config: DictConfig) -> dict[str, str]:
@@ -262,13 +249,6 @@ def _contents(config: DictConfig) -> dict[str, str]:
             f"{error.filename}: cannot be read ({error.strerror}), and a run notes what its files hold; let this user "
             "read it"
         ) from error
-
-
-def _absolute(value):
-    if isinstance(value, list):
-        return [_absolute(entry) for entry in value]
-    exists = isinstance(value, str) and Path(value).exists()
-    return str(Path(value).absolute()) if exists else value
 
 
 def _store(settings: dict, folder: Path) -> None:

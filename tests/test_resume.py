@@ -18,6 +18,7 @@ from worker_harness import ROOT, compose, cpu_environment
 from benchmarks.rule_judge import RuleJudge
 from recipe.spin import main_spin
 from recipe.spin.checks.contents import contents_of
+from recipe.spin.checks.paths import make_absolute
 from recipe.spin.checks.reward_file import WEIGHTED
 from recipe.spin.common.secrets import is_secret
 from recipe.spin.common.settings import ConfigError
@@ -50,6 +51,7 @@ class Folder:
     def start(self, *overrides: str):
         """The config as verl gets it."""
         config = self.run.check(*overrides)
+        make_absolute(config)
         resume.prepare(config)
         return config
 
