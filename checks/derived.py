@@ -1,6 +1,6 @@
 """What several checks need of the settings: names of sections and keys, and what follows from the values."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from recipe.spin.common.settings import Settings, Unusable
@@ -17,6 +17,11 @@ def is_self_play(settings: Settings) -> bool:
 
 def ranks(settings: Settings) -> int:
     return settings["trainer.nnodes"] * settings["trainer.n_gpus_per_node"]
+
+
+def computes_in(mixed_precision: Mapping[str, Any] | None) -> str:
+    """What weights are cast to for arithmetic; bf16 is verl's default."""
+    return (mixed_precision or {}).get("param_dtype", "bf16")
 
 
 def longest_row(setting: Callable[[str], Any]) -> tuple[int, int, int]:

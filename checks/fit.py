@@ -8,7 +8,7 @@ from math import ceil, inf
 from omegaconf import DictConfig, OmegaConf
 
 from recipe.spin.checks import memory
-from recipe.spin.checks.derived import ACTOR, REF, ROLLOUT, longest_row
+from recipe.spin.checks.derived import ACTOR, REF, ROLLOUT, computes_in, longest_row
 from recipe.spin.checks.finding import FAIL, HINT, OK, WARN, Finding, gigabytes
 from recipe.spin.checks.gpu import Device
 from recipe.spin.checks.memory import Layout, Model
@@ -41,7 +41,7 @@ def load_shape(config: DictConfig) -> tuple[Model | None, str]:
 
 def compute_bytes(config: DictConfig) -> int:
     """Of a weight as the actor computes with it and vLLM gets it."""
-    return BYTES[(config.actor_rollout_ref.actor.fsdp_config.get("mixed_precision") or {}).get("param_dtype", "bf16")]
+    return BYTES[computes_in(config.actor_rollout_ref.actor.fsdp_config.get("mixed_precision"))]
 
 
 def layout_of(config: DictConfig) -> Layout:

@@ -67,8 +67,9 @@ def named_rewards(info: list[dict]) -> dict[str, float]:
     """
     names = set().union(*info) - {"score", "acc"}
     values = {name: [one[name] for one in info if name in one] for name in sorted(names)}
-    return {
-        f"reward/{name}": float(np.mean(found))
-        for name, found in values.items()
-        if all(isinstance(value, Real | np.bool_) for value in found)
-    }
+    return {f"reward/{name}": float(np.mean(found)) for name, found in values.items() if are_numbers(found)}
+
+
+def are_numbers(values: list) -> bool:
+    """Whether a metric can be made of what a reward returned by a name."""
+    return all(isinstance(value, Real | np.bool_) for value in values)

@@ -7,7 +7,6 @@ first validation, which the run's folder keeps.
 import json
 import math
 from collections.abc import Sequence
-from numbers import Real
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ import torch
 
 from recipe.spin import run_folder
 from recipe.spin.rollout.agent_loop import FIRST_ANSWER, GREEDY, PREFERENCE, SAMPLING_SEED
+from recipe.spin.rollout.answers import are_numbers
 from recipe.spin.rollout.validation_metrics import as_win_rate, held_out_faults
 
 
@@ -114,7 +114,7 @@ def without_made_up_accuracy(infos: dict[str, list]) -> dict[str, list]:
 def _can_be_told(values: list) -> bool:
     """Whether verl has a metric, or a vote, of what a reward returned beside its score; other things are left out."""
     given = [value for value in values if value is not None]
-    return all(isinstance(value, Real | np.bool_) for value in given) or all(isinstance(value, str) for value in given)
+    return are_numbers(given) or all(isinstance(value, str) for value in given)
 
 
 class HeldOutRows:

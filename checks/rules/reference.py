@@ -2,7 +2,7 @@
 
 from typing import get_args
 
-from recipe.spin.checks.derived import ACTOR, MODEL, REF, ROLLOUT, SHARE_PROMPT, ranks, takes_reference
+from recipe.spin.checks.derived import ACTOR, MODEL, REF, ROLLOUT, SHARE_PROMPT, computes_in, ranks, takes_reference
 from recipe.spin.checks.kinds import Precision
 from recipe.spin.common.settings import ConfigError, Settings
 
@@ -62,7 +62,7 @@ def fsdp1_wraps_both_models(settings: Settings) -> None:
 
     FSDP1 then has one tensor of many weights where the other model has them one by one.
     """
-    precision = (settings[f"{ACTOR}.fsdp_config.mixed_precision"] or {}).get("param_dtype", "bf16")  # verl's default
+    precision = computes_in(settings[f"{ACTOR}.fsdp_config.mixed_precision"])
     plain = ranks(settings) == 1 and {precision, settings[f"{REF}.fsdp_config.model_dtype"]} <= set(FP32)
     if settings[f"{ACTOR}.strategy"] != "fsdp" or not plain or settings["trainer.ref_update_freq"] <= 0:
         return
@@ -93,7 +93,7 @@ def the_actor_trains_without_fp16(settings: Settings) -> None:
 
 def shared_prompts_meet_half_precision(settings: Settings) -> None:
     key = f"{ACTOR}.fsdp_config.mixed_precision"
-    computed = (settings[key] or {}).get("param_dtype", "bf16")  # verl's default
+    computed = computes_in(settings[key])
     settings.require(
         computed not in FP32 or settings["trainer.device"] != "cuda" or not settings[SHARE_PROMPT],
         f"{key}.param_dtype",
@@ -111,7 +111,7 @@ def reference_holds_what_the_actor_computes_with(settings: Settings) -> None:
         f"{ref}.mixed_precision",
         f"the reference computes as the actor does; leave it out, and it follows {actor}.mixed_precision",
     )
-    computed = (precision or {}).get("param_dtype", "bf16")  # verl's default
+    computed = computes_in(precision)
     settings.require(
         settings[f"{ref}.model_dtype"] in ("fp32", computed),
         f"{ref}.model_dtype",
