@@ -12,16 +12,15 @@ from pathlib import Path
 from omegaconf import DictConfig
 from safetensors import SafetensorError, safe_open
 
-from recipe.spin.checks.derived import ACTOR, ULYSSES, source_of
+from recipe.spin.checks.derived import source_of
 from recipe.spin.checks.fit import compute_bytes
+from recipe.spin.checks.model_config import PATH, check_architecture, check_computation, text_part
 from recipe.spin.common.settings import MODEL_LENGTH, ConfigError, Settings
 
-PATH = "actor_rollout_ref.model.path"
 TOKENIZER_PATH = "actor_rollout_ref.model.tokenizer_path"
 ADAPTER = "actor_rollout_ref.model.lora_adapter_path"
 LORA_RANK = "actor_rollout_ref.model.lora_rank"
 REWARD_MODEL = "reward.reward_model.model_path"
-OVERRIDES = "actor_rollout_ref.model.override_config"
 CHAT_TEMPLATE = "actor_rollout_ref.model.custom_chat_template"
 BUCKET = "actor_rollout_ref.rollout.checkpoint_engine.update_weights_bucket_megabytes"
 CONFIGURATION = ("config.json",)
@@ -29,8 +28,6 @@ TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json")
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 OF_AN_ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
 SAVE = "save model and tokenizer there with save_pretrained"
-# Model types whose forward pass verl 0.9.1 replaces (verl/models/transformers/monkey_patch.py)
-FORWARD_OF_VERL = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v", "qwen3_5", "qwen3_5_moe")
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 HUB_SECONDS = 5
 
@@ -41,18 +38,18 @@ def check_model(settings: Settings) -> None:
     if folder := _folder(settings, PATH):
         config = _check_folder(settings, PATH, folder)
         if not settings["actor_rollout_ref.model.trust_remote_code"]:
-            _check_architecture(settings, config)
-        positions, length = _of_text(config).get("max_position_embeddings"), settings[MODEL_LENGTH]
+            check_architecture(settings, config)
+        positions, length = text_part(config).get("max_position_embeddings"), settings[MODEL_LENGTH]
         settings.require(
             not isinstance(positions, int) or length is None or length <= positions,
             MODEL_LENGTH,
             f"the model was made for {positions} tokens at most; lower it, or set null",
         )
-        settings.run(*(partial(check, config=config) for check in CHECKS))
+        check_computation(settings, config)
         _check_weights(settings, PATH, folder)
     elif file := _cached_file(settings[PATH], "config.json"):
         config = _read_json(settings, PATH, file)
-        settings.run(*(partial(check, config=config) for check in CHECKS))
+        check_computation(settings, config)
 
 
 def _check_adapter(settings: Settings) -> None:
@@ -154,28 +151,6 @@ def _read_json(settings: Settings, key: str, file: Path) -> dict:
     return content
 
 
-def _of_text(config: dict) -> dict:
-    """The part of a model's config.json that is the language model's, in models of text and images."""
-    part = config.get("text_config")
-    return part if isinstance(part, dict) else config
-
-
-def _check_architecture(settings: Settings, config: dict) -> None:
-    from transformers.models.auto import modeling_auto
-
-    known = {
-        *modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(),
-        *modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values(),
-    }
-    architectures = config.get("architectures")
-    settings.require(
-        isinstance(architectures, list) and len(architectures) == 1 and architectures[0] in known,
-        PATH,
-        f"config.json has the architectures {architectures}, and a causal language model, which writes token by token, "
-        "is needed; name one",
-    )
-
-
 def _shards(settings: Settings, key: str, folder: Path) -> list[Path]:
     """The files that hold the weights, whether they exist or not."""
     found = sorted(folder.glob("*.index.json"), key=lambda file: ".safetensors." not in file.name)  # as it is loaded
@@ -205,57 +180,6 @@ def weights_fault(file: Path) -> str | None:
         return f"is cut off, damaged or no safetensors file: it has {size} bytes ({error})"
     except OSError as error:
         return f"cannot be read ({error.strerror}: chmod a+r, by its owner)"
-
-
-def _check_attention(settings: Settings, config: dict) -> None:
-    """Scores that are capped take an attention that caps: the recipe's does, sdpa ignores caps."""
-    cap = _of_text(config).get("attn_logit_softcapping")
-    if not cap:
-        return
-    shares, attention = settings["actor_rollout_ref.share_prompt"], settings[OVERRIDES].get("attn_implementation")
-    settings.require(
-        shares or attention != "sdpa",
-        PATH,
-        f"this model caps its attention scores ({cap}), and {OVERRIDES}.attn_implementation=sdpa, which "
-        "actor_rollout_ref.share_prompt=False takes, would leave the caps out without a word; set it to eager, or with "
-        "flash-attn 2 installed to flash_attention_2",
-    )
-
-
-def _check_heads(settings: Settings, config: dict) -> None:
-    """Ulysses deals a layer's heads out to the ranks that share a sequence, keys' and values' as often as it takes."""
-    key = f"{ACTOR}.{ULYSSES}"
-    size, model = settings[key], _of_text(config)
-    heads = model.get("num_attention_heads")
-    if not isinstance(heads, int) or size == 1:
-        return
-    of_keys = model.get("num_key_value_heads") or heads
-    settings.require(
-        heads % size == 0 and (of_keys % size == 0 or size % of_keys == 0),
-        key,
-        f"the model's {heads} heads of attention, {of_keys} of them with keys, cannot be dealt out evenly to so many "
-        "ranks; choose a size that divides the first, and divides the second or is a multiple of it",
-    )
-
-
-def _check_images(settings: Settings, config: dict) -> None:
-    """Of the models of text and images only those whose text part runs as a model of text would."""
-    settings.require(
-        config.get("model_type") not in FORWARD_OF_VERL,
-        PATH,
-        f"of a {config.get('model_type')} verl replaces the forward pass by one that gives the logits of all tokens, "
-        "where the recipe needs those of responses alone; name a model of text",
-    )
-    key = f"{ACTOR}.{ULYSSES}"
-    settings.require(
-        settings[key] == 1 or not config.get("vision_config"),
-        key,
-        "verl leaves it to a model of text and images to split its sequences, which most do not; set 1, or name a "
-        "model of text",
-    )
-
-
-CHECKS = (_check_attention, _check_heads, _check_images)
 
 
 # ---- The hub ---------------------------------------------------------------------------------------------------------
@@ -404,6 +328,6 @@ def weight_bucket(config: DictConfig) -> int:
     path = config.actor_rollout_ref.model.path
     folder = Path(path)
     file = folder / "config.json" if folder.is_dir() else _cached_file(path, "config.json")
-    model = _of_text(json.loads(file.read_bytes())) if file else {}
+    model = text_part(json.loads(file.read_bytes())) if file else {}
     embedding = ceil(model.get("vocab_size", 0) * model.get("hidden_size", 0) * compute_bytes(config) / 2**20)
     return max(embedding, config.actor_rollout_ref.rollout.checkpoint_engine.update_weights_bucket_megabytes)

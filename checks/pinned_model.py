@@ -3,7 +3,8 @@
 from omegaconf import DictConfig, OmegaConf
 
 from recipe.spin.checks.check import check_settings
-from recipe.spin.checks.model_files import ADAPTER, PATH, REWARD_MODEL, TOKENIZER_PATH, is_pinned
+from recipe.spin.checks.model_config import PATH
+from recipe.spin.checks.model_files import ADAPTER, REWARD_MODEL, TOKENIZER_PATH, is_pinned
 from recipe.spin.common.settings import ConfigError
 
 # The weights once more, in formats that neither PyTorch nor vLLM is given here

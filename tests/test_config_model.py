@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from verl.models.transformers import monkey_patch
 
 from recipe.spin import main_spin
-from recipe.spin.checks import check, model_files
+from recipe.spin.checks import check, model_config, model_files
 from recipe.spin.checks.model_files import BUCKET, fit_weight_bucket
 
 PATH = "actor_rollout_ref.model.path"
@@ -230,7 +230,7 @@ def test_models_whose_forward_pass_verl_replaces_are_known():
         if ".forward = forward_with_normal_backend" in body
         for name in re.findall(r'"(\w+)"', kinds)
     }
-    assert replaced == set(model_files.FORWARD_OF_VERL)
+    assert replaced == set(model_config.FORWARD_OF_VERL)
 
 
 # ---- Names on the hub ------------------------------------------------------------------------------------------------

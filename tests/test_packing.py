@@ -244,7 +244,7 @@ def test_common_beginning(prompts, expected):
 
 @pytest.mark.parametrize(("implementation", "same"), [("eager", True), ("sdpa", False)])
 def test_separate_prompts_keep_capped_scores_in_eager_attention_alone(implementation, same):
-    """transformers' sdpa takes a cap and ignores it, which checks/model_files.py refuses for that."""
+    """transformers' sdpa takes a cap and ignores it, which checks/model_config.py refuses for that."""
     config = MODELS[next(name for name in MODELS if "capped" in name)]
     plain, model = build(config), build(config)
     model.set_attn_implementation(implementation)
