@@ -38,6 +38,10 @@ OmegaConf.register_new_resolver(
 )
 OmegaConf.register_new_resolver("spin_load_format", lambda lora_rank: "auto" if lora_rank else "dummy", replace=True)
 
+# What the processes of a run need, to be imported once (run/worker_forks.py); the first of these do without Ray
+IMPORTED_AT_ONCE = ("torch._dynamo", "tensordict", "transformers")
+IMPORTED_WITH_RAY = ("recipe.spin.main_spin", "recipe.spin.spin_trainer", "recipe.spin.rollout.server")
+
 
 class TaskRunner:
     """The Ray actor that drives a run: builds the trainer and the agent loop, and trains.
@@ -104,17 +108,22 @@ def run_spin(config: DictConfig) -> None:
     from recipe.spin.run.failure import explained
     from recipe.spin.run.liveness import Liveness
     from recipe.spin.run.monitor import TASK_RUNNER, RunMonitor
+    from recipe.spin.run.worker_forks import WorkerForks
     from recipe.spin.run_folder import FAILURE, read_history
 
     runner = TaskRunnerClass(config, name=TASK_RUNNER, num_cpus=1, max_concurrency=2)
     logs = Path(config.trainer.default_local_dir) / FAILURE
     go_on = same_command(config.trainer.resume_mode)
     history, _ = read_history(logs.parent)
-    monitor = RunMonitor(logs, config.trainer.device, joins=cluster.prepare(config), history=history)
+    joins = cluster.prepare(config)
+    forks = None
+    if WorkerForks.fit(config, joins):
+        forks = WorkerForks(config.ray_kwargs.ray_init.runtime_env, IMPORTED_AT_ONCE, IMPORTED_WITH_RAY)
+    monitor = RunMonitor(logs, config.trainer.device, joins, history, forks)
     heap.hand_back()
     with explained(logs, go_on=go_on):
         sigterm, imports = verl_patches.sigterm_kept_from_ray(), verl_patches.workers_without_folder_of_the_call()
-        with monitor, explained(logs, monitor.logs, go_on), Liveness(), sigterm, imports:
+        with monitor, explained(logs, monitor.logs, go_on), Liveness(forks), sigterm, imports:
             run_ppo(config, task_runner_class=runner)
         report.write(config, seconds=monitor.seconds, peak_memory_gb=monitor.peak_memory_gb)
 

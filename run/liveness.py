@@ -4,8 +4,10 @@ import _thread
 import contextlib
 import re
 import signal
+import subprocess
 import threading
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from ray.core.generated.common_pb2 import ActorDiedErrorContext
 
 from recipe.spin.run.failure import ComponentDied, ray_logs
 from recipe.spin.run.monitor import TASK_RUNNER
+from recipe.spin.run.worker_forks import WorkerForks
 
 LOOK_SECONDS = 2.0
 GRACE_SECONDS = 10.0  # in which a run that noticed by itself ends by itself, its loggers told
@@ -26,6 +29,7 @@ NO_WORDS = re.compile(r"\s*$|:\w+:|.*resource_tracker|\s*warnings\.warn\(")
 
 # An actor that ended for another reason was meant to, or failed by an exception that whoever called it gets
 UNEXPECTED = (ActorDiedErrorContext.WORKER_DIED, ActorDiedErrorContext.NODE_DIED)
+FORK_SERVER = "the process that workers are forked from"
 RAYS_PROCESSES = {"gcs_server": "Ray's control service (gcs_server)", "raylet": "Ray's node manager (raylet)"}
 COMPONENTS = {
     "WorkerDict": "the trainer's rank {number}",
@@ -64,8 +68,10 @@ class Liveness:
         lost: the first process found dead.
     """
 
-    def __init__(self):
+    def __init__(self, forks: WorkerForks | None = None):
+        """forks: what Ray's workers come from, if not from Ray."""
         self.lost: Lost | None = None
+        self._forks = forks
         self._found = self._patience = 0.0
         self._interrupted = False
         self._stop = threading.Event()
@@ -95,19 +101,20 @@ class Liveness:
                 return
 
     def _look(self) -> None:
-        self.lost = self._lost_process_of_ray()
+        self.lost = self._lost_process()
         if self.lost is None:
             self.lost = self._lost_actor()
             self._patience = GRACE_SECONDS
         self._found = time.monotonic()
 
-    def _lost_process_of_ray(self) -> Lost | None:
-        """Of a Ray that this run started for itself."""
+    def _lost_process(self) -> Lost | None:
+        """Of the fork server's, and of a Ray that this run started for itself."""
+        if self._forks and self._forks.process.poll() is not None:
+            return _ended(FORK_SERVER, self._forks.process, _last_words([self._forks.log]))
         node = ray_worker._global_node
         for name, process in node.dead_processes() if node else ():
             if name in RAYS_PROCESSES:
-                how = f"it ended with code {process.returncode}."
-                return Lost(RAYS_PROCESSES[name], process.pid, how, self._last_words(f"{name}.*"))
+                return _ended(RAYS_PROCESSES[name], process, _last_words(ray_logs().glob(f"{name}.*")))
         return None
 
     def _lost_actor(self) -> Lost | None:
@@ -117,18 +124,22 @@ class Liveness:
             return None
         actor = min(dead, key=lambda actor: actor["EndTime"])  # others may have died of it
         here = actor["Address"]["IPAddress"] == ray_worker._global_node.node_ip_address
-        words = self._last_words(f"worker-*-{actor['Pid']}.*") if here else ""
+        words = _last_words(ray_logs().glob(f"worker-*-{actor['Pid']}.*")) if here else ""
         return Lost(in_words(actor, actors), actor["Pid"], _ending(actor), words)
 
-    @staticmethod
-    def _last_words(pattern: str) -> str:
-        """The last lines of the newest log of that name that says anything."""
-        with contextlib.suppress(OSError):  # a log that went, or cannot be read; that the process died counts
-            for file in sorted(ray_logs().glob(pattern), key=lambda file: file.stat().st_mtime, reverse=True):
-                lines = [line[:LINE_LENGTH] for line in _end_of(file).splitlines() if not NO_WORDS.match(line)]
-                if lines:
-                    return "\n".join(f"  {line}" for line in lines[-LAST_LINES:])
-        return ""
+
+def _ended(component: str, process: subprocess.Popen, last_words: str) -> Lost:
+    return Lost(component, process.pid, f"it ended with code {process.returncode}.", last_words)
+
+
+def _last_words(logs: Iterable[Path]) -> str:
+    """The last lines of the newest of these logs that says anything."""
+    with contextlib.suppress(OSError):  # a log that went, or cannot be read; that the process died counts
+        for file in sorted(logs, key=lambda file: file.stat().st_mtime, reverse=True):
+            lines = [line[:LINE_LENGTH] for line in _end_of(file).splitlines() if not NO_WORDS.match(line)]
+            if lines:
+                return "\n".join(f"  {line}" for line in lines[-LAST_LINES:])
+    return ""
 
 
 def in_words(actor: dict, actors: list[dict]) -> str:

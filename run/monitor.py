@@ -20,6 +20,7 @@ from recipe.spin.run import private_folder
 from recipe.spin.run.console import Console
 from recipe.spin.run.drift import Drift
 from recipe.spin.run.process_memory import NeededMemory, PrivateMemory
+from recipe.spin.run.worker_forks import WorkerForks
 
 TASK_RUNNER = "spin_task_runner"
 POLL_SECONDS = 2.0
@@ -52,10 +53,18 @@ class RunMonitor:
             need, in 10^9 bytes (process_memory.py). None on a cluster that the run joins.
     """
 
-    def __init__(self, log_folder: Path, device: str = "cpu", joins: bool = False, history: History | None = None):
+    def __init__(
+        self,
+        log_folder: Path,
+        device: str = "cpu",
+        joins: bool = False,
+        history: History | None = None,
+        forks: WorkerForks | None = None,
+    ):
         """log_folder: gets Ray's logs if the run fails, in place of an older run's. device: what the run trains on.
-        history: metrics of the run's earlier parts."""
+        history: metrics of the run's earlier parts. forks: what Ray's workers come from, if not from Ray."""
         self._joins = joins
+        self._forks = forks
         self.peak_memory_gb: float | None = None if joins else 0.0
         self.logs = LOGS_OF_A_CLUSTER if joins else str(log_folder)
         self.seconds = 0.0
@@ -80,6 +89,8 @@ class RunMonitor:
             self._folder, self._lock = private_folder.make()
             # Ray reads RAY_TMPDIR, which Slurm's users often set, before TMPDIR
             os.environ.update(dict.fromkeys(("TMPDIR", "RAY_TMPDIR", "VLLM_RPC_BASE_PATH"), str(self._folder)))
+            if self._forks:
+                self._forks.start(self._folder)
         self._thread.start()
         return self
 
@@ -93,6 +104,8 @@ class RunMonitor:
         self._console.close(progress)
         processes = self._of_the_run(process_tree())
         ray.shutdown()
+        if self._forks:
+            self._forks.stop()
         _, alive = psutil.wait_procs(processes, timeout=10)
         for process in alive:
             process.kill()
@@ -114,6 +127,8 @@ class RunMonitor:
             return
         try:
             shutil.copytree(logs, self._log_folder, dirs_exist_ok=True, ignore_dangling_symlinks=True)
+            if self._forks:
+                shutil.copy(self._forks.log, self._log_folder)
         except OSError as error:  # a full disk, which must not hide what the run failed by
             sys.stderr.write(f"[spin] not all logs could be kept in {self._log_folder}: {str(error)[:200]}\n")
 

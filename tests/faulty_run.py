@@ -38,10 +38,10 @@ def process_of(component: str) -> int:
         children = psutil.Process(process_of("server")).children(recursive=True)
         return next(child.pid for child in children if "EngineCore" in " ".join(child.cmdline()))
     runner = psutil.Process()
-    raylet = next(parent for parent in runner.parents() if parent.name() == "raylet")
-    if component == "gcs_server":
-        return next(child.pid for child in raylet.parent().children() if child.name() == "gcs_server")
-    return {"runner": runner, "raylet": raylet, "driver": raylet.parent()}[component].pid
+    forks, driver, *_ = runner.parents()
+    if component in ("raylet", "gcs_server"):
+        return next(child.pid for child in driver.children() if child.name() == component)
+    return {"runner": runner, "forks": forks, "driver": driver}[component].pid
 
 
 def fill(folder: Path) -> None:

@@ -80,6 +80,7 @@ NAMES = {
     "controller": "TransferQueue's controller",
     "storage": "TransferQueue's storage 0",
     "runner": "the run's task runner",
+    "forks": "the process that workers are forked from",
     "raylet": "Ray's node manager (raylet)",
     "gcs_server": "Ray's control service (gcs_server)",
 }

@@ -54,6 +54,16 @@ def test_the_first_that_died_is_named_with_its_last_words(table, tmp_path):
     assert watch.lost.last_words.splitlines() == [f"  line {i}" for i in range(3, 9)]
 
 
+def test_the_fork_server_that_died_is_named_with_its_last_words(table, tmp_path):
+    (tmp_path / "fork_server.log").write_text("Traceback\nModuleNotFoundError: No module named 'x'\n")
+    process = types.SimpleNamespace(pid=7, returncode=1, poll=lambda: 1)
+    watch = Liveness(types.SimpleNamespace(process=process, log=tmp_path / "fork_server.log"))
+    watch._look()
+    component, how = "the process that workers are forked from", "it ended with code 1."
+    assert str(watch.lost).startswith(f"{component} (process 7) died: {how}")
+    assert watch.lost.last_words.splitlines()[-1] == "  ModuleNotFoundError: No module named 'x'"
+
+
 def test_a_death_is_seen_although_its_log_cannot_be_read(table, tmp_path):
     table.append(actor(3, "RewardWorker", "DEAD", reason=ActorDiedErrorContext.WORKER_DIED))
     (tmp_path / "worker-a-01000000-103.err").symlink_to(tmp_path / "gone")

@@ -1,0 +1,104 @@
+"""The process that workers are forked from once it has imported what they need; worker_forks.py starts it.
+
+    python -P -u fork_server.py LISTENING_SOCKET AT_ONCE WITH_THE_FIRST     (its number; modules, by commas)
+
+Modules that look at the environment of a worker when they are imported, as Ray looks for its job's number, wait for the
+first request. The server ends when its standard input does, with the driver.
+"""
+
+import gc
+import importlib
+import json
+import os
+import runpy
+import select
+import signal
+import socket
+import sys
+from dataclasses import dataclass
+
+RECEIVED_AT_ONCE = 65536
+
+
+@dataclass(frozen=True)
+class Request:
+    """A worker to be: its command (a script and arguments), and with what it is to run."""
+
+    command: list[str]
+    environment: dict[str, str]
+    folder: str
+    files: list[int]  # its standard input, output and error
+
+    @classmethod
+    def read(cls, connection: socket.socket) -> "Request":
+        _, files, *_ = socket.recv_fds(connection, 1, 3)
+        parts = iter(lambda: connection.recv(RECEIVED_AT_ONCE), b"")
+        return cls(files=files, **json.loads(b"".join(parts)))
+
+    def close(self) -> None:
+        for file in self.files:
+            os.close(file)
+
+    def run(self) -> None:
+        """Runs the command in this process, as Python would have from the start."""
+        import numpy
+
+        for number, file in enumerate(self.files):
+            os.dup2(file, number)
+        self.close()
+        os.setpgid(0, 0)  # Ray ends workers by their groups, and none is to take the server along
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        os.chdir(self.folder)
+        set_environment(self.environment)
+        numpy.random.seed()  # else the same in all forks; Python's own generator sees to it itself
+        sys.argv = self.command
+        sys.path.insert(0, os.path.dirname(self.command[0]))
+        runpy.run_path(self.command[0], run_name="__main__")
+
+
+def set_environment(environment: dict[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+
+
+def import_all(modules: list[str]) -> None:
+    for module in modules:
+        importlib.import_module(module)
+
+
+def serve(listener: socket.socket, modules: list[str]) -> Request | None:
+    """Forks a process a request. Returns the request in the fork, and in the server None when its driver has gone.
+
+    `modules` are imported with the first request and in its environment.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel takes the ended ones away
+    while True:
+        ready, _, _ = select.select([listener, sys.stdin], [], [])
+        if sys.stdin in ready:
+            return None
+        connection, _ = listener.accept()
+        with connection:
+            request = Request.read(connection)
+            if modules:
+                set_environment(request.environment)
+                import_all(modules)
+                gc.collect()
+                gc.freeze()  # the collector would write to all that the forks share
+                modules = []
+            if os.fork() == 0:
+                return request
+            connection.sendall(b".")
+            request.close()
+
+
+def main() -> None:
+    number, at_once, with_the_first = sys.argv[1:]
+    with socket.socket(fileno=int(number)) as listener:
+        import_all(at_once.split(","))
+        request = serve(listener, with_the_first.split(","))
+    if request is not None:
+        request.run()
+
+
+if __name__ == "__main__":
+    main()
