@@ -51,7 +51,7 @@ class Request:
         os.chdir(self.folder)
         set_environment(self.environment)
         numpy.random.seed()  # else the same in all forks; Python's own generator sees to it itself
-        sys.argv = self.command
+        sys.argv[:] = self.command
         sys.path.insert(0, os.path.dirname(self.command[0]))
         runpy.run_path(self.command[0], run_name="__main__")
 
