@@ -115,11 +115,10 @@ def run_spin(config: DictConfig) -> None:
     logs = Path(config.trainer.default_local_dir) / FAILURE
     go_on = same_command(config.trainer.resume_mode)
     history, _ = read_history(logs.parent)
-    joins = cluster.prepare(config)
     forks = None
-    if WorkerForks.fit(config, joins):
-        forks = WorkerForks(config.ray_kwargs.ray_init.runtime_env, IMPORTED_AT_ONCE, IMPORTED_WITH_RAY)
-    monitor = RunMonitor(logs, config.trainer.device, joins, history, forks)
+    if WorkerForks.fit(config):
+        forks = WorkerForks(config.ray_kwargs.ray_init, IMPORTED_AT_ONCE, IMPORTED_WITH_RAY)
+    monitor = RunMonitor(logs, config.trainer.device, cluster.prepare(config), history, forks)
     heap.hand_back()
     with explained(logs, go_on=go_on):
         sigterm, imports = verl_patches.sigterm_kept_from_ray(), verl_patches.workers_without_folder_of_the_call()

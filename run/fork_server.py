@@ -6,18 +6,22 @@ Modules that look at the environment of a worker when they are imported, as Ray 
 first request. The server ends when its standard input does, with the driver.
 """
 
+import contextlib
 import gc
 import importlib
 import json
 import os
+import resource
 import runpy
 import select
 import signal
 import socket
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 RECEIVED_AT_ONCE = 65536
+PRIORITY = Path("/proc/self/oom_score_adj")
 
 
 @dataclass(frozen=True)
@@ -27,17 +31,20 @@ class Request:
     command: list[str]
     environment: dict[str, str]
     folder: str
+    open_files: list[int]  # limits, soft and hard
+    ended_first: int  # how much rather than others when memory runs out
     files: list[int]  # its standard input, output and error
 
     @classmethod
-    def read(cls, connection: socket.socket) -> "Request":
+    def read(cls, connection: socket.socket) -> "Request | None":
+        """None where the client was ended before it had said all."""
         _, files, *_ = socket.recv_fds(connection, 1, 3)
         parts = iter(lambda: connection.recv(RECEIVED_AT_ONCE), b"")
-        return cls(files=files, **json.loads(b"".join(parts)))
-
-    def close(self) -> None:
-        for file in self.files:
-            os.close(file)
+        try:
+            return cls(files=files, **json.loads(b"".join(parts)))
+        except json.JSONDecodeError:
+            close(files)
+            return None
 
     def run(self) -> None:
         """Runs the command in this process, as Python would have from the start."""
@@ -45,15 +52,23 @@ class Request:
 
         for number, file in enumerate(self.files):
             os.dup2(file, number)
-        self.close()
+        close(self.files)
         os.setpgid(0, 0)  # Ray ends workers by their groups, and none is to take the server along
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        resource.setrlimit(resource.RLIMIT_NOFILE, self.open_files)
+        if self.ended_first > int(PRIORITY.read_text()):  # less is for root alone
+            PRIORITY.write_text(str(self.ended_first))
         os.chdir(self.folder)
         set_environment(self.environment)
         numpy.random.seed()  # else the same in all forks; Python's own generator sees to it itself
         sys.argv[:] = self.command
         sys.path.insert(0, os.path.dirname(self.command[0]))
         runpy.run_path(self.command[0], run_name="__main__")
+
+
+def close(files: list[int]) -> None:
+    for file in files:
+        os.close(file)
 
 
 def set_environment(environment: dict[str, str]) -> None:
@@ -71,7 +86,6 @@ def serve(listener: socket.socket, modules: list[str]) -> Request | None:
 
     `modules` are imported with the first request and in its environment.
     """
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel takes the ended ones away
     while True:
         ready, _, _ = select.select([listener, sys.stdin], [], [])
         if sys.stdin in ready:
@@ -79,16 +93,20 @@ def serve(listener: socket.socket, modules: list[str]) -> Request | None:
         connection, _ = listener.accept()
         with connection:
             request = Request.read(connection)
+            if request is None:
+                continue
             if modules:
                 set_environment(request.environment)
                 import_all(modules)
+                modules = []
                 gc.collect()
                 gc.freeze()  # the collector would write to all that the forks share
-                modules = []
+                signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel takes ended forks away
             if os.fork() == 0:
                 return request
-            connection.sendall(b".")
-            request.close()
+            close(request.files)
+            with contextlib.suppress(OSError):  # Ray has ended the client meanwhile, and refuses the fork
+                connection.sendall(b".")
 
 
 def main() -> None:

@@ -102,6 +102,8 @@ class RunMonitor:
         if progress is not None:
             self._warn_of_drift(progress)
         self._console.close(progress)
+        if self._forks:
+            self._forks.pause()
         processes = self._of_the_run(process_tree())
         ray.shutdown()
         if self._forks:
@@ -123,12 +125,12 @@ class RunMonitor:
 
     def _keep_logs(self) -> None:
         logs = self._folder / "ray" / "session_latest" / "logs"
-        if not logs.is_dir():
-            return
         try:
-            shutil.copytree(logs, self._log_folder, dirs_exist_ok=True, ignore_dangling_symlinks=True)
+            self._log_folder.mkdir(parents=True, exist_ok=True)
             if self._forks:
                 shutil.copy(self._forks.log, self._log_folder)
+            if logs.is_dir():
+                shutil.copytree(logs, self._log_folder, dirs_exist_ok=True, ignore_dangling_symlinks=True)
         except OSError as error:  # a full disk, which must not hide what the run failed by
             sys.stderr.write(f"[spin] not all logs could be kept in {self._log_folder}: {str(error)[:200]}\n")
 

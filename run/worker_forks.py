@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -10,8 +11,10 @@ from pathlib import Path
 
 from omegaconf import DictConfig, open_dict
 
+from recipe.spin.common.ray_address import joins_cluster
+
 BACKLOG = 64  # workers that may wait while the server imports
-REGISTER_SECONDS = "300"  # Ray's 60 can be too few where the libraries are read from a cold disk before it hears
+REGISTER_SECONDS = "300"  # Ray's 60 for a worker to appear are few where the libraries come from a cold disk first
 SCRIPTS = Path(__file__).resolve().parent
 
 
@@ -19,25 +22,31 @@ class WorkerForks:
     """Starts the fork server (fork_server.py) and has Ray ask it for workers (fork_client.py).
 
     By `py_executable` of Ray's runtime environment, its hook for what takes Python's place. A run's ten processes share
-    the memory of what is imported so, and wait for it once. Without GPUs only: CUDA may not have been used before a
-    fork, and nobody has looked whether any of these imports does.
+    the memory of what is imported so, and wait for it once.
 
     Attributes:
         process: the server. log: what it said.
     """
 
-    def __init__(self, runtime_env: DictConfig, at_once: Sequence[str], with_the_first: Sequence[str]):
-        """at_once, with_the_first: the modules that the server imports when it starts, and that wait for a worker."""
-        self._runtime_env = runtime_env
+    def __init__(self, ray_init: DictConfig, at_once: Sequence[str], with_the_first: Sequence[str]):
+        """ray_init: the settings of `ray.init`. at_once, with_the_first: the modules that the server imports when it
+        starts, and that wait for a worker."""
+        self._ray_init = ray_init
         self._modules = [",".join(at_once), ",".join(with_the_first)]
         self.process: subprocess.Popen | None = None
         self.log = Path()
 
     @staticmethod
-    def fit(config: DictConfig, joins: bool) -> bool:
-        """Whether workers can be forks: one machine, without GPUs, and no Python or packages of the user's choice."""
-        chosen = [key for key, value in config.ray_kwargs.ray_init.runtime_env.items() if key != "env_vars" and value]
-        return not joins and config.trainer.device == "cpu" and not chosen
+    def fit(config: DictConfig) -> bool:
+        """Whether a run's workers can be forks, by its settings as they were given.
+
+        On a Ray of its own, whose workers have the environment of the command: a runtime environment may want another
+        Python, and full determinism another seed of its hashes. Without GPUs: CUDA may not have been used before a
+        fork, and nobody has looked whether an import does.
+        """
+        another = any((config.ray_kwargs.ray_init.get("runtime_env") or {}).values())
+        another |= config.actor_rollout_ref.rollout.full_determinism
+        return config.trainer.device == "cpu" and not joins_cluster(config) and not another
 
     def start(self, folder: Path) -> None:
         """Starts the server; `folder` gets its socket and log. To be called before Ray starts."""
@@ -49,7 +58,6 @@ class WorkerForks:
             server = [sys.executable, "-P", "-u", str(SCRIPTS / "fork_server.py"), str(listener.fileno())]
             self.process = subprocess.Popen(
                 [*server, *self._modules],
-                env=os.environ | dict(self._runtime_env.env_vars),
                 stdin=subprocess.PIPE,  # it ends with the driver
                 stdout=log,
                 stderr=log,
@@ -57,9 +65,17 @@ class WorkerForks:
                 start_new_session=True,  # a terminal's signals are for the driver
             )
         client = [sys.executable, "-I", "-S", str(SCRIPTS / "fork_client.py"), str(path)]
-        with open_dict(self._runtime_env):
-            self._runtime_env.py_executable = shlex.join(client)
+        self._take(shlex.join(client))
+
+    def pause(self) -> None:
+        """Lets the server fork no more."""
+        self.process.send_signal(signal.SIGSTOP)
 
     def stop(self) -> None:
-        """Lets the server end; its forks go on."""
-        self.process.stdin.close()
+        """Ends the server; its forks go on."""
+        self.process.kill()
+        self._take(None)
+
+    def _take(self, command: str | None) -> None:
+        with open_dict(self._ray_init):
+            self._ray_init.runtime_env.py_executable = command

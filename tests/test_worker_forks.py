@@ -2,7 +2,10 @@
 
 import json
 import os
+import resource
 import shlex
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,14 +14,15 @@ from pathlib import Path
 import psutil
 import pytest
 from omegaconf import OmegaConf
+from worker_harness import compose, cpu_environment
 
-from recipe.spin.main_spin import IMPORTED_AT_ONCE
+from recipe.spin.main_spin import IMPORTED_AT_ONCE, IMPORTED_WITH_RAY
 from recipe.spin.run.worker_forks import WorkerForks
 
 WAIT_SECONDS = 60.0
 NOTES = "import os\nnoted = (os.getpid(), os.environ.get('JOB'))\n"
 WORKER = """
-import atexit, json, multiprocessing, os, random, signal, sys
+import atexit, json, multiprocessing, os, random, resource, signal, sys
 import numpy
 import early, late
 atexit.register(lambda: print("ended as Python does"))
@@ -26,6 +30,8 @@ print(json.dumps({
     "name": __name__, "arguments": sys.argv, "first_path": sys.path[0], "folder": os.getcwd(), "job": os.environ["JOB"],
     "parent": os.getppid(), "leads_its_group": os.getpgid(0) == os.getpid(), "early": early.noted, "late": late.noted,
     "children_are_told_of": signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL,
+    "open_files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+    "ended_first": int(open("/proc/self/oom_score_adj").read()),
     "numbers": [random.random(), numpy.random.rand()], "files": sorted(map(int, os.listdir("/proc/self/fd"))),
 }))
 sys.stderr.write(sys.stdin.read())
@@ -34,28 +40,38 @@ sys.exit(int(sys.argv[1]))
 
 
 @pytest.fixture
-def forks(tmp_path):
+def forks(tmp_path, monkeypatch):
     """A server that imports `early` at once and `late` with the first request."""
     for name in ("early", "late"):
         (tmp_path / f"{name}.py").write_text(NOTES)
     (tmp_path / "worker.py").write_text(WORKER)
-    variables = {"PYTHONPATH": str(tmp_path), "JOB": "none yet"}
-    made = WorkerForks(OmegaConf.create({"env_vars": variables, "py_executable": None}), ["early"], ["late"])
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("JOB", "none yet")
+    made = WorkerForks(OmegaConf.create({"runtime_env": {}}), ["early"], ["late"])
     made.start(tmp_path)
     yield made
     made.stop()
     made.process.wait(WAIT_SECONDS)
 
 
+def client(forks: WorkerForks, *command: str) -> list[str]:
+    return [*shlex.split(forks._ray_init.runtime_env.py_executable), *command]
+
+
+def as_ray_starts_workers() -> None:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (300, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    Path("/proc/self/oom_score_adj").write_text("900")
+
+
 def ask(forks: WorkerForks, folder: Path, code: int = 0, job: str = "7", said: str = "") -> tuple[dict, str, str]:
     """What a worker tells of itself, what it writes after that, and its errors; once it has ended."""
     (folder / "input").write_text(said)
-    command = [*shlex.split(forks._runtime_env.py_executable), str(folder / "worker.py"), str(code)]
+    command = client(forks, str(folder / "worker.py"), str(code))
+    options = {"env": {"JOB": job, "PATH": os.environ["PATH"]}, "cwd": folder, "preexec_fn": as_ray_starts_workers}
     with open(folder / "input") as given, open(folder / "out", "w") as out, open(folder / "err", "w") as errors:
-        environment = {"JOB": job, "PATH": os.environ["PATH"]}
-        subprocess.run(command, env=environment, cwd=folder, stdin=given, stdout=out, stderr=errors, check=True)
+        subprocess.run(command, stdin=given, stdout=out, stderr=errors, check=True, **options)
     deadline = time.monotonic() + WAIT_SECONDS
-    while "ended" not in (text := (folder / "out").read_text()):
+    while "ended as" not in (text := (folder / "out").read_text()):
         assert time.monotonic() < deadline, (folder / "err").read_text()
         time.sleep(0.01)
     told, rest = text.split("\n", 1)
@@ -67,6 +83,7 @@ def test_a_fork_is_as_python_would_have_started_it(forks, tmp_path):
     assert worker["name"] == "__main__" and worker["arguments"] == [str(tmp_path / "worker.py"), "0"]
     assert worker["first_path"] == worker["folder"] == str(tmp_path) and worker["job"] == "7"
     assert worker["leads_its_group"] and worker["children_are_told_of"]
+    assert worker["open_files"] == 300 and worker["ended_first"] == 900
     assert worker["files"][:3] == [0, 1, 2] and len(worker["files"]) <= 4  # the last is that of the listing
     assert (rest, errors) == ("ended as Python does\n", "through standard input to standard error")
 
@@ -91,13 +108,27 @@ def test_a_worker_that_fails_leaves_no_process_and_the_server_goes_on(forks, tmp
     assert forks.process.poll() is None
 
 
-def test_the_server_ends_when_it_is_told_to_and_its_forks_go_on(forks, tmp_path):
-    (tmp_path / "worker.py").write_text("import sys, time\nprint('ended', flush=True)\ntime.sleep(600)\n")
-    forks_command = [*shlex.split(forks._runtime_env.py_executable), str(tmp_path / "worker.py")]
-    subprocess.run(forks_command, env=os.environ | {"JOB": "7"}, stdout=subprocess.DEVNULL, check=True)
+def test_a_client_that_was_ended_before_it_had_asked_does_no_harm(forks, tmp_path):
+    for said in (b"", b'.{"command": ["worker'):
+        with socket.socket(socket.AF_UNIX) as hasty:
+            hasty.connect(str(tmp_path / "workers"))
+            hasty.sendall(said)
+    assert ask(forks, tmp_path)[0]["parent"] == forks.process.pid
+
+
+def test_the_server_forks_no_more_when_it_is_paused_and_its_forks_go_on_when_it_has_ended(forks, tmp_path):
+    (tmp_path / "worker.py").write_text("import time\ntime.sleep(600)\n")
+    sleeper = client(forks, str(tmp_path / "worker.py"))
+    subprocess.run(sleeper, stdout=subprocess.DEVNULL, check=True)
+    forks.pause()
     (worker,) = psutil.Process(forks.process.pid).children()
-    forks.stop()
-    assert forks.process.wait(WAIT_SECONDS) == 0 and worker.is_running()
+    with subprocess.Popen(sleeper, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as waiting:
+        with pytest.raises(subprocess.TimeoutExpired):
+            waiting.wait(0.5)
+        forks.stop()
+        assert waiting.wait(WAIT_SECONDS) == 1 and "the process that workers are forked from" in waiting.stderr.read()
+    assert forks.process.wait(WAIT_SECONDS) == -signal.SIGKILL and worker.is_running()
+    assert forks._ray_init.runtime_env.py_executable is None
     worker.kill()
 
 
@@ -105,20 +136,27 @@ def test_the_server_ends_with_a_driver_that_was_killed(tmp_path):
     driver = (
         "import os, signal, pathlib, sys\nfrom omegaconf import OmegaConf\n"
         "from recipe.spin.run.worker_forks import WorkerForks\n"
-        "forks = WorkerForks(OmegaConf.create({'env_vars': {}}), ['json'], ['json'])\n"
+        "forks = WorkerForks(OmegaConf.create({'runtime_env': {}}), ['json'], ['json'])\n"
         "forks.start(pathlib.Path(sys.argv[1]))\nprint(forks.process.pid, flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     ended = subprocess.run([sys.executable, "-c", driver, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     deadline = time.monotonic() + WAIT_SECONDS
-    while psutil.pid_exists(int(ended.stdout)):
+    while is_alive(int(ended.stdout)):
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
 
+def is_alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def test_a_module_that_cannot_be_imported_ends_the_server_with_its_name(forks, tmp_path):
     (tmp_path / "late.py").write_text("import no_such_module\n")
-    command = [*shlex.split(forks._runtime_env.py_executable), str(tmp_path / "worker.py"), "0"]
+    command = client(forks, str(tmp_path / "worker.py"), "0")
     asked = subprocess.run(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     assert asked.returncode == 1 and "the process that workers are forked from has ended" in asked.stderr
     assert forks.process.wait(WAIT_SECONDS) == 1
@@ -126,24 +164,24 @@ def test_a_module_that_cannot_be_imported_ends_the_server_with_its_name(forks, t
 
 
 @pytest.mark.parametrize(
-    ("device", "joins", "runtime_env", "fit"),
+    ("changed", "fit"),
     [
-        ("cpu", False, {"py_executable": None}, True),
-        ("cpu", True, {"py_executable": None}, False),
-        ("cuda", False, {"py_executable": None}, False),
-        ("cpu", False, {"py_executable": "uv run"}, False),
-        ("cpu", False, {"pip": ["emoji"]}, False),
+        ([], True),
+        (["+ray_kwargs.ray_init.address=10.0.0.1:6379"], False),
+        (["trainer.device=cuda"], False),
+        (["ray_kwargs.ray_init.runtime_env.py_executable=uv run"], False),
+        (["+ray_kwargs.ray_init.runtime_env.env_vars.OMP_NUM_THREADS='1'"], False),
+        (["actor_rollout_ref.rollout.full_determinism=True"], False),
     ],
 )
-def test_workers_are_forks_without_gpus_on_one_machine_in_its_own_environment(device, joins, runtime_env, fit):
-    environment = {"env_vars": {"A": "1"}, **runtime_env}
-    config = OmegaConf.create({"trainer": {"device": device}, "ray_kwargs": {"ray_init": {"runtime_env": environment}}})
-    assert WorkerForks.fit(config, joins) == fit
+def test_workers_are_forks_without_gpus_on_a_ray_of_the_runs_own_in_the_commands_environment(changed, fit):
+    assert WorkerForks.fit(compose(*changed)) == fit
 
 
-def test_what_is_imported_at_once_does_without_ray():
+def test_ray_is_imported_with_the_first_worker_and_no_thread_runs_at_the_fork():
     """Ray takes the numbers of its job and of its node from the environment when it is imported."""
-    imports = f"import {', '.join(IMPORTED_AT_ONCE)}, sys, threading\n"
-    told = "print('ray' in sys.modules, 'verl' in sys.modules, threading.active_count())"
-    found = subprocess.run([sys.executable, "-c", imports + told], stdout=subprocess.PIPE, text=True, check=True)
-    assert found.stdout == "False False 1\n"
+    lines = [f"import {', '.join(IMPORTED_AT_ONCE)}", "import sys, threading", "print('ray' in sys.modules)"]
+    lines += [f"import {', '.join(IMPORTED_WITH_RAY)}", "print('ray' in sys.modules, threading.active_count())"]
+    command = [sys.executable, "-c", "\n".join(lines)]
+    found = subprocess.run(command, env=cpu_environment(), stdout=subprocess.PIPE, text=True, check=True)
+    assert found.stdout.splitlines()[-1] == "True 1" and "False" in found.stdout.splitlines()
