@@ -1,5 +1,6 @@
 """A tiny model that can judge: it prefers what begins with an "a", and answers all else with letters by chance."""
 
+import itertools
 import random
 from pathlib import Path
 from string import Template
@@ -9,6 +10,8 @@ import torch
 
 QUESTION = Template("$request\nA $first\nB $second\n")  # short, as the model's words are bytes
 UPDATES, TEXTS, LEARNING_RATE = 400, 32, 3e-3
+ROUNDS = 6  # of so many updates at most: how many it takes depends on how a machine rounds
+KNOWN = tuple(itertools.product(("abba", "bab", "aab", "bbbb"), repeat=2))  # comparisons that it has to judge rightly
 
 
 class Example(NamedTuple):
@@ -70,6 +73,9 @@ class JudgingModel:
         )
         return self.tokenizer.decode(output[0, tokens.shape[1] :], skip_special_tokens=True)
 
+    def judges(self) -> bool:
+        return all(self.answer(question("user: train 3", *pair)) == better(*pair) for pair in KNOWN)
+
 
 def train(like: Path) -> JudgingModel:
     """A model of another's shape and tokenizer that has learnt to judge."""
@@ -79,10 +85,13 @@ def train(like: Path) -> JudgingModel:
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(like))
     found = JudgingModel(model, AutoTokenizer.from_pretrained(like))
     optimizer, chance = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE), random.Random(0)
-    for update in range(UPDATES):
-        optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(1, (update + 1) / 50, 3 * (1 - update / UPDATES))
-        optimizer.zero_grad()
-        found.loss(examples(chance, TEXTS)).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-    return found
+    for _ in range(ROUNDS):
+        for update in range(UPDATES):
+            optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(1, (update + 1) / 50, 3 * (1 - update / UPDATES))
+            optimizer.zero_grad()
+            found.loss(examples(chance, TEXTS)).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+        if found.judges():
+            return found
+    raise AssertionError(f"the tiny model has not learnt to judge in {ROUNDS * UPDATES} updates")
