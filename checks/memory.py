@@ -20,8 +20,9 @@ CUDA_GRAPHS = 1e9
 KEPT_SCORE, SCORE = 8, 16
 # Host memory of a rank with its vLLM, and of everything else that runs on a node (assumed)
 RANK_PROCESSES, NODE_PROCESSES = 6e9, 6e9
-# Host memory of a run without GPUs beside its weights: the README's 9.3 GB less the 3.2 GB that cpu_bytes counts there
-CPU_PROCESSES = 6.1e9
+# Host memory of a run without GPUs beside its weights: the default run's 6.7 GB less the 3.2 GB that cpu_bytes counts
+# there, and a little for what differs between machines
+CPU_PROCESSES = 3.8e9
 
 
 @dataclass(frozen=True)
