@@ -10,7 +10,7 @@ import pickle
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace
@@ -210,7 +210,7 @@ def workers_without_folder_of_the_call() -> Iterator[None]:
 
 
 def limit_weight_transfer(seconds: float = WEIGHTS_WAIT_SECONDS) -> None:
-    """verl's sender and receiver of weights wait for each other without end, for one that has died as well."""
+    """verl's sender and receiver of weights wait for each other without end, for one that died or failed too."""
     from verl.workers.rollout.vllm_rollout import bucketed_weight_transfer as transfer
 
     sender, receiver = transfer.BucketedWeightSender, transfer.BucketedWeightReceiver
@@ -221,22 +221,45 @@ def limit_weight_transfer(seconds: float = WEIGHTS_WAIT_SECONDS) -> None:
             await send(self, weights)
 
     def receive_weights(self, on_bucket_received) -> None:
+        def on_bucket(weights, is_last: bool) -> None:
+            try:
+                on_bucket_received(weights, is_last)
+            except Exception as error:
+                self.socket.send_string(f"{type(error).__name__}: {error}")
+                raise
+
         with _naming_the_silent("the trainer's rank did not send", self.zmq_handle, seconds):
-            receive(self, on_bucket_received)
+            receive(self, on_bucket)
 
     sender.async_send_weights, receiver.receive_weights = async_send_weights, receive_weights
-    for side in (sender, receiver):
-        _limit_socket(side, seconds)
+    _wrap_socket(sender, seconds, _SocketThatHearsOfFailures)
+    _wrap_socket(receiver, seconds, lambda socket: socket)
 
 
-def _limit_socket(side: type, seconds: float) -> None:
+def _wrap_socket(side: type, seconds: float, wrap: Callable) -> None:
     open_socket = side._init_socket
 
     def _init_socket(self) -> None:
         open_socket(self)
         self.socket.rcvtimeo = self.socket.sndtimeo = int(1000 * seconds)
+        self.socket = wrap(self.socket)
 
     side._init_socket = _init_socket
+
+
+class _SocketThatHearsOfFailures:
+    """The sender's. verl throws away what the receiver answers, which is nothing unless it failed."""
+
+    def __init__(self, socket):
+        self._socket = socket
+
+    def __getattr__(self, name: str):
+        return getattr(self._socket, name)
+
+    def recv(self) -> bytes:
+        if failure := self._socket.recv():
+            raise RuntimeError(f"vLLM's worker could not load the weights: {failure.decode()}")
+        return failure
 
 
 @contextmanager

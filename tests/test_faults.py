@@ -87,7 +87,7 @@ NAMES = {
 # In which a run has named a process that died, and ended. A bound against hangs: it is not measured here
 SECONDS_TO_END = 60
 MOMENTS = ("generation", "scoring", "update", "refresh", "push", "validation", "checkpoint")
-SAMPLE = {("engine", "generation")}  # in every run of the suite
+SAMPLE = {("engine", "generation"), ("forks", "update")}  # in every run of the suite
 CASES = [
     pytest.param(component, moment, marks=pytest.mark.slow if (component, moment) in SAMPLE else pytest.mark.long)
     for component in NAMES

@@ -122,6 +122,26 @@ def test_a_sender_whose_receiver_has_died_says_so(limit, tmp_path):
     assert not (tmp_path / "nobody").exists()
 
 
+def test_a_sender_hears_at_once_why_its_receiver_failed(limit, tmp_path):
+    limit(seconds=60)
+    address, heard = f"ipc://{tmp_path}/failing", []
+
+    def sending() -> None:
+        with pytest.raises(RuntimeError) as raised:
+            send(address, 1.0)
+        heard.append(str(raised.value))
+
+    def refuse(weights, is_last) -> None:
+        raise ValueError("no parameter of that name")
+
+    sender = threading.Thread(target=sending, daemon=True)
+    sender.start()
+    with pytest.raises(ValueError, match="no parameter"):
+        transfer.BucketedWeightReceiver(address, torch.device("cpu"), use_shm=True).receive_weights(refuse)
+    sender.join(10)
+    assert heard == ["vLLM's worker could not load the weights: ValueError: no parameter of that name"]
+
+
 def test_a_transfer_within_the_limit_is_as_before(limit, tmp_path):
     limit(seconds=60)
     address = f"ipc://{tmp_path}/both"
