@@ -1,6 +1,6 @@
 """The process that workers are forked from once it has imported what they need; worker_forks.py starts it.
 
-    python -P -u fork_server.py LISTENING_SOCKET AT_ONCE WITH_THE_FIRST     (its number; modules, by commas)
+    python -u fork_server.py LISTENING_SOCKET AT_ONCE WITH_THE_FIRST     (its number; modules, by commas)
 
 Modules that look at the environment of a worker when they are imported, as Ray looks for its job's number, wait for the
 first request. The server ends when its standard input does, with the driver.
@@ -110,6 +110,8 @@ def serve(listener: socket.socket, modules: list[str]) -> Request | None:
 
 
 def main() -> None:
+    # Python looks in a script's folder first, whose modules have names that others may have too
+    sys.path[:] = [path for path in sys.path if path != os.path.dirname(__file__)]
     number, at_once, with_the_first = sys.argv[1:]
     with socket.socket(fileno=int(number)) as listener:
         import_all(at_once.split(","))

@@ -55,7 +55,7 @@ class WorkerForks:
         with socket.socket(socket.AF_UNIX) as listener, open(self.log, "wb") as log:
             listener.bind(str(path))
             listener.listen(BACKLOG)
-            server = [sys.executable, "-P", "-u", str(SCRIPTS / "fork_server.py"), str(listener.fileno())]
+            server = [sys.executable, "-u", str(SCRIPTS / "fork_server.py"), str(listener.fileno())]
             self.process = subprocess.Popen(
                 [*server, *self._modules],
                 stdin=subprocess.PIPE,  # it ends with the driver

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from worker_harness import compose, cpu_environment
 
 from recipe.spin.main_spin import IMPORTED_AT_ONCE, IMPORTED_WITH_RAY
-from recipe.spin.run.worker_forks import WorkerForks
+from recipe.spin.run.worker_forks import SCRIPTS, WorkerForks
 
 WAIT_SECONDS = 60.0
 NOTES = "import os\nnoted = (os.getpid(), os.environ.get('JOB'))\n"
@@ -27,7 +27,7 @@ import numpy
 import early, late
 atexit.register(lambda: print("ended as Python does"))
 print(json.dumps({
-    "name": __name__, "arguments": sys.argv, "first_path": sys.path[0], "folder": os.getcwd(), "job": os.environ["JOB"],
+    "name": __name__, "arguments": sys.argv, "paths": sys.path, "folder": os.getcwd(), "job": os.environ["JOB"],
     "parent": os.getppid(), "leads_its_group": os.getpgid(0) == os.getpid(), "early": early.noted, "late": late.noted,
     "children_are_told_of": signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL,
     "open_files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
@@ -81,7 +81,8 @@ def ask(forks: WorkerForks, folder: Path, code: int = 0, job: str = "7", said: s
 def test_a_fork_is_as_python_would_have_started_it(forks, tmp_path):
     worker, rest, errors = ask(forks, tmp_path, said="through standard input to standard error")
     assert worker["name"] == "__main__" and worker["arguments"] == [str(tmp_path / "worker.py"), "0"]
-    assert worker["first_path"] == worker["folder"] == str(tmp_path) and worker["job"] == "7"
+    assert worker["paths"][0] == worker["folder"] == str(tmp_path) and worker["job"] == "7"
+    assert str(SCRIPTS) not in worker["paths"]
     assert worker["leads_its_group"] and worker["children_are_told_of"]
     assert worker["open_files"] == 300 and worker["ended_first"] == 900
     assert worker["files"][:3] == [0, 1, 2] and len(worker["files"]) <= 4  # the last is that of the listing
