@@ -77,8 +77,11 @@ def provenance() -> dict:
     }
 
 
-def write_result(name: str, result: dict, folder: Path | None = None) -> Path:
-    """Writes benchmarks/results/DATE-NAME.json; a second one on the same day gets a number."""
+def write_result(name: str, result: dict, folder: Path | None = None, replaced: Path | None = None) -> Path:
+    """Writes benchmarks/results/DATE-NAME.json; a second one on the same day gets a number.
+
+    In place of `replaced`, where an earlier state of the same result has been written.
+    """
     folder = folder or ROOT / "benchmarks" / "results"
     folder.mkdir(parents=True, exist_ok=True)
     day, number = time.strftime("%Y-%m-%d", time.gmtime()), 1
@@ -86,6 +89,7 @@ def write_result(name: str, result: dict, folder: Path | None = None) -> Path:
     while path.exists():
         number += 1
         path = folder / f"{day}-{name}-{number}.json"
+    path = replaced or path
     path.write_text(json.dumps(result, indent=1) + "\n")
     return path
 

@@ -234,7 +234,7 @@ def main() -> None:
 
     model = Model.of(AutoConfig.from_pretrained(options.model))
     origin = provenance()
-    rounds = []
+    rounds, path = [], None
     for number in range(options.rounds):
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
@@ -248,9 +248,9 @@ def main() -> None:
             say(f"round {number + 1} of {options.rounds}: plain PyTorch")
             found["plain"] = run_plain(options.model, folder)
         rounds.append(found)
-    result = origin | {"overrides": options.overrides} | combine(rounds, model)
-    path = write_result(options.name, result)
-    results.write_table()
+        result = origin | {"overrides": options.overrides} | combine(rounds, model)
+        path = write_result(options.name, result, replaced=path)  # what is stopped has the rounds that it came to
+        results.write_table()
     print(f"{report(result)}\n\n{path}")
 
 

@@ -334,6 +334,8 @@ def test_the_command_fails_when_a_ratio_got_worse(tmp_path, result, monkeypatch,
 def test_results_of_one_day_do_not_overwrite_each_other(tmp_path):
     first, second = (machine.write_result("x", {"value": value}, tmp_path) for value in (1, 2))
     assert [json.loads(path.read_text())["value"] for path in (first, second)] == [1, 2]
+    assert machine.write_result("x", {"value": 3}, tmp_path, replaced=first) == first
+    assert [json.loads(path.read_text())["value"] for path in (first, second)] == [3, 2]
 
 
 def test_names_that_differ_give_folders_that_differ():
