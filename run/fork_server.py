@@ -94,6 +94,7 @@ def serve(listener: socket.socket, modules: list[str]) -> Request | None:
         with connection:
             request = Request.read(connection)
             if request is None:
+                sys.stderr.write("a client was ended before it had said all; Ray asks again\n")
                 continue
             if modules:
                 set_environment(request.environment)

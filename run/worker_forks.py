@@ -1,6 +1,5 @@
 """A run's workers as forks of one process, which imports torch, vLLM and verl for all of them."""
 
-import os
 import shlex
 import signal
 import socket
@@ -14,7 +13,6 @@ from omegaconf import DictConfig, open_dict
 from recipe.spin.common.ray_address import joins_cluster
 
 BACKLOG = 64  # workers that may wait while the server imports
-REGISTER_SECONDS = "300"  # Ray's 60 for a worker to appear are few where the libraries come from a cold disk first
 SCRIPTS = Path(__file__).resolve().parent
 
 
@@ -50,7 +48,6 @@ class WorkerForks:
 
     def start(self, folder: Path) -> None:
         """Starts the server; `folder` gets its socket and log. To be called before Ray starts."""
-        os.environ.setdefault("RAY_worker_register_timeout_seconds", REGISTER_SECONDS)
         path, self.log = folder / "workers", folder / "fork_server.log"
         with socket.socket(socket.AF_UNIX) as listener, open(self.log, "wb") as log:
             listener.bind(str(path))
