@@ -18,6 +18,7 @@ from pathlib import Path
 
 from benchmarks import default_run
 from benchmarks.default_run import markdown, seeded, spread
+from benchmarks.inputs import DATA, MODEL, make_missing
 from recipe.spin.rollout.validation_metrics import held_out_accuracy
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,7 +33,8 @@ def run_trl(folder: Path, seed: int) -> None:
     """One run of TRL's trainer, in a process of its own."""
     unfinished = folder / "unfinished.jsonl"
     command = [sys.executable, "-m", "benchmarks.trl_online_dpo", "--seed", str(seed)]
-    command += ["--model", model(), "--data", str(ROOT / "data" / "arithmetic"), "--output", str(unfinished)]
+    make_missing()
+    command += ["--model", MODEL, "--data", str(DATA), "--output", str(unfinished)]
     command += ["--steps", str(STEPS), "--every", str(EVERY)]
     subprocess.run(command, check=True, env=os.environ | {"TRL_EXPERIMENTAL_SILENCE": "1"}, cwd=ROOT)
     unfinished.rename(folder / "metrics.jsonl")
@@ -72,11 +74,6 @@ ARMS: dict[str, tuple[str, Callable[[Path, int], None]]] = {
     ),
     "trl": ("TRL OnlineDPOTrainer", run_trl),
 }
-
-
-def model() -> str:
-    """Folder of the embedded model, where run_spin.sh keeps it."""
-    return str(Path(os.environ.get("SPIN_MODEL_CACHE", ROOT / ".cache" / "models")) / "SmolLM2-135M-Instruct")
 
 
 def read(folder: Path) -> Curve:

@@ -26,7 +26,8 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.arithmetic import Model, Work, forward_flop, necessary, update_flop
-from benchmarks.machine import ROOT, matrix_product_rates, provenance, write_result
+from benchmarks.inputs import MODEL, make_missing
+from benchmarks.machine import matrix_product_rates, provenance, write_result
 from recipe.spin.examples.arithmetic.prepare import row as question
 
 BETA = 0.1
@@ -297,9 +298,8 @@ def table(result: dict) -> str:
 
 
 def main() -> None:
-    default = ROOT / ".cache" / "models" / "SmolLM2-135M-Instruct"
     parser = argparse.ArgumentParser(description="One DPO optimizer step in plain PyTorch.")
-    parser.add_argument("--model", default=str(default), help="folder of the model (the embedded one)")
+    parser.add_argument("--model", default=MODEL, help="folder of the model (the embedded one)")
     parser.add_argument("--pairs", type=int, default=32, help="pairs of a step (32)")
     parser.add_argument("--longest", type=int, default=16, help="most tokens of a response (16)")
     parser.add_argument("--rounds", type=int, default=3, help="steps of each layout that count (3)")
@@ -308,6 +308,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="a file for the result as JSON")
     parser.add_argument("--record", action="store_true", help="keep it as benchmarks/results/DATE-plain-step.json")
     options = parser.parse_args()
+    make_missing(options.model)
     sizes = {name: options.micro_batch for name in LAYOUTS} if options.micro_batch else None
     result = measure(options.model, options.pairs, options.longest, options.rounds, options.layouts, sizes)
     if options.output:

@@ -17,10 +17,9 @@ from pathlib import Path
 
 from benchmarks import sum_classifier
 from benchmarks.default_run import seeded, summarize, train
-from benchmarks.learning_curves import model
+from benchmarks.inputs import MODEL, make_missing
 from benchmarks.machine import ROOT, provenance, write_result
 from recipe.spin.examples.arithmetic.reward import compute_score
-from recipe.spin.examples.embedded_model import make_model
 
 UPDATES = 100
 MADE = "made.json"  # beside a classifier that was saved: how it was made
@@ -30,8 +29,8 @@ def classifier(folder: Path) -> dict:
     """How the reward model in this folder was made; makes it where there is none."""
     made = folder / MADE
     if not made.exists():
-        make_model(Path(model()))
-        made.write_text(json.dumps(sum_classifier.make(model(), folder, UPDATES)))
+        make_missing()
+        made.write_text(json.dumps(sum_classifier.make(MODEL, folder, UPDATES)))
     return json.loads(made.read_text())
 
 

@@ -35,6 +35,7 @@ from benchmarks.growth import (
     predict,
     refresh_seconds,
 )
+from benchmarks.inputs import DATA, MODEL, make_missing
 from benchmarks.machine import (
     ROOT,
     memory_bandwidth,
@@ -436,10 +437,12 @@ def tables() -> dict[str, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Growth of a training step.")
     parser.add_argument("what", choices=("plain", "engine", "tables"))
-    parser.add_argument("--model", default=str(ROOT / ".cache" / "models" / "SmolLM2-135M-Instruct"))
-    parser.add_argument("--data", type=Path, default=ROOT / "data" / "arithmetic")
+    parser.add_argument("--model", default=MODEL)
+    parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--rounds", type=int, default=1, help="rounds of a plain step that count (1)")
     options = parser.parse_args()
+    if options.what != "tables":
+        make_missing(options.model, options.data)
     if options.what == "plain":
         write_result("scaling-plain", provenance() | measure_plain(options.model, options.rounds))
     elif options.what == "engine":

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from benchmarks import results
 from benchmarks.arithmetic import Model, forward_flop, necessary, sampling, update_flop
+from benchmarks.inputs import DATA, MODEL, make_missing
 from benchmarks.machine import ROOT, matrix_product_rates, plain_environment, provenance, run_measured, write_result
 from benchmarks.trl_settings import fastest, run_trl, settings_file
 
@@ -217,8 +218,8 @@ COLUMNS += ("peak memory, GB", "floor, s", "share of rate, ref / update", "other
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="A step of this recipe beside TRL's and beside plain PyTorch.")
-    parser.add_argument("--model", default=str(ROOT / ".cache" / "models" / "SmolLM2-135M-Instruct"))
-    parser.add_argument("--data", type=Path, default=ROOT / "data" / "arithmetic")
+    parser.add_argument("--model", default=MODEL)
+    parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=3, help="steps of a run that count (3)")
     parser.add_argument("--name", default="step", help="in the result's file name (step)")
@@ -230,6 +231,7 @@ def main() -> None:
         sys.exit(f"error: {tried} is missing: TRL's fastest setting here; run python -m benchmarks.trl_settings first")
     best = fastest(json.loads(tried.read_text())["tried"].values())
     setting = {"batch": best["batch"], "allocator": best["allocator"]}
+    make_missing(options.model, options.data)
     from transformers import AutoConfig
 
     model = Model.of(AutoConfig.from_pretrained(options.model))

@@ -17,8 +17,8 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
+from benchmarks.inputs import DATA, MODEL, make_missing
 from benchmarks.machine import (
-    ROOT,
     allocator_settings,
     describe,
     plain_environment,
@@ -95,12 +95,13 @@ def table(tried: list[dict]) -> str:
 def main() -> None:
     allocators = allocator_settings()
     parser = argparse.ArgumentParser(description="TRL's fastest setting on this machine.")
-    parser.add_argument("--model", default=str(ROOT / ".cache" / "models" / "SmolLM2-135M-Instruct"))
-    parser.add_argument("--data", type=Path, default=ROOT / "data" / "arithmetic")
+    parser.add_argument("--model", default=MODEL)
+    parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
     parser.add_argument("--allocators", nargs="+", choices=allocators, default=list(allocators))
     parser.add_argument("--steps", type=int, default=2, help="steps of each that count (2)")
     options = parser.parse_args()
+    make_missing(options.model, options.data)
 
     settings = [(batch, allocator) for batch in options.batches for allocator in options.allocators]
     print(table(try_missing(options.model, options.data, options.steps, settings, settings_file())))

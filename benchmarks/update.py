@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.inputs import MODEL, make_missing
 from benchmarks.machine import ROOT, Finished, plain_environment, provenance, run_measured, write_result
 from benchmarks.random_model import save_random_model
 from recipe.spin.tools.device_probe import free_port
@@ -193,7 +194,7 @@ def table(results: dict[str, dict[str, dict]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Reference pass and update by settings of the engine.")
-    parser.add_argument("--model", default=str(ROOT / ".cache" / "models" / "SmolLM2-135M-Instruct"))
+    parser.add_argument("--model", default=MODEL)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--rounds", type=int, default=3)
@@ -208,6 +209,7 @@ def main() -> None:
         options.output.write_text(json.dumps(found))
         return
 
+    make_missing(options.model)
     sys.path.append(str(ROOT / "tests"))  # the tests' way to the worker without Ray
     if options.profile:
         with tempfile.TemporaryDirectory() as temporary:

@@ -11,7 +11,19 @@ import torch
 from plain_model import load_model, response_logp
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import arithmetic, compare, growth, machine, plain_step, results, scaling, step, trl_settings, update
+from benchmarks import (
+    arithmetic,
+    compare,
+    growth,
+    inputs,
+    machine,
+    plain_step,
+    results,
+    scaling,
+    step,
+    trl_settings,
+    update,
+)
 from benchmarks.arithmetic import Model, Work
 from recipe.spin.checks import memory
 from recipe.spin.examples.arithmetic.prepare import prepare
@@ -328,6 +340,20 @@ def test_the_command_fails_when_a_ratio_got_worse(tmp_path, result, monkeypatch,
     monkeypatch.setattr(sys, "argv", ["compare", str(tmp_path / "old.json")])
     compare.main()
     assert "no earlier run" in capsys.readouterr().out
+
+
+def test_the_default_runs_model_and_data_are_made_where_they_are_missing(tmp_path, monkeypatch):
+    model, data, made = str(tmp_path / "model"), tmp_path / "data", []
+    monkeypatch.setattr(inputs, "MODEL", model)
+    monkeypatch.setattr(inputs, "DATA", data)
+    monkeypatch.setattr(inputs, "make_model", made.append)  # asks for the package index where it is not there
+    inputs.make_missing("a/model", tmp_path / "of the caller")
+    assert not made and not data.exists()
+    inputs.make_missing(model, data)
+    assert made == [tmp_path / "model"] and {file.name for file in data.iterdir()} == {"train.parquet", "test.parquet"}
+    (data / "train.parquet").write_bytes(b"as it was")
+    inputs.make_missing("a/model", data)
+    assert (data / "train.parquet").read_bytes() == b"as it was"
 
 
 # ---- The machine -----------------------------------------------------------------------------------------------------
