@@ -6,6 +6,7 @@ Every patch stands here, but for those that let verl train without a GPU: verl_c
 import asyncio
 import importlib
 import ipaddress
+import os
 import pickle
 import socket
 import threading
@@ -27,6 +28,16 @@ def ignore_trl() -> None:
     from verl.models.transformers import monkey_patch
 
     monkey_patch.is_trl_available = lambda: False
+
+
+def draw_class_ids_from_the_system() -> None:
+    """Ray's own generator of random ids is copied by forks, once it was used, as it is when a class is declared remote.
+
+    All forks would draw the same ids then, those of objects among them.
+    """
+    from ray import ActorClassID, actor
+
+    actor.ActorClassID = SimpleNamespace(from_random=lambda: ActorClassID(os.urandom(ActorClassID.size())))
 
 
 def build_agent_loops_once(stateless: str) -> None:

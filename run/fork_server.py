@@ -1,12 +1,13 @@
 """The process that workers are forked from once it has imported what they need; worker_forks.py starts it.
 
-    python -u fork_server.py LISTENING_SOCKET AT_ONCE WITH_THE_FIRST     (its number; modules, by commas)
+    python -u fork_server.py LISTENING_SOCKET DRIVER AT_ONCE WITH_THE_FIRST     (numbers; modules, by commas)
 
 Modules that look at the environment of a worker when they are imported, as Ray looks for its job's number, wait for the
-first request. The server ends when its standard input does, with the driver.
+first request. The kernel ends the server with the driver.
 """
 
 import contextlib
+import ctypes
 import gc
 import importlib
 import json
@@ -17,10 +18,12 @@ import select
 import signal
 import socket
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 RECEIVED_AT_ONCE = 65536
+PR_SET_PDEATHSIG = 1
 PRIORITY = Path("/proc/self/oom_score_adj")
 
 
@@ -81,20 +84,35 @@ def import_all(modules: list[str]) -> None:
         importlib.import_module(module)
 
 
-def serve(listener: socket.socket, modules: list[str]) -> Request | None:
-    """Forks a process a request. Returns the request in the fork, and in the server None when its driver has gone.
+def end_with(driver: int) -> None:
+    """Has the kernel end this process when the driver has ended, one that was stopped too; its forks go on."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != driver:
+        sys.exit("the driver has ended")
+
+
+def say(text: str) -> None:
+    sys.stderr.write(f"{time.strftime('%H:%M:%S')} {text}\n")
+
+
+def is_gone(connection: socket.socket) -> bool:
+    """Whether the client does not wait for its answer any more."""
+    poll = select.poll()
+    poll.register(connection, 0)
+    return any(event & select.POLLHUP for _, event in poll.poll(0))
+
+
+def serve(listener: socket.socket, modules: list[str]) -> Request:
+    """Forks a process a request; returns the request in the fork.
 
     `modules` are imported with the first request and in its environment.
     """
     while True:
-        ready, _, _ = select.select([listener, sys.stdin], [], [])
-        if sys.stdin in ready:
-            return None
         connection, _ = listener.accept()
         with connection:
             request = Request.read(connection)
             if request is None:
-                sys.stderr.write("a client was ended before it had said all; Ray asks again\n")
+                say("a client was ended before it had said all; Ray asks again")
                 continue
             if modules:
                 set_environment(request.environment)
@@ -103,8 +121,15 @@ def serve(listener: socket.socket, modules: list[str]) -> Request | None:
                 gc.collect()
                 gc.freeze()  # the collector would write to all that the forks share
                 signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel takes ended forks away
-            if os.fork() == 0:
+                say(f"all is imported; {len(os.listdir('/proc/self/task'))} threads")
+            if is_gone(connection):  # Ray has given it up while others were imported for, and refuses the fork
+                say("a client was ended while it waited; Ray asks again")
+                close(request.files)
+                continue
+            fork = os.fork()
+            if fork == 0:
                 return request
+            say(f"forked {fork}")
             close(request.files)
             with contextlib.suppress(OSError):  # Ray has ended the client meanwhile, and refuses the fork
                 connection.sendall(b".")
@@ -113,12 +138,12 @@ def serve(listener: socket.socket, modules: list[str]) -> Request | None:
 def main() -> None:
     # Python looks in a script's folder first, whose modules have names that others may have too
     sys.path[:] = [path for path in sys.path if path != os.path.dirname(__file__)]
-    number, at_once, with_the_first = sys.argv[1:]
+    number, driver, at_once, with_the_first = sys.argv[1:]
+    end_with(int(driver))
     with socket.socket(fileno=int(number)) as listener:
         import_all(at_once.split(","))
         request = serve(listener, with_the_first.split(","))
-    if request is not None:
-        request.run()
+    request.run()
 
 
 if __name__ == "__main__":

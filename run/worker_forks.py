@@ -1,5 +1,6 @@
 """A run's workers as forks of one process, which imports torch, vLLM and verl for all of them."""
 
+import os
 import shlex
 import signal
 import socket
@@ -47,15 +48,18 @@ class WorkerForks:
         return config.trainer.device == "cpu" and not joins_cluster(config) and not another
 
     def start(self, folder: Path) -> None:
-        """Starts the server; `folder` gets its socket and log. To be called before Ray starts."""
+        """Starts the server; `folder` gets its socket and log. To be called before Ray starts.
+
+        By the main thread: the server ends with the thread that started it.
+        """
         path, self.log = folder / "workers", folder / "fork_server.log"
         with socket.socket(socket.AF_UNIX) as listener, open(self.log, "wb") as log:
             listener.bind(str(path))
             listener.listen(BACKLOG)
-            server = [sys.executable, "-u", str(SCRIPTS / "fork_server.py"), str(listener.fileno())]
+            server = [sys.executable, "-u", str(SCRIPTS / "fork_server.py"), str(listener.fileno()), str(os.getpid())]
             self.process = subprocess.Popen(
                 [*server, *self._modules],
-                stdin=subprocess.PIPE,  # it ends with the driver
+                stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 pass_fds=[listener.fileno()],

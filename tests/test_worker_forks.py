@@ -28,7 +28,8 @@ import early, late
 atexit.register(lambda: print("ended as Python does"))
 print(json.dumps({
     "name": __name__, "arguments": sys.argv, "paths": sys.path, "folder": os.getcwd(), "job": os.environ["JOB"],
-    "parent": os.getppid(), "leads_its_group": os.getpgid(0) == os.getpid(), "early": early.noted, "late": late.noted,
+    "pid": os.getpid(), "parent": os.getppid(),
+    "leads_its_group": os.getpgid(0) == os.getpid(), "early": early.noted, "late": late.noted,
     "children_are_told_of": signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL,
     "open_files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
     "ended_first": int(open("/proc/self/oom_score_adj").read()),
@@ -164,6 +165,31 @@ def test_a_module_that_cannot_be_imported_ends_the_server_with_its_name(forks, t
     assert forks.log.read_text().endswith("ModuleNotFoundError: No module named 'no_such_module'\n")
 
 
+WAITS = """
+import os, time
+open("{folder}/begun", "w")
+while not os.path.exists("{folder}/go"):
+    time.sleep(0.01)
+"""
+
+
+def test_no_fork_is_made_for_a_client_that_was_ended_while_it_waited(forks, tmp_path):
+    """Ray ends one when its patience does, and would refuse the worker."""
+    (tmp_path / "late.py").write_text(WAITS.format(folder=tmp_path) + NOTES)
+    command = client(forks, str(tmp_path / "worker.py"), "0")
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as impatient:
+        deadline = time.monotonic() + WAIT_SECONDS
+        while not (tmp_path / "begun").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        impatient.kill()
+    (tmp_path / "go").touch()
+    worker, _, _ = ask(forks, tmp_path)
+    said = forks.log.read_text()
+    assert "a client was ended while it waited" in said and said.count("forked ") == 1
+    assert f"forked {worker['pid']}" in said
+
+
 @pytest.mark.parametrize(
     ("changed", "fit"),
     [
@@ -179,10 +205,36 @@ def test_workers_are_forks_without_gpus_on_a_ray_of_the_runs_own_in_the_commands
     assert WorkerForks.fit(compose(*changed)) == fit
 
 
-def test_ray_is_imported_with_the_first_worker_and_no_thread_runs_at_the_fork():
-    """Ray takes the numbers of its job and of its node from the environment when it is imported."""
-    lines = [f"import {', '.join(IMPORTED_AT_ONCE)}", "import sys, threading", "print('ray' in sys.modules)"]
-    lines += [f"import {', '.join(IMPORTED_WITH_RAY)}", "print('ray' in sys.modules, threading.active_count())"]
-    command = [sys.executable, "-c", "\n".join(lines)]
+IMPORTS_AND_FORKS = f"""
+import {", ".join(IMPORTED_AT_ONCE)}
+import os, sys, threading
+print("ray" in sys.modules)
+import {", ".join(IMPORTED_WITH_RAY)}
+print("ray" in sys.modules, threading.active_count(), flush=True)
+import ray
+
+def tell():
+    print("drawn", ray.ObjectID.from_random().hex(), flush=True)
+
+for _ in range(2):
+    if os.fork() == 0:
+        tell()
+        thread = threading.Thread(target=tell)
+        thread.start()
+        thread.join()
+        os._exit(0)
+    os.wait()
+"""
+
+
+def test_ray_is_imported_with_the_first_worker_and_forks_share_neither_threads_nor_ids():
+    """Ray takes the numbers of its job and of its node from the environment when it is imported.
+
+    Its generator of ids would go on in every fork where it was: two workers' objects would have the same names.
+    """
+    command = [sys.executable, "-c", IMPORTS_AND_FORKS]
     found = subprocess.run(command, env=cpu_environment(), stdout=subprocess.PIPE, text=True, check=True)
-    assert found.stdout.splitlines()[-1] == "True 1" and "False" in found.stdout.splitlines()
+    lines = found.stdout.splitlines()
+    assert "False" in lines and "True 1" in lines
+    drawn = [line for line in lines if line.startswith("drawn ")]
+    assert len(set(drawn)) == len(drawn) == 4
