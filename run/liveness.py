@@ -27,6 +27,9 @@ LINE_LENGTH = 240
 # Empty lines, those by which Ray marks whose log it is, and Python's about shared memory of processes that were killed
 NO_WORDS = re.compile(r"\s*$|:\w+:|.*resource_tracker|\s*warnings\.warn\(")
 
+OWN_END = re.compile(r"(ended with|exit) code [1-9]")  # by an error, not a signal
+MEMORY = " A process that just ends was often killed for want of memory (dmesg tells)"
+
 # An actor that ended for another reason was meant to, or failed by an exception that whoever called it gets
 UNEXPECTED = (ActorDiedErrorContext.WORKER_DIED, ActorDiedErrorContext.NODE_DIED)
 FORK_SERVER = "the process that workers are forked from"
@@ -54,7 +57,7 @@ class Lost:
 
     def __str__(self) -> str:
         said = f"; its last words:\n{self.last_words}" if self.last_words else ""
-        memory = " A process that just ends was often killed for want of memory (dmesg tells)"
+        memory = "" if OWN_END.search(self.how) else MEMORY
         return f"{self.component} (process {self.pid}) died: {self.how}{memory}{said}"
 
 
@@ -123,7 +126,8 @@ class Liveness:
         if not dead:
             return None
         actor = min(dead, key=lambda actor: actor["EndTime"])  # others may have died of it
-        here = actor["Address"]["IPAddress"] == ray_worker._global_node.node_ip_address
+        node = ray_worker._global_node  # none while Ray ends
+        here = node is not None and actor["Address"]["IPAddress"] == node.node_ip_address
         words = _last_words(ray_logs().glob(f"worker-*-{actor['Pid']}.*")) if here else ""
         return Lost(in_words(actor, actors), actor["Pid"], _ending(actor), words)
 

@@ -16,7 +16,7 @@ import psutil
 import ray
 
 from recipe.spin.rollout.validation_metrics import History
-from recipe.spin.run import private_folder
+from recipe.spin.run import private_folder, signals
 from recipe.spin.run.console import Console
 from recipe.spin.run.drift import Drift
 from recipe.spin.run.process_memory import NeededMemory, PrivateMemory
@@ -90,33 +90,47 @@ class RunMonitor:
             # Ray reads RAY_TMPDIR, which Slurm's users often set, before TMPDIR
             os.environ.update(dict.fromkeys(("TMPDIR", "RAY_TMPDIR", "VLLM_RPC_BASE_PATH"), str(self._folder)))
             if self._forks:
-                self._forks.start(self._folder)
+                self._start_forks()
         self._thread.start()
         return self
 
+    def _start_forks(self) -> None:
+        try:
+            self._forks.start(self._folder)
+        except BaseException:  # a full disk, or a signal: there will be no __exit__
+            self._remove_folder()
+            raise
+
+    def _remove_folder(self) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
+        os.close(self._lock)
+
     def __exit__(self, exception_type, exception, traceback) -> None:
         self.seconds = time.monotonic() - self._started
+        with signals.held_off():
+            self._end(failed=exception_type is not None)
+
+    def _end(self, failed: bool) -> None:
         self._stop.set()
         self._thread.join(timeout=3 * POLL_SECONDS)  # a question to a Ray that died is answered late or never
-        progress = _ask_task_runner() if exception_type is None else None
+        progress = None if failed else _ask_task_runner()
         if progress is not None:
             self._warn_of_drift(progress)
         self._console.close(progress)
         if self._forks:
             self._forks.pause()
-        processes = self._of_the_run(process_tree())
-        ray.shutdown()
+        processes = self._of_the_run(process_tree())  # before the server ends, whose forks are then nobody's children
         if self._forks:
             self._forks.stop()
+        ray.shutdown()
         _, alive = psutil.wait_procs(processes, timeout=10)
         for process in alive:
             process.kill()
         psutil.wait_procs(alive, timeout=5)
         if not self._joins:
-            if exception_type is not None:
+            if failed:
                 self._keep_logs()
-            shutil.rmtree(self._folder, ignore_errors=True)
-            os.close(self._lock)
+            self._remove_folder()
         for file in self._shared_memory:
             Path(file).unlink(missing_ok=True)
 
@@ -169,7 +183,13 @@ class RunMonitor:
             known = len(self._shared_memory)
             self._shared_memory.update(*map(_shared_memory, processes))
             if self._folder and len(self._shared_memory) > known:
-                private_folder.note_shared_memory(self._folder, set(filter(os.path.exists, self._shared_memory)))
+                self._note_shared_memory()
+
+    def _note_shared_memory(self) -> None:
+        try:
+            private_folder.note_shared_memory(self._folder, set(filter(os.path.exists, self._shared_memory)))
+        except OSError as error:  # a full disk: it matters to a run that is killed alone
+            self._console.warn(f"{self._folder}: {error}; of a run that is killed /dev/shm would keep its files")
 
 
 def _ask_task_runner() -> dict | None:

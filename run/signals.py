@@ -1,6 +1,8 @@
 """Signals that stop a run: an exception in the main thread, so that what the run started and made is removed."""
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -19,6 +21,17 @@ def _stop(number: int, frame) -> None:
         signal.signal(ignored, signal.SIG_IGN)
     received.append(number)
     raise KeyboardInterrupt
+
+
+@contextmanager
+def held_off() -> Iterator[None]:
+    """Lets no signal cut what cleans up after a run; in the main thread."""
+    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in STOPPING}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler or signal.SIG_DFL)  # none of Python's
 
 
 def raise_received() -> None:

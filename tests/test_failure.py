@@ -1,5 +1,6 @@
 """What a failed run's last lines say: the cause, the remedy, the logs; and the signals that stop a run."""
 
+import os
 import shutil
 import signal
 import subprocess
@@ -179,6 +180,16 @@ def test_signals_end_a_run_by_an_exception_while_ray_starts_too(number):
     command = [sys.executable, "-c", STOPPED, str(int(number))]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.stdout == f"cleaned up [{int(number)}]\n" and done.returncode == 0, done.stderr
+
+
+def test_no_signal_cuts_what_cleans_up_and_afterwards_they_stop_again():
+    before = signal.signal(signal.SIGTERM, signals._stop)
+    try:
+        with signals.held_off():
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert not signals.received and signal.getsignal(signal.SIGTERM) == signals._stop
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_nohup_is_left_alone(monkeypatch):

@@ -54,6 +54,19 @@ def test_the_first_that_died_is_named_with_its_last_words(table, tmp_path):
     assert watch.lost.last_words.splitlines() == [f"  line {i}" for i in range(3, 9)]
 
 
+@pytest.mark.parametrize(
+    ("how", "hint"),
+    [
+        ("it ended with code -9.", True),
+        ("Worker unexpectedly exits with a connection error code 2. End of file.", True),
+        ("it ended with code 1.", False),
+        ("Worker exits with an exit code 1.", False),
+    ],
+)
+def test_want_of_memory_is_thought_of_where_nothing_else_explains_the_end(how, hint):
+    assert ("want of memory" in str(liveness.Lost("vLLM's server 0", 7, how, ""))) == hint
+
+
 def test_the_fork_server_that_died_is_named_with_its_last_words(table, tmp_path):
     (tmp_path / "fork_server.log").write_text("Traceback\nModuleNotFoundError: No module named 'x'\n")
     process = types.SimpleNamespace(pid=7, returncode=1, poll=lambda: 1)
