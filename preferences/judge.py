@@ -1,6 +1,7 @@
 """Language models as judges: which of two responses to a prompt is better.
 
-A response is worth the share of its comparisons that it wins, a tie counts half; scores are then paired as rewards are.
+A response is worth the share of its comparisons that it wins, a tie counts half, or in a tournament the comparisons
+that it wins less the one that it loses; scores are then paired as rewards are.
 Every comparison is asked in both orders, and won where both answers say so: a judge that prefers what stands first
 prefers nothing (arXiv 2306.05685, Section 3.4). Several judges decide by majority.
 """
@@ -10,9 +11,9 @@ import itertools
 import logging
 import sys
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -39,9 +40,9 @@ from recipe.spin.preferences.judge_settings import (
 from recipe.spin.preferences.source import Group, PreferenceSource, Score
 
 VERDICTS = {"A": ("first", 1), "B": ("second", -1), "C": ("neither", 0)}
-# Answers that tell what share of them a judge gives without a verdict: of few one says nothing. Equal responses are not
-# asked about, so that late in training a step may have two
-ENOUGH = 100
+# Answers that tell what share of them a judge gives without a verdict: of few one says nothing, and what lies back does
+# not count. Equal responses are not asked about, so that late in training a step may have two
+ENOUGH, LATEST = 100, 1000
 # Of an answer that cannot be read the run's folder keeps so many characters, and so many answers of a step
 KEPT_LENGTH, KEPT_A_STEP = 2000, 100
 
@@ -55,8 +56,6 @@ class Tally:
     Attributes:
         first, second, neither, unreadable: how many answers preferred what stood first, what stood second, neither, and
             how many could not be read.
-        cut: how many of these a limit of their length cut off.
-        texts: those that could not, each with the `judge` that gave it and whether it was `cut`.
         comparisons, ties: pairs of responses, and those of them that neither won.
         tokens: of questions and answers, a server's as it counted them.
         seconds: from the first question to the last answer.
@@ -67,8 +66,6 @@ class Tally:
     second: int = 0
     neither: int = 0
     unreadable: int = 0
-    cut: int = 0
-    texts: list[dict] = field(default_factory=list)
     comparisons: int = 0
     ties: int = 0
     tokens: int = 0
@@ -76,28 +73,54 @@ class Tally:
     step: int = 0
     held_out: bool = False
 
-    def count(self, answer: Answer, judge: str) -> int:
+    def count(self, answer: Answer) -> int | None:
         """Counts a judge's answer, and returns what it is worth to the response that stood first: 1, 0 or -1.
 
-        What stands in an answer that was cut off is reasoning towards a verdict, and none.
+        None where it cannot be read. What stands in one that was cut off is reasoning towards a verdict, and none.
         """
         self.tokens += answer.tokens
-        verdict = None if answer.cut else read_verdict(answer.text)
+        verdict = None if answer.fault else read_verdict(answer.text)
         if verdict is None:
             self.unreadable += 1
-            self.cut += answer.cut
-            self.texts.append({"judge": judge, "cut": answer.cut, "text": answer.text[:KEPT_LENGTH]})
-            logger.warning("judge %s: an answer %s: %r", judge, fault_of(answer), answer.text)
-            return 0
+            return None
         name, worth = VERDICTS[verdict]
         setattr(self, name, getattr(self, name) + 1)
         return worth
 
 
+class Readable:
+    """Whether a judge's answers can be read: of its latest ones too many that cannot stop the run.
+
+    Looked at where the answers come, as dynamic sampling drops prompts whose comparisons all tie before a step is
+    there, and by judge: one of several that gives no verdicts votes for ties.
+    """
+
+    def __init__(self, judge: str, limit: float):
+        """judge: its address, as it is shown. limit: `algorithm.judge.max_unreadable`."""
+        self.judge, self._limit = judge, limit
+        self._latest: deque[str | None] = deque(maxlen=LATEST)  # what was wrong with each answer; None: nothing
+
+    def count(self, fault: str | None, text: str) -> None:
+        """Counts an answer by why it cannot be read.
+
+        Raises:
+            JudgeFailed: when a larger share than the limit of the latest answers, ENOUGH at least, could not be.
+        """
+        self._latest.append(fault)
+        found = Counter(fault for fault in self._latest if fault is not None)
+        if fault is None or found.total() <= self._limit * max(len(self._latest), ENOUGH):
+            return
+        raise JudgeFailed(
+            f"judge {self.judge}: {found.total()} of its latest {len(self._latest)} answers could not be read "
+            f"({found['']} without [[A]], [[B]] or [[C]], {found['cut']} cut off by their length, {found['refused']} "
+            f"refused), more than algorithm.judge.max_unreadable={self._limit} of {ENOUGH} or more; the last is "
+            f"{text[:SHOWN]!r}, and {run_folder.UNREADABLE} in the run's folder has others. Ask for a verdict in "
+            "algorithm.judge.prompt, raise algorithm.judge.max_tokens, or take a judge that follows"
+        )
+
+
 class JudgeSource(PreferenceSource):
     """Scores a prompt's responses by what judges say of pairs of them (settings: `algorithm.judge`)."""
-
-    limits_itself = True
 
     def __init__(self, config: DictConfig, tokenizer):
         super().__init__(config, tokenizer)
@@ -112,7 +135,11 @@ class JudgeSource(PreferenceSource):
         self._servers = [
             None if judge.address in OWN else Server(judge, self._settings) for judge in judges(self._settings)
         ]
-        self._latest: list[Counter[str]] = []  # what was asked and not to be read in the latest steps
+        # A call to a server has a limit of time; one to the policy's own vLLM is as long as its queue
+        self.limits_itself = None not in self._servers
+        limit = self._settings.max_unreadable
+        self._readable = [Readable(shown_address(address), limit) for address in self._settings.servers]
+        self._kept: Counter[tuple[int, bool]] = Counter()  # answers that could not be read, of each step and validation
 
     @classmethod
     def scores_with_reference(cls, config: DictConfig) -> bool:
@@ -162,15 +189,19 @@ class JudgeSource(PreferenceSource):
         return [value / (count - 1) for value in points]
 
     async def _tournament(self, group: Group, tally: Tally) -> list[float]:
-        """Comparisons that each wins in a knock-out of n - 1; after a tie the first goes on, without a point."""
+        """Wins of each less its defeat in a knock-out of n - 1 comparisons; a tie is worth nothing, the first goes on.
+
+        Whoever is worth least has then lost, and not to somebody whom the best has only tied with.
+        """
         points = [0.0] * len(group.responses)
         left = list(range(len(group.responses)))
         while len(left) > 1:
             pairs = list(zip(left[::2], left[1::2], strict=False))
             outcomes = await asyncio.gather(*(self._compare(group, a, b, tally) for a, b in pairs))
             winners = [b if outcome < 0 else a for (a, b), outcome in zip(pairs, outcomes, strict=True)]
-            for winner, outcome in zip(winners, outcomes, strict=True):
-                points[winner] += abs(outcome)
+            for (a, b), outcome in zip(pairs, outcomes, strict=True):
+                points[a] += outcome
+                points[b] -= outcome
             left = winners + left[2 * len(pairs) :]
         return points
 
@@ -199,7 +230,21 @@ class JudgeSource(PreferenceSource):
         async with self._calls:
             asked = self._ask_own(question, group) if server is None else server.ask(question)
             answer = await self._in_time(asked, group)
-        return tally.count(answer, shown_address(self._settings.servers[judge]))
+        worth = tally.count(answer)
+        if worth is None:
+            self._keep(answer, self._readable[judge].judge, group)
+        self._readable[judge].count(answer.fault if worth is None else None, answer.text)
+        return worth or 0
+
+    def _keep(self, answer: Answer, judge: str, group: Group) -> None:
+        """Notes an answer that cannot be read in the log, and in the run's folder."""
+        logger.warning("judge %s: an answer %s: %r", judge, fault_of(answer), answer.text)
+        place = group.step, group.held_out
+        self._kept[place] += 1
+        if self._kept[place] <= KEPT_A_STEP:
+            one = {"step": group.step, "held_out": group.held_out, "judge": judge, "fault": fault_of(answer)}
+            folder = Path(self.config.trainer.default_local_dir)
+            run_folder.keep_unreadable(folder, [one | {"text": answer.text[:KEPT_LENGTH]}])
 
     async def _in_time(self, answer: Awaitable[Answer], group: Group) -> Answer:
         limit = self._settings.step_timeout_s
@@ -217,25 +262,17 @@ class JudgeSource(PreferenceSource):
         """The answer of the policy's own vLLM server to a question."""
         tokens = self.prompt_tokens([{"role": "user", "content": question}])
         answer = await group.generate(tokens, {"temperature": 0.0, "max_tokens": self._settings.max_tokens})
-        cut = len(answer) == 0 or answer[-1] not in self.end_tokens
-        return Answer(self.tokenizer.decode(answer, skip_special_tokens=True), len(tokens) + len(answer), cut)
+        fault = "" if len(answer) and answer[-1] in self.end_tokens else "cut"
+        return Answer(self.tokenizer.decode(answer, skip_special_tokens=True), len(tokens) + len(answer), fault)
 
     # ------------------------------------------------------------------ a step's metrics
 
     def metrics(self, infos: list[dict]) -> dict[str, float]:
-        """How much was asked and how it was answered. Keeps the answers that could not be read in the run's folder.
-
-        Raises:
-            JudgeFailed: when more answers than `algorithm.judge.max_unreadable` could not be read.
-        """
+        """How much was asked and how it was answered, of the prompts that dynamic sampling left."""
         tallies = [Tally(**info) for info in infos if info]
-        texts = [{"step": tally.step, "held_out": tally.held_out} | text for tally in tallies for text in tally.texts]
-        if texts:
-            run_folder.keep_unreadable(Path(self.config.trainer.default_local_dir), texts[:KEPT_A_STEP])
         read = {name: sum(getattr(tally, name) for tally in tallies) for name, _ in VERDICTS.values()}
-        unreadable, cut = (sum(getattr(tally, name) for tally in tallies) for name in ("unreadable", "cut"))
+        unreadable = sum(tally.unreadable for tally in tallies)
         asked = sum(read.values()) + unreadable
-        self._check_readable(Counter(asked=asked, unreadable=unreadable, cut=cut), texts)
         decided = read["first"] + read["second"]
         metrics = {
             "judge/asked": asked,
@@ -248,22 +285,6 @@ class JudgeSource(PreferenceSource):
         if decided:
             metrics["judge/first_rate"] = read["first"] / decided
         return metrics
-
-    def _check_readable(self, counts: Counter[str], texts: list[dict]) -> None:
-        """Raises JudgeFailed where too many of the latest answers could not be read, of ENOUGH at least."""
-        self._latest.append(counts)
-        while sum(one["asked"] for one in self._latest[1:]) >= ENOUGH:
-            del self._latest[0]
-        asked, unreadable, cut = (sum(one[name] for one in self._latest) for name in ("asked", "unreadable", "cut"))
-        limit = self._settings.max_unreadable
-        if texts and unreadable > limit * max(asked, ENOUGH):
-            raise JudgeFailed(
-                f"{unreadable} of the latest {asked} answers hold none of [[A]], [[B]] and [[C]] or were cut off by "
-                f"their length ({cut} of them), more than algorithm.judge.max_unreadable={limit} of {ENOUGH} or more; "
-                f"one, of judge {texts[0]['judge']}, is {texts[0]['text'][:SHOWN]!r}, and {run_folder.UNREADABLE} in "
-                "the run's folder has others. Ask for these in algorithm.judge.prompt, raise "
-                "algorithm.judge.max_tokens, or take a judge that follows"
-            )
 
 
 def _sign(value: int) -> int:

@@ -23,6 +23,8 @@ httpx = import_module(openai.DefaultHttpxClient.__base__.__module__)
 NO_KEY = "none"  # servers without a key take any
 PROBE_SECONDS = 10.0
 SHOWN = 200
+# Of a question: longer than the server's model takes, or not to the liking of a filter of contents
+REFUSALS = (openai.BadRequestError, openai.UnprocessableEntityError)
 
 
 class Judge(NamedTuple):
@@ -39,11 +41,15 @@ class JudgeFailed(RuntimeError):
 
 
 class Answer(NamedTuple):
-    """A judge's answer to a question, the tokens of both, and whether a limit of its length cut it off."""
+    """A judge's answer to a question, the tokens of both, and why it holds no verdict, whatever its text says.
+
+    fault: "cut" where a limit of its length cut it off, "refused" where the server would not answer this question
+        (`text` is what it said then), and else empty.
+    """
 
     text: str
     tokens: int
-    cut: bool
+    fault: str = ""
 
 
 class Message(BaseModel):
@@ -159,7 +165,7 @@ class Access:
         """
         found = self._read(Completion, response)
         choice, tokens = found.choices[0], (found.usage and found.usage.total_tokens) or 0
-        return Answer(choice.message.content or "", tokens, cut=choice.finish_reason == "length")
+        return Answer(choice.message.content or "", tokens, "cut" if choice.finish_reason == "length" else "")
 
     def models(self, response) -> list[str]:
         """The names of what a server serves, one at least.
@@ -217,7 +223,7 @@ class Server:
         self._client = self._access.client(**patience(settings))
 
     async def ask(self, question: str) -> Answer:
-        """The answer to a question.
+        """The answer to a question; it says so where the server refuses one as too long, or by a filter of contents.
 
         Raises:
             JudgeFailed: with the server's address and what it said.
@@ -226,7 +232,10 @@ class Server:
             if self._model is None:
                 self._model = self._access.models(await self._client.models.with_raw_response.list())[0]
             asked = request(self._model, question, self._settings)
-            response = await self._client.chat.completions.with_raw_response.create(**asked)
+            try:
+                response = await self._client.chat.completions.with_raw_response.create(**asked)
+            except REFUSALS as error:  # not of the parameters, which the probe sent as well
+                return Answer(self._access.explain(error), 0, "refused")
         return self._access.completion(response)
 
 
@@ -313,7 +322,7 @@ async def _probe(judge: Judge, question: str, settings: DictConfig) -> Answer:
             try:
                 asked = request(model, question, settings)
                 response = await asking.chat.completions.with_raw_response.create(**asked)
-            except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+            except REFUSALS as error:
                 raise JudgeFailed(
                     f"{access.explain(error)}; algorithm.judge.extra_body replaces what it is asked with, and removes "
                     "what is null there"

@@ -18,6 +18,11 @@ REFERENCE = "reference"
 OWN = ("policy", REFERENCE)
 # What a server is asked about before a run
 EXAMPLE = {"request": "user: What is 1 + 1? Answer with the number only.", "first": "2", "second": "3"}
+FAULTS = {
+    "": "holds none of [[A]], [[B]] and [[C]]",
+    "cut": "was cut off by its length",
+    "refused": "was refused",
+}
 VERDICT = re.compile(r"\[\[([ABC])\]\]")
 
 
@@ -30,7 +35,7 @@ def read_verdict(answer: str) -> str | None:
 
 def fault_of(answer: Answer) -> str:
     """Why an answer cannot be read."""
-    return "was cut off by its length" if answer.cut else "holds none of [[A]], [[B]] and [[C]]"
+    return FAULTS[answer.fault]
 
 
 def shown_content(content: str | list[dict]) -> str:
@@ -110,11 +115,11 @@ def check_answer(answer: Answer, judge: Judge, settings: DictConfig) -> None:
     Raises:
         JudgeFailed: when a limit of its length cut it off: the answers to harder ones will be no shorter.
     """
-    if not answer.cut and read_verdict(answer.text):
+    if not answer.fault and read_verdict(answer.text):
         return
     said = f"judge {shown_address(judge.address)}: its answer to a trial question {fault_of(answer)}: "
     said += repr(answer.text[:SHOWN])
-    if answer.cut and settings.max_unreadable < 1:
+    if answer.fault == "cut" and settings.max_unreadable < 1:
         raise JudgeFailed(
             f"{said}; raise algorithm.judge.max_tokens={settings.max_tokens}, have it reason less "
             "(algorithm.judge.extra_body), or let all answers be unreadable (algorithm.judge.max_unreadable=1.0)"

@@ -280,7 +280,7 @@ def test_judges_prefer(task, tiny_llama, tmp_path):
             "algorithm.preference_source=judge",
             f"algorithm.judge.servers=[{server.address},policy]",
             "algorithm.judge.max_tokens=4",
-            "algorithm.judge.max_unreadable=0.6",
+            "algorithm.judge.max_unreadable=1.0",
             "reward.custom_reward_function.path=null",
             *(f"data.{name}_files={file}" for name, file in files.items()),
             "actor_rollout_ref.rollout.max_model_len=512",

@@ -36,7 +36,14 @@ def test_a_response_is_worth_the_share_of_its_comparisons_that_it_wins():
 def test_a_tournament_asks_about_n_less_one_pairs():
     with RuleJudge(number) as server:
         values, _ = scores(judge_of(server, comparisons="tournament"), ["5", "3", "9", "1", "2"])
-    assert values == [1, 0, 3, 0, 0] and len(server.questions) == 2 * 4
+    assert values == [0, -1, 3, -1, -1] and len(server.questions) == 2 * 4
+
+
+def test_a_tournaments_pair_is_none_that_a_judge_called_a_tie():
+    """0 and 1 tie, 2 beats 3, and the final ties: the pair is 2 and 3, which met, and not 2 and 0."""
+    with RuleJudge(lambda request, response: {"a": 2, "b": 2, "c": 2, "d": 1}[response]) as server:
+        values, _ = scores(judge_of(server, comparisons="tournament"), ["a", "b", "c", "d"])
+    assert values == [0, 0, 1, -1]
 
 
 def test_the_request_and_both_responses_reach_the_judge_as_they_are():
@@ -70,7 +77,7 @@ def test_unreadable_answers_count_as_ties_up_to_a_share(caplog):
         values, metrics = scores(judge_of(server, max_unreadable=1.0))
         assert values == [0.5] * 4 and metrics["judge/unreadable_rate"] == 1
         assert "I would rather not say." in caplog.text
-        words = rf"56 of the latest 56 answers .*max_unreadable=0.2.* of judge {server.address}, .*rather not say"
+        words = rf"^judge {server.address}: 21 of its latest 21 .*\(21 without .*max_unreadable=0.2 .*rather not say"
         with pytest.raises(JudgeFailed, match=words):
             scores(judge_of(server), list("12345678"))
         assert f"judge {server.address}: an answer holds none" in caplog.text
@@ -81,7 +88,7 @@ def test_an_answer_that_was_cut_off_is_unreadable_whatever_it_holds():
     with Rubbish(JSON, json.dumps(body)) as server:
         values, metrics = scores(judge_of(server, max_unreadable=1.0), ["1", "2"])
         assert values == [0.5, 0.5] and metrics["judge/unreadable_rate"] == 1
-        with pytest.raises(JudgeFailed, match=r"56 of the latest 56 .*cut off by their length \(56 of them\)"):
+        with pytest.raises(JudgeFailed, match=r"21 of its latest 21 .*\(0 without .* 21 cut off by"):
             scores(judge_of(server), list("12345678"))
 
 

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import time
-from dataclasses import asdict
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,7 @@ from judges import group, judge_of, number, scores, settings
 
 from benchmarks.rule_judge import QUESTION, Handler, RuleJudge
 from recipe.spin import run_folder
-from recipe.spin.preferences.judge import JudgeFailed, JudgeSource, Tally
+from recipe.spin.preferences.judge import JudgeFailed, JudgeSource, Readable
 from recipe.spin.preferences.source import Group, Score
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -69,7 +69,8 @@ def test_answers_that_cannot_be_read_are_kept_in_the_runs_folder(folder):
     with RuleJudge(number, unreadable=1.0) as server:
         asked(judge_of(server, max_unreadable=1.0), group(["1", "2"]))
         asked(judge_of(server, max_unreadable=1.0), group(["1", "2"], step=4, held_out=True))
-    one = {"judge": server.address, "cut": False, "text": "I would rather not say."}
+    fault = "holds none of [[A]], [[B]] and [[C]]"
+    one = {"judge": server.address, "fault": fault, "text": "I would rather not say."}
     expected = [{"step": 1, "held_out": False} | one] * 2 + [{"step": 4, "held_out": True} | one] * 2
     assert unreadable(folder) == expected
 
@@ -92,43 +93,81 @@ def test_of_many_long_answers_that_cannot_be_read_a_part_is_kept(folder):
     with Cut("well, " * 1000) as server:
         scores(judge_of(server, max_unreadable=1.0), list(map(str, range(12))))
     kept = unreadable(folder)
-    assert len(kept) == 100 and {len(one["text"]) for one in kept} == {2000} and all(one["cut"] for one in kept)
+    assert len(kept) == 100 and {len(one["text"]) for one in kept} == {2000}
+    assert {one["fault"] for one in kept} == {"was cut off by its length"}
 
 
 def test_answers_are_kept_where_they_stop_the_run_too_and_the_first_is_shown(folder):
     words = f"'I would rather not say.', and {run_folder.UNREADABLE} in the run's"
     with RuleJudge(number, unreadable=1.0) as server, pytest.raises(JudgeFailed, match=words):
         scores(judge_of(server), list("12345678"))
-    assert len(unreadable(folder)) == 56
+    assert len(unreadable(folder)) >= 21
 
 
-def told(readable: int, *texts: str) -> dict:
-    noted = [{"judge": "http://a/v1", "cut": False, "text": text} for text in texts]
-    return asdict(Tally(first=readable, unreadable=len(texts), texts=noted, comparisons=1))
+def tell(readable: Readable, good: int, *texts: str) -> None:
+    for _ in range(good):
+        readable.count(None, "[[A]]")
+    for text in texts:
+        readable.count("", text)
 
 
 def test_one_unreadable_answer_of_four_does_not_stop_a_run_that_goes_on_so_does():
-    source = judge_of(max_unreadable=0.2, servers="[http://a/v1]")
+    readable = Readable("http://a/v1", 0.2)
     for _ in range(20):
-        assert source.metrics([told(3, "hm")])["judge/unreadable_rate"] == 0.25
-    with pytest.raises(JudgeFailed, match=r"21 of the latest 84 answers .*max_unreadable=0.2 of 100 .*is 'so', and"):
-        source.metrics([told(3, "so")])
+        tell(readable, 3, "hm")
+    with pytest.raises(JudgeFailed, match=r"21 of its latest 84 answers .*max_unreadable=0.2 of 100 .*is 'so', and"):
+        tell(readable, 3, "so")
 
 
-def test_steps_that_lie_back_do_not_count():
-    source = judge_of(max_unreadable=0.2, servers="[http://a/v1]")
+def test_answers_that_lie_back_do_not_count():
+    readable = Readable("http://a/v1", 0.2)
     for _ in range(20):
-        source.metrics([told(0, "hm")])
-        source.metrics([told(100)])
-    source = judge_of(max_unreadable=0.2, servers="[http://a/v1]")
-    source.metrics([told(1000)])
-    with pytest.raises(JudgeFailed, match="80 of the latest 180"):
-        source.metrics([told(100, *["hm"] * 80)])
+        tell(readable, 100, "hm")
+    with pytest.raises(JudgeFailed, match="201 of its latest 1000"):
+        tell(readable, 0, *["hm"] * 1000)
 
 
 def test_none_may_be_unreadable_where_none_is_allowed():
-    with pytest.raises(JudgeFailed, match="1 of the latest 4 answers"):
-        judge_of(max_unreadable=0, servers="[http://a/v1]").metrics([told(3, "hm")])
+    with pytest.raises(JudgeFailed, match="1 of its latest 4 answers"):
+        tell(Readable("http://a/v1", 0), 3, "hm")
+
+
+def test_of_several_judges_each_has_its_share_of_answers_that_cannot_be_read():
+    """Four that can be read would hide one that cannot: a fifth of all answers is no more than the limit."""
+    with ExitStack() as stack:
+        good = [stack.enter_context(RuleJudge(number)) for _ in range(4)]
+        bad = stack.enter_context(RuleJudge(number, unreadable=1.0))
+        with pytest.raises(JudgeFailed, match=f"^judge {bad.address}: 21 of its latest 21 answers"):
+            scores(judge_of(*good, bad), list("12345678"))
+
+
+class Filtered(RuleJudge):
+    """Will not look at the number 4."""
+
+    def answer(self, question: str) -> str:
+        return "" if "4" in QUESTION.search(question).groups()[1:] else super().answer(question)
+
+
+class FilteringHandler(Handler):
+    def _send(self, status: int, body: dict) -> None:
+        if status == 200 and self.command == "POST" and not body["choices"][0]["message"]["content"]:
+            status, body = 400, {"error": {"message": "the content filter was triggered: [[A]]"}}
+        super()._send(status, body)
+
+
+def test_a_question_that_the_server_refuses_is_an_answer_that_cannot_be_read(folder):
+    with Filtered(number) as server:
+        server.RequestHandlerClass = FilteringHandler
+        values, metrics = asked(judge_of(server), group(["3", "4", "5"]))
+    assert values == [0.25, 0.5, 0.75] and metrics["judge/unreadable_rate"] == 4 / 6
+    kept = unreadable(folder)
+    assert len(kept) == 4 and {one["fault"] for one in kept} == {"was refused"}
+    assert all("status 400" in one["text"] and "content filter" in one["text"] for one in kept)
+
+
+@pytest.mark.parametrize(("servers", "itself"), [("[http://a/v1]", True), ("[http://a/v1,policy]", False)])
+def test_the_policys_own_server_is_waited_for_as_a_reward_is(servers, itself):
+    assert judge_of(servers=servers).limits_itself is itself
 
 
 # ---------------------------------------------------------------------- the trial question
