@@ -11,6 +11,8 @@ from omegaconf import DictConfig
 
 from recipe.spin.checks.model_files import check_reward_model
 from recipe.spin.common.settings import ConfigError, Settings
+from recipe.spin.losses import is_number
+from recipe.spin.preferences.weighted import OWN_NAMES
 
 KEY = "reward.custom_reward_function"
 # What verl calls the reward with, by keyword
@@ -49,6 +51,9 @@ def _parts(arguments: dict) -> dict[str, Any]:
     parts = arguments.get("functions")
     if not isinstance(parts, dict) or not parts:
         raise ConfigError(f"{PARTS}={parts!r}: preferences/weighted.py adds up functions by name; give each as {PART}")
+    if taken := [name for name in OWN_NAMES if name in parts]:
+        own = " and ".join(OWN_NAMES)
+        raise ConfigError(f"{PARTS}.{taken[0]}: the name is one of the sum's own {own}; call the function otherwise")
     return parts
 
 
@@ -56,8 +61,8 @@ def _check_part(settings: Settings, key: str, part: Any, more: dict) -> None:
     texts = [part.get("path"), part.get("name", "compute_score")] if isinstance(part, dict) else [None]
     if not all(isinstance(text, str) for text in texts) or not part.keys() <= {*PART_KEYS}:
         raise ConfigError(f"{key}={part!r}: must be {PART}")
-    if not isinstance(part.get("weight", 1.0), int | float):
-        raise ConfigError(f"{key}.weight={part['weight']!r}: must be a number")
+    if not is_number(part.get("weight", 1.0)):
+        raise ConfigError(f"{key}.weight={part['weight']!r}: must be a finite number")
     _check_function(settings, key, *texts, more)
 
 

@@ -23,12 +23,15 @@ async def compute_score(
 ) -> dict[str, float]:
     """The weighted sum as `score`, each function's own score under its name, and `acc` of the first that gives one.
 
+    What else a function returns stands under its name too, as `name/key`.
+
     Args:
         functions: by name `{path: file, name: function (compute_score), weight: number (1)}`; a function is called as
             a reward function of its own would be, asynchronous ones together.
 
     Raises:
         ValueError: when a function's name is one of the sum's own.
+        RuntimeError, TypeError: when a function raises, or gives no number; with its name.
     """
     if taken := [name for name in OWN_NAMES if name in functions]:
         raise ValueError(
@@ -38,12 +41,16 @@ async def compute_score(
     arguments = dict(
         data_source=data_source, solution_str=solution_str, ground_truth=ground_truth, extra_info=extra_info, **kwargs
     )
-    calls = (_call(load(one["path"], one.get("name", "compute_score")), arguments) for one in functions.values())
-    results = dict(zip(functions, await asyncio.gather(*calls), strict=True))
-    scores = {name: _score(name, result) for name, result in results.items()}
-    total = sum(functions[name].get("weight", 1.0) * score for name, score in scores.items())
-    accuracies = [result["acc"] for result in results.values() if isinstance(result, Mapping) and "acc" in result]
-    return {"score": total, **scores} | ({"acc": accuracies[0]} if accuracies else {})
+    results = await asyncio.gather(*(_call(name, one, arguments) for name, one in functions.items()))
+    total, told, accuracies = 0.0, {}, []
+    for (name, one), result in zip(functions.items(), results, strict=True):
+        parts = dict(result) if isinstance(result, Mapping) else {"score": result}
+        told[name] = _score(name, parts.pop("score", None))
+        total += one.get("weight", 1.0) * told[name]
+        if "acc" in parts:
+            accuracies.append(parts.pop("acc"))
+        told |= {f"{name}/{key}": value for key, value in parts.items()}
+    return {"score": total, **told} | ({"acc": accuracies[0]} if accuracies else {})
 
 
 @cache
@@ -55,14 +62,17 @@ def load(path: str, name: str) -> Callable[..., Any]:
     return getattr(module, name)
 
 
-async def _call(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
-    if inspect.iscoroutinefunction(function):
-        return await function(**arguments)
-    return await asyncio.to_thread(function, **arguments)
+async def _call(name: str, one: Mapping[str, Any], arguments: dict[str, Any]) -> Any:
+    function = load(one["path"], one.get("name", "compute_score"))
+    try:
+        if inspect.iscoroutinefunction(function):
+            return await function(**arguments)
+        return await asyncio.to_thread(function, **arguments)
+    except Exception as error:  # a user's function, which may raise what it likes
+        raise RuntimeError(f"the reward {name!r} ({one['path']}) failed: {type(error).__name__}: {error}") from error
 
 
-def _score(name: str, result: Any) -> float:
-    score = result["score"] if isinstance(result, Mapping) else result
+def _score(name: str, score: Any) -> float:
     try:
         return finite_number(score)
     except NoScore as error:

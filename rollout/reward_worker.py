@@ -2,6 +2,7 @@
 
 import asyncio
 
+from verl import DataProto
 from verl.experimental.reward_loop.reward_loop import RewardLoopWorker
 from verl.trainer.ppo.reward import load_reward_manager
 from verl.utils import hf_tokenizer
@@ -46,6 +47,19 @@ class RewardWorker(RewardLoopWorker):
                 f"{reward_name(self.config)} {error} for the responses of a batch. Look after its server, or raise "
                 "algorithm.reward_timeout_s"
             ) from error
+
+    async def _preprocess_reward_inputs(self, data: DataProto) -> str:
+        """As verl's, which takes the tokenizer's end token off the response: a chat's turn may end in another (Gemma's
+        does), and the reward model's template writes its own."""
+        special = set(self.input_tokenizer.all_special_ids)
+        [response], mask = data.batch["responses"], data.batch["attention_mask"].clone()
+        inside = mask[0, -len(response) :]  # a view: responses stand on the left, with padding after them
+        end = int(inside.sum())
+        while end > 0 and int(response[end - 1]) in special:
+            end -= 1
+        inside[end:] = 0
+        batch = data.batch.clone(recurse=False).set("attention_mask", mask)
+        return await super()._preprocess_reward_inputs(DataProto(batch, data.non_tensor_batch, data.meta_info))
 
     async def compute_score_disrm(self, data) -> dict:
         """verl's agent loop reads `reward_extra_info` of every answer; a reward model's has none."""

@@ -117,7 +117,9 @@ def test_functions_that_are_added_up(run):
         ("{path: REWARD, name: brevity}", ["brief.name='brevity'", "defines compute_score"]),
         ("{path: OTHER}", ["brief.name='compute_score'", "takes (text)", "extra_info by name"]),
         ("{path: IMPORTS}", ["brief.path=", "line 1 imports no_such_judge"]),
-        ("{path: REWARD, weight: much}", ["brief.weight='much'", "a number"]),
+        ("{path: REWARD, weight: much}", ["brief.weight='much'", "a finite number"]),
+        ("{path: REWARD, weight: nan}", ["brief.weight=nan", "a finite number"]),
+        ("{path: REWARD, weight: true}", ["brief.weight=True", "a finite number"]),
         ("{path: REWARD, wieght: 2}", ["brief={'path'", "must be {path: FILE, name: FUNCTION"]),
         ("{name: compute_score}", ["brief={'name'", "must be {path: FILE"]),
         ("{path: REWARD, name: [5]}", ["brief={'path'", "must be {path: FILE, name: FUNCTION"]),
@@ -136,6 +138,8 @@ def test_a_function_to_be_added_that_will_not_do(run, tmp_path, part, words):
 
 def test_functions_to_be_added_are_named(run):
     assert "functions by name" in run.refusal(*weighted())
+    message = run.refusal(*weighted(f"acc={{path: {run.settings[PATH]}}}"))
+    assert message.startswith(f"{FUNCTIONS}.acc: the name is one of the sum's own score and acc")
     message = run.refusal(f"{PATH}={WEIGHTED}", f"+{FUNCTIONS}=[]")
     assert message.startswith(f"{FUNCTIONS}=[]: preferences/weighted.py adds up functions by name; give each as")
     assert "a section of keys" in run.refusal("+reward.custom_reward_function.reward_kwargs=5")

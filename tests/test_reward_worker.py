@@ -5,8 +5,11 @@ import json
 import shutil
 import types
 
+import numpy as np
 import pytest
+import torch
 from omegaconf import OmegaConf
+from verl import DataProto
 from verl.experimental.reward_loop import reward_loop
 from verl.experimental.reward_loop.reward_loop import RewardLoopManager, RewardLoopWorker
 from worker_harness import compose
@@ -93,6 +96,28 @@ def test_a_reward_models_answer_has_what_the_agent_loop_reads(monkeypatch):
     monkeypatch.setattr(RewardLoopWorker, "compute_score_disrm", compute_score_disrm)
     answer = asyncio.run(RewardWorker.__new__(RewardWorker).compute_score_disrm(None))
     assert answer == {"reward_score": 1.5, "reward_extra_info": {}}
+
+
+def test_a_reward_model_sees_no_end_token_of_the_policys(tiny_models, monkeypatch):
+    """verl takes the tokenizer's own end token off alone; a chat's turn may end in another."""
+    monkeypatch.setattr(reward_worker, "load_reward_manager", lambda *args, **options: None)
+    model = f"actor_rollout_ref.model.path={tiny_models['llama']}"
+    worker = begin(model, "reward.reward_model.enable=True", f"reward.reward_model.model_path={tiny_models['llama']}")
+    tokenizer = worker.input_tokenizer
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<turn>"]})
+    answer = tokenizer.encode("seven", add_special_tokens=False)
+    response = torch.tensor([[*answer, tokenizer.convert_tokens_to_ids("<turn>"), tokenizer.eos_token_id, 0, 0]])
+    mask = torch.tensor([[1, 1, 1] + [1] * (len(answer) + 2) + [0, 0]])
+    asked = [{"role": "user", "content": "3 + 4?"}]
+    data = DataProto.from_single_dict(
+        {"responses": response, "attention_mask": mask, "raw_prompt": np.array([asked, None], dtype=object)[:1]}
+    )
+    prompt = asyncio.run(worker._preprocess_reward_inputs(data))
+    chat = [*asked, {"role": "assistant", "content": "seven"}]
+    assert prompt == worker.reward_model_tokenizer.apply_chat_template(chat, tokenize=False).removeprefix(
+        worker.reward_model_tokenizer.bos_token or ""
+    )
+    assert data.batch["attention_mask"].tolist() == mask.tolist()
 
 
 class HurriedLoop(asyncio.SelectorEventLoop):

@@ -24,6 +24,15 @@ async def compute_brevity(data_source, solution_str, ground_truth, extra_info=No
 def compute_single(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
     return {"score": np.float32(0.5)}
 
+def compute_more(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
+    return {"score": 1.0, "acc": 0.0, "format": 0.5}
+
+def compute_nothing(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
+    return {"acc": 1.0}
+
+def compute_failure(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
+    raise LookupError("no such answer")
+
 def compute_nan(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
     return float("nan")
 
@@ -54,6 +63,18 @@ def test_without_an_accuracy_there_is_none(path):
 def test_numbers_of_numpy_are_scores(path):
     found = score(half={"path": path, "name": "compute_single", "weight": 2.0})
     assert found == {"score": 1.0, "half": 0.5} and type(found["half"]) is float
+
+
+def test_what_a_function_returns_besides_stands_under_its_name(path):
+    found = score(right={"path": path}, layout={"path": path, "name": "compute_more"})
+    assert found == {"score": 2.0, "right": 1.0, "layout": 1.0, "layout/format": 0.5, "acc": 1.0}
+
+
+def test_a_function_that_raises_or_gives_no_score_is_named(path):
+    with pytest.raises(RuntimeError, match=r"the reward 'lost' \(.*rewards.py\) failed: LookupError: no such answer"):
+        score(right={"path": path}, lost={"path": path, "name": "compute_failure"})
+    with pytest.raises(TypeError, match="the reward 'lost' returned None, which is no finite number, give a number"):
+        score(lost={"path": path, "name": "compute_nothing"})
 
 
 @pytest.mark.parametrize("value", ["none", "nan"])
