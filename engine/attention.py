@@ -52,6 +52,10 @@ def shared_prompt_attention(
         raise ValueError(f"{type(module).__name__} does not hand its keyword arguments to attention: {GO_ON}.")
     if dropout or kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:
         raise ValueError(f"{type(module).__name__} uses dropout, sinks or position biases in attention: {GO_ON}.")
+    if attention_mask is not None:
+        raise ValueError(f"{type(module).__name__} masks attention in a way of its own: {GO_ON}.")
+    if sliding_window is None and _has_window(module):
+        raise ValueError(f"{type(module).__name__} has a sliding window that it does not hand to attention: {GO_ON}.")
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (T, heads, D)
     size = get_ulysses_sequence_parallel_world_size()
     if size > 1:
@@ -66,6 +70,15 @@ def shared_prompt_attention(
 
 
 AttentionInterface.register(NAME, shared_prompt_attention)
+
+
+def _has_window(layer: torch.nn.Module) -> bool:
+    """Whether a layer of attention has one by its config; some models put it into a mask alone."""
+    config = getattr(layer, "config", None)
+    kinds, number = getattr(config, "layer_types", None), getattr(layer, "layer_idx", None)
+    if kinds and number is not None:
+        return kinds[number] == "sliding_attention"
+    return getattr(config, "sliding_window", None) is not None
 
 
 def choose_attention(device: str, head: int, value_head: int, softcap: float | None) -> Callable[..., Tensor]:

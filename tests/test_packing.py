@@ -12,12 +12,14 @@ from torch.nn.attention import varlen
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
+    DogeConfig,
     Gemma2Config,
     Gemma3TextConfig,
     Lfm2Config,
     Lfm2VlConfig,
     LlamaConfig,
     MistralConfig,
+    Qwen2MoeConfig,
     Qwen3Config,
 )
 from verl.utils import tensordict_utils as tu
@@ -327,6 +329,21 @@ def test_a_model_with_other_layers_is_refused_with_the_way_on():
     model.config.layer_types = ["full_attention", "linear_attention"]
     with pytest.raises(ValueError, match="linear_attention.*actor_rollout_ref.share_prompt=False"):
         attention.check_model_shares_prompts(model)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (DogeConfig(**SIZES), "masks attention in a way of its own"),
+        (Qwen2MoeConfig(**SIZES, num_experts=2, use_sliding_window=True, max_window_layers=2), "a sliding window that"),
+    ],
+)
+def test_what_a_model_says_by_a_mask_alone_is_refused_where_it_computes(config, words):
+    model = build(config)
+    attention.check_model_shares_prompts(model)
+    model.set_attn_implementation(attention.NAME)
+    with pytest.raises(ValueError, match=f"{words}.*actor_rollout_ref.share_prompt=False"):
+        shared_logps(model, as_rows(*draw_rows(0)))
 
 
 def test_the_layers_of_a_model_of_texts_and_images_are_those_of_its_text_part():
