@@ -342,6 +342,7 @@ def pair_metrics(pairs: Pairs, scale: torch.Tensor, settings: DPOSettings) -> di
         "logps/chosen": pairs.logps[0],
         "logps/rejected": pairs.logps[1],
         "kl/sequence": divergence.mean(0),
+        "kl/chosen": divergence[0],
         "response_length/chosen": pairs.lengths[0].float(),
         "response_length/rejected": pairs.lengths[1].float(),
     }

@@ -15,6 +15,7 @@ from verl.single_controller.base.decorator import Dispatch, make_nd_compute_data
 from verl.utils import tensordict_utils as tu
 from verl.utils.checkpoint import fsdp_checkpoint_manager
 from verl.utils.device import get_torch_device
+from verl.utils.distributed import initialize_global_process_group_ray
 from verl.workers.engine_workers import ActorRolloutRefWorker
 
 from recipe.spin import verl_patches
@@ -42,6 +43,8 @@ class SpinWorker(ActorRolloutRefWorker):
     def init_model(self):
         """Builds the models as verl does, on the engine that `actor_rollout_ref.share_prompt` chooses."""
         meet_in_a_file(os.environ)
+        # verl would do it with torch's own limit, ten minutes, in which not every disk takes a large model's checkpoint
+        initialize_global_process_group_ray(self.config.nccl_timeout)
         own = {name: self.config[name] for name in ("share_prompt", "keep_products")}
         self.actor_worker_cls, self.ref_worker_cls = (
             partial(worker, **own) for worker in (self.actor_worker_cls, self.ref_worker_cls)

@@ -36,11 +36,17 @@ OmegaConf.register_new_resolver(
 OmegaConf.register_new_resolver(
     "spin_by_source", lambda source, reward, self_play: self_play if source == "self_play" else reward, replace=True
 )
-OmegaConf.register_new_resolver("spin_load_format", lambda lora_rank: "auto" if lora_rank else "dummy", replace=True)
+OmegaConf.register_new_resolver("spin_by_lora", lambda rank, lora, full: lora if rank else full, replace=True)
 
-# What the processes of a run need, to be imported once (run/worker_forks.py); the first of these do without Ray
+# What the processes of a run need, to be imported once (run/worker_forks.py); the first of these do without Ray, and of
+# those with it forked_ids comes before all classes
 IMPORTED_AT_ONCE = ("torch._dynamo", "tensordict", "transformers")
-IMPORTED_WITH_RAY = ("recipe.spin.main_spin", "recipe.spin.spin_trainer", "recipe.spin.rollout.server")
+IMPORTED_WITH_RAY = (
+    "recipe.spin.run.forked_ids",
+    "recipe.spin.main_spin",
+    "recipe.spin.spin_trainer",
+    "recipe.spin.rollout.server",
+)
 
 
 class TaskRunner:

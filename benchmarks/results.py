@@ -13,8 +13,7 @@ TABLE = ROOT / "benchmarks" / "RESULTS.md"
 HEAD = """# Results
 
 Made by `.venv/bin/python -m benchmarks.results` from the files in `results/`; `.venv/bin/python -m benchmarks.step`
-adds one (after `bash run_spin.sh`, which brings model and data, and, once a kind of machine,
-`.venv/bin/python -m benchmarks.trl_settings`).
+adds one (once a kind of machine after `.venv/bin/python -m benchmarks.trl_settings`).
 
 A step is one optimizer step of online DPO on SmolLM2-135M-Instruct, 32 prompts with 2 responses each, fp32,
 this recipe and TRL's OnlineDPOTrainer in turn on the same machine; ratios are medians over rounds. Neither recomputes

@@ -19,6 +19,7 @@ BYTES = {"fp32": 4, "float32": 4, "bf16": 2, "bfloat16": 2, "fp16": 2, "float16"
 SHAPE = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 LORA_RANK, SMALL_MICRO_BATCH = 32, 4096  # that the advice names
+SMALL_MODEL = "MODEL_PATH=Qwen/Qwen2.5-0.5B-Instruct"  # fits 24 GB as the GPU profile is
 
 
 def load_shape(config: DictConfig) -> tuple[Model | None, str]:
@@ -245,9 +246,12 @@ def _advice(config: DictConfig, model: Model, layout: Layout, device: Device) ->
     if fit is None:
         larger = f"{ROLLOUT}.tensor_model_parallel_size={2 * layout.rollout_devices}"
         return (
-            f"no setting makes it fit: use more GPUs (and {larger}), larger ones or a smaller model; or for a small "
-            "model SPIN_PROFILE=cpu, which trains without GPUs"
+            f"no setting makes it fit: use more GPUs (and {larger}), larger ones or a smaller model, such as "
+            f"{SMALL_MODEL}; or for a small model SPIN_PROFILE=cpu, which trains without GPUs"
         )
     settings, new = fit
     together = f"{' '.join(settings)} makes it {gigabytes(highest(model, new, device.total))} GB"
-    return f"{together}; by themselves: {', '.join(single)}; trainer.check_memory=False leaves the estimate out"
+    smaller = f"or {SMALL_MODEL}; " if layout.lora_rank == 0 < new.lora_rank else ""
+    return (
+        f"{together}; {smaller}by themselves: {', '.join(single)}; trainer.check_memory=False leaves the estimate out"
+    )

@@ -109,8 +109,20 @@ def check_driver(found: list[Device] | None) -> Finding:
     if driver and oldest and int(driver.split(".")[0]) < oldest:
         text = f"the NVIDIA driver is {driver}, and torch for CUDA {built} needs {oldest} or newer; install that driver"
         return Finding("driver", FAIL, text, figures)
-    text = f"torch for CUDA {built} can use no GPU here (driver {driver or 'not found'})"
-    return Finding("driver", FAIL, f"{text}; `nvidia-smi` and CUDA_VISIBLE_DEVICES say which there are", figures)
+    text = f"torch for CUDA {built} can use no GPU here (driver {driver or 'not found'}{_cause()})"
+    remedy = "`nvidia-smi` and CUDA_VISIBLE_DEVICES say which there are"
+    if found:
+        remedy += "; a machine with NVSwitch needs nvidia-fabricmanager of the driver's version to run"
+    return Finding("driver", FAIL, f"{text}; {remedy}", figures)
+
+
+def _cause() -> str:
+    """What CUDA says to it."""
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:  # the latter of a torch without CUDA
+        return f": {str(error).splitlines()[0]}"
+    return ""
 
 
 def check_compiler() -> Finding:

@@ -18,8 +18,9 @@ ROLLOUT_WORKSPACE = 1.5e9
 CUDA_GRAPHS = 1e9
 # An attention score where all are kept: capped, and as a probability in fp32 and rounded; gradients in a layer at work
 KEPT_SCORE, SCORE = 8, 16
-# Host memory of a rank with its vLLM, and of everything else that runs on a node (assumed)
-RANK_PROCESSES, NODE_PROCESSES = 6e9, 6e9
+# Host memory of a rank with its vLLM (assumed), and of everything else that runs on a node: eight agent loop workers of
+# 0.58 GB each and eight of the reward of 0.36 (docs/log.md, 2026-11-25), the task runner, the command and the queue
+RANK_PROCESSES, NODE_PROCESSES = 6e9, 10e9
 # Host memory of a run without GPUs beside its weights: the default run's 6.7 GB less the 3.2 GB that cpu_bytes counts
 # there, and a little for what differs between machines
 CPU_PROCESSES = 3.8e9
@@ -124,6 +125,7 @@ def training(model: Model, layout: Layout) -> dict[str, float]:
         "AdamW": trained * 2 * FP32 * sharded,
         "reference": reference_bytes(model, layout),
         "gathered": gathered_bytes(model, layout),
+        "reduced": reduced_bytes(model, layout),
         "activations": activation_bytes(model, layout),
         "logits": layout.logits * model.vocabulary * layout.compute_bytes,
         "processes": PROCESSES,
@@ -175,6 +177,13 @@ def gathered_bytes(model: Model, layout: Layout) -> float:
     if layout.devices == 1 and layout.compute_bytes == FP32:
         return 0.0
     return (2 * model.layer_parameters + model.embeddings) * layout.compute_bytes
+
+
+def reduced_bytes(model: Model, layout: Layout) -> float:
+    """A layer's gradients on their way to the shards: as they are computed, and in fp32, in which they are summed."""
+    if layout.devices == 1 or layout.lora_rank:
+        return 0.0
+    return model.layer_parameters * (layout.compute_bytes + FP32)
 
 
 def activation_bytes(model: Model, layout: Layout) -> float:

@@ -64,7 +64,7 @@ class Judge(Section):
         None, "what a server is asked with besides, or in place; `null` in it removes a parameter"
     )
     concurrency: Count = own(64, "questions under way at a time")
-    retries: Whole = own(4, "tries after a failed one")
+    retries: Whole = own(12, "tries after a failed one")
     timeout_s: Positive = own(60, "seconds for an answer, each try by itself")
     step_timeout_s: Positive | None = own(
         None, "seconds from a step's first question to its last answer, in each process that answers prompts"
@@ -399,6 +399,9 @@ class ActorRolloutRef(Section):
         False,
         "with `actor_rollout_ref.model.enable_gradient_checkpointing` keep the results of matrix products (on a CPU of "
         "attention too) and recompute the rest only (True in the CPU profile)",
+    )
+    nccl_timeout: Count = own(
+        3600, "seconds that ranks wait for each other, as while one of them writes a whole model at a checkpoint"
     )
     model: Model
     rollout: Rollout

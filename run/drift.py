@@ -13,8 +13,7 @@ from recipe.spin.rollout.validation_metrics import History, is_finite
 # What is read of a step that had pairs
 READ = (
     "logps/chosen_token",
-    "rewards/chosen",
-    "actor/beta",
+    "kl/chosen",
     "training/reference_refreshed",
     "response_length/gap",
     "response_length/mean",
@@ -121,12 +120,12 @@ def _lost_likelihood(steps: Sequence[Mapping[str, float]]) -> str | None:
 def _below_the_reference(steps: Sequence[Mapping[str, float]]) -> str | None:
     # Just refreshed the reference is the policy, and no response is below it
     apart = [one for one in steps if not one["training/reference_refreshed"]]
-    means = _means([one["rewards/chosen"] / one["actor/beta"] for one in apart])
+    means = _means([one["kl/chosen"] for one in apart])
     if not means or means[-1] >= -BELOW_REFERENCE:
         return None
     return (
         f"the chosen responses are less likely than under the reference: by {-means[-1]:.1f} nats each over "
-        f"{_span(apart)} (rewards/chosen over beta). To hold them up {LIKELIHOOD_REMEDY}"
+        f"{_span(apart)} (kl/chosen). To hold them up {LIKELIHOOD_REMEDY}"
     )
 
 

@@ -11,7 +11,7 @@ VALIDATION = "val-core/arithmetic/acc/mean@4", "val-greedy-core/arithmetic/acc/m
 def history(sampled: float) -> list[dict]:
     """Two steps as the recipe writes them, with the held-out accuracies before and after."""
     before, after = (dict(zip(VALIDATION, (value, value / 2), strict=True)) for value in (0.1, sampled))
-    step = {"response_length/gap": 1.0, "rewards/chosen": 0.0, "actor/beta": 0.1, "training/reference_refreshed": 0.0}
+    step = {"response_length/gap": 1.0, "kl/chosen": 0.0, "training/reference_refreshed": 0.0}
     first = {"logps/chosen_token": -1.0, "response_length/mean": 14.0, "score/accuracy": 0.2, "timing_s/step": 10}
     last = {"logps/chosen_token": -0.5, "response_length/mean": 11.0, "score/accuracy": 0.3, "timing_s/step": 20}
     pairs = ({"pairs/used": 12}, {"pairs/used": 20})

@@ -81,6 +81,6 @@ def test_a_reward_model_is_made_once(tmp_path, monkeypatch):
         return {"steps": steps}
 
     monkeypatch.setattr(sum_classifier, "make", make)
-    monkeypatch.setattr(reward_model, "make_model", lambda folder: None)
+    monkeypatch.setattr(reward_model, "make_missing", lambda: None)
     found = [reward_model.classifier(tmp_path / "classifier") for _ in range(2)]
     assert found == [{"steps": reward_model.UPDATES}] * 2 and made == [tmp_path / "classifier"]

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from worker_harness import ROOT, compose, cpu_environment
 
 from recipe.spin import main_spin
+from recipe.spin.checks.rules.preferences import READ_BY
 from recipe.spin.checks.rules.reference import adapters_are_gathered_alone
 from recipe.spin.common.settings import Settings
 
@@ -104,6 +105,18 @@ def test_gpu_profile(run, monkeypatch):
     assert (actor.fsdp_config.model_dtype, ref.fsdp_config.model_dtype) == ("fp32", "bf16")
     assert actor.optim.override_optimizer_config == {"eps": 1e-4} and actor.optim.lr == 1e-6
     assert (rollout.n, rollout.val_kwargs.n, rollout.val_kwargs.do_sample) == (8, 1, False)
+
+
+def test_adapters_take_larger_steps_on_gpus():
+    """Ten times the rate, and of Adam's epsilon what it is made for."""
+    optim = compose("actor_rollout_ref.model.lora_rank=32", device="gpu").actor_rollout_ref.actor.optim
+    assert (optim.lr, optim.override_optimizer_config) == (1e-5, {"eps": 1e-8})
+
+
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_the_defaults_of_settings_that_some_losses_read_are_the_configs(device):
+    algorithm = compose(device=device).algorithm
+    assert {name: algorithm[name] for name in READ_BY} == {name: default for name, (default, _) in READ_BY.items()}
 
 
 @pytest.mark.parametrize("device", ["cpu", "gpu"])
@@ -227,6 +240,17 @@ def test_settings_that_work(run, overrides):
         ("algorithm.dpo_loss_type=dpop algorithm.dpo_reference_free=True", ["dpo_reference_free", "dpop", "false"]),
         ("algorithm.dpo_loss_type=simpo algorithm.dpo_ld_alpha=0.5", ["dpo_ld_alpha", "simpo", "these do: sigmoid"]),
         ("algorithm.dpo_loss_type=aot algorithm.dpo_use_weighting=True", ["dpo_use_weighting", "aot"]),
+        ("algorithm.dpo_simpo_gamma=1", ["algorithm.dpo_simpo_gamma=1", "no loss", "these do: simpo. Leave it at 0.5"]),
+        (
+            "algorithm.dpo_loss_type=[hinge,sft] algorithm.dpo_label_smoothing=0.1",
+            ["label_smoothing=0.1", "these do: s"],
+        ),
+        ("algorithm.dpo_dpop_lambda=5", ["algorithm.dpo_dpop_lambda=5", "these do: dpop"]),
+        ("algorithm.dpo_discopop_tau=0.05", ["algorithm.dpo_discopop_tau=0.05", "these do: discopop"]),
+        (
+            "algorithm.dpo_f_alpha_divergence_coef=0.9",
+            ["algorithm.dpo_f_alpha_divergence_coef=0.9", "dpo_f_divergence_type=reverse_kl does not read it"],
+        ),
         ("algorithm.dpo_f_divergence_type=kl", ["algorithm.dpo_f_divergence_type", "'kl'", "forward_kl"]),
         ("algorithm.dpo_ld_alpha=2", ["algorithm.dpo_ld_alpha=2", "at least 0 and at most 1"]),
         ("algorithm.dpo_length_penalty=-1", ["algorithm.dpo_length_penalty=-1", "at least 0"]),

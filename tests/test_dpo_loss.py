@@ -72,6 +72,7 @@ def test_metrics_are_means_over_pairs():
         "rewards/accuracies": 2 / 3,
         "logps/chosen": (-2 - 1 - 3) / 3,
         "logps/rejected": (-4 - 2.5 - 1.5) / 3,
+        "kl/chosen": 0 / 3,
         "kl/sequence": (0 / 2 - 1 / 2 + 0.5 / 2) / 3,  # mean over both responses of a pair
         "response_length/chosen": 2.0,
         "response_length/rejected": 2.0,

@@ -47,8 +47,7 @@ def metrics(token=-0.5, chosen=10.0, rejected=10.0, mean=10.0, reward=0.0, refre
         "logps/chosen_token": token,
         "response_length/gap": chosen - rejected,
         "response_length/mean": mean,
-        "rewards/chosen": reward,
-        "actor/beta": 0.1,
+        "kl/chosen": reward / 0.1,
         "training/reference_refreshed": refreshed,
     }
 

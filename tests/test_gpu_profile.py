@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from verl.workers.config import FSDPEngineConfig
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 from whole_runs import metrics, succeed
+from worker_harness import compose
 
 from recipe.spin.engine.row_engine import RowEngine
 
@@ -146,6 +147,19 @@ def test_the_root_is_gathered_once_for_forward_and_backward(two_ranks, monkeypat
     assert not any(isinstance(parameter, DTensor) for parameter in module.parameters())
     output.sum().backward()
     assert all(isinstance(parameter, DTensor) for parameter in module.parameters())
+
+
+def test_ranks_wait_for_each_other_as_long_as_the_settings_say(monkeypatch):
+    from recipe.spin import fsdp_workers
+
+    given = []
+    monkeypatch.setattr(fsdp_workers, "meet_in_a_file", lambda environment: None)
+    monkeypatch.setattr(fsdp_workers, "initialize_global_process_group_ray", given.append)
+    monkeypatch.setattr(fsdp_workers.ActorRolloutRefWorker, "init_model", lambda self: None)
+    worker = fsdp_workers.SpinWorker.__new__(fsdp_workers.SpinWorker)
+    worker.config, worker.role = compose("actor_rollout_ref.nccl_timeout=1234").actor_rollout_ref, "actor"
+    worker.init_model()
+    assert given == [1234]
 
 
 @pytest.mark.parametrize("ask", ["compute_actor_logps", "compute_ref_logps"])

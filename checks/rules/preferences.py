@@ -17,6 +17,14 @@ from recipe.spin.core_algos import LOSSES, LossOptions, beta_at, check_loss_sett
 from recipe.spin.preferences.source import source_class
 
 LOSS_OPTIONS = [field.name for field in fields(LossOptions)]
+OWN_LOSSES = frozenset(LOSSES)  # not what a user's module registers later
+# Settings by their default, and the losses that read them: beside others they would change nothing
+READ_BY = {
+    "dpo_label_smoothing": (0.0, ("sigmoid", "robust", "exo_pair", "aot", "aot_unpaired", "simpo", "dpop")),
+    "dpo_simpo_gamma": (0.5, ("simpo",)),
+    "dpo_dpop_lambda": (50.0, ("dpop",)),
+    "dpo_discopop_tau": (0.2, ("discopop",)),
+}
 
 
 def a_source_prefers(settings: Settings) -> None:
@@ -111,6 +119,7 @@ def losses_are_known(settings: Settings) -> None:
         )
     except (TypeError, ValueError) as error:
         raise ConfigError(f"algorithm.dpo_*: {error}") from error
+    what_no_loss_reads_is_left(settings, {name for name, _ in losses})
     if not any(LOSSES[name].batch_coupled for name, _ in losses):
         return
     if settings[f"{ACTOR}.{ULYSSES}"] > 1:
@@ -125,6 +134,25 @@ def losses_are_known(settings: Settings) -> None:
             f"{ROLLOUT}.n={n} with algorithm.preference_source=self_play weighs a prompt's {n} pairs, which a loss "
             f"that sorts them (algorithm.dpo_loss_type: aot, aot_unpaired) cannot; set {ROLLOUT}.n=1"
         )
+
+
+def what_no_loss_reads_is_left(settings: Settings, losses: set[str]) -> None:
+    """Where all losses are of losses.py; a user's own may read anything."""
+    if not losses <= OWN_LOSSES:
+        return
+    for name, (default, readers) in READ_BY.items():
+        key = f"algorithm.{name}"
+        settings.require(
+            settings[key] == default or not losses.isdisjoint(readers),
+            key,
+            f"no loss in algorithm.dpo_loss_type reads it; these do: {', '.join(readers)}. Leave it at {default}",
+        )
+    key, divergence = "algorithm.dpo_f_alpha_divergence_coef", settings["algorithm.dpo_f_divergence_type"]
+    settings.require(
+        settings[key] == LossOptions().f_alpha_divergence_coef or divergence == "alpha_divergence",
+        key,
+        f"algorithm.dpo_f_divergence_type={divergence} does not read it; set that to alpha_divergence",
+    )
 
 
 RULES = (
