@@ -24,6 +24,10 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(verl_cpu_count)}"
 export VLLM_CPU_OMP_THREADS_BIND="${VLLM_CPU_OMP_THREADS_BIND:-nobind}"
 # Lets vLLM keep its scheduler and the model in one process (config/device/cpu.yaml: distributed_executor_backend).
 export VLLM_ENABLE_V1_MULTIPROCESSING=0
+# Workers are forks of one process (run/worker_forks.py). A fork has none of its threads, but the locks that these held:
+# neither OpenBLAS (numpy's, OpenCV's) nor Arrow's allocator may start any as they are imported.
+export OPENBLAS_NUM_THREADS=1
+export JE_ARROW_MALLOC_CONF="${JE_ARROW_MALLOC_CONF:-background_thread:false}"
 # A dozen processes with dozens of threads: without a limit each thread hoards freed memory of its own.
 export MALLOC_ARENA_MAX="${MALLOC_ARENA_MAX:-2}"
 # Whole weights (above 32 MB) go back to the system when they are freed; activations are kept and used again, as paging
