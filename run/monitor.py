@@ -75,6 +75,7 @@ class RunMonitor:
         self._log_folder = log_folder
         self._folder: Path | None = None
         self._not_of_the_run: set[psutil.Process] = set()
+        self._seen: set[psutil.Process] = set()  # of the run; those whose parent died are in no tree any more
         self._shared_memory: set[str] = set()
         self._looks: Counter[str] = Counter()
         self._memory, self._memory_seconds = (NeededMemory(), 5.0) if device == "cpu" else (PrivateMemory(), 10.0)
@@ -119,7 +120,7 @@ class RunMonitor:
         self._console.close(progress)
         if self._forks:
             self._forks.pause()
-        processes = self._of_the_run(process_tree())  # before the server ends, whose forks are then nobody's children
+        processes = self._of_the_run()  # before the server ends, whose forks are then nobody's children
         if self._forks:
             self._forks.stop()
         ray.shutdown()
@@ -134,8 +135,10 @@ class RunMonitor:
         for file in self._shared_memory:
             Path(file).unlink(missing_ok=True)
 
-    def _of_the_run(self, processes: list[psutil.Process]) -> list[psutil.Process]:
-        return [process for process in processes if process not in self._not_of_the_run]
+    def _of_the_run(self) -> list[psutil.Process]:
+        """The run's processes but for this one."""
+        self._seen.update(process for process in process_tree() if process not in self._not_of_the_run)
+        return [process for process in self._seen if process.is_running()]
 
     def _keep_logs(self) -> None:
         logs = self._folder / "ray" / "session_latest" / "logs"
@@ -151,10 +154,10 @@ class RunMonitor:
     def _watch(self) -> None:
         has_started = False
         while not self._stop.wait(POLL_SECONDS):
-            processes = process_tree()
+            processes = self._of_the_run()
             if not self._joins and time.monotonic() >= self._looked + self._memory_seconds:
-                self._measure_memory(processes)
-            self._find_shared_memory(self._of_the_run(processes))
+                self._measure_memory([psutil.Process(), *processes])
+            self._find_shared_memory(processes)
             progress = _ask_task_runner()
             if progress is not None:
                 has_started = True

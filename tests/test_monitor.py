@@ -40,7 +40,7 @@ def test_memory_is_looked_at_as_often_as_asked_for(monitor, monkeypatch, seconds
             monitor._stop.set()
 
     monkeypatch.setattr(run_monitor, "POLL_SECONDS", 0.0)
-    monkeypatch.setattr(run_monitor, "process_tree", lambda: ["a"])
+    monkeypatch.setattr(run_monitor, "process_tree", lambda: [])
     monkeypatch.setattr(run_monitor, "_ask_task_runner", lambda: None)
     monkeypatch.setattr(monitor._memory, "total", lambda processes: looked.append(processes) or 0)
     monitor._memory_seconds, monitor._find_shared_memory = seconds, lambda processes: None
@@ -102,6 +102,28 @@ def test_processes_end_with_the_run_and_those_from_before_it_do_not(tmp_path, mo
         with during:
             assert not psutil.pid_exists(during.pid)
         assert before.poll() is None
+
+
+PARENT = """
+import subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+print(child.pid, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_process_whose_parent_died_ends_with_the_run_too(tmp_path, monkeypatch):
+    """As workers whose fork server was killed: they are no descendants of the command any more."""
+    monkeypatch.setattr(RunMonitor, "_watch", lambda self: None)
+    wait = psutil.wait_procs
+    monkeypatch.setattr(psutil, "wait_procs", lambda processes, timeout: wait(processes, 0.1 if timeout == 10 else 60))
+    with RunMonitor(tmp_path / "logs", joins=True) as monitor:
+        with subprocess.Popen([sys.executable, "-c", PARENT], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as parent:
+            orphan = psutil.Process(int(parent.stdout.readline()))
+            monitor._of_the_run()
+            parent.kill()
+        assert orphan.is_running()
+    assert not orphan.is_running()
 
 
 @pytest.fixture

@@ -230,7 +230,8 @@ for _ in range(2):
 def test_ray_is_imported_with_the_first_worker_and_forks_share_neither_threads_nor_ids():
     """Ray takes the numbers of its job and of its node from the environment when it is imported.
 
-    A fork would wait for ever for a lock that a thread held which it does not have. Ray's generator of ids would go on in every fork where it was: two workers' objects would have the same names.
+    A fork would wait for ever for a lock of a thread that it does not have. Ray's generator of ids would go on in every
+    fork where it was: two workers' objects would have the same names.
     """
     command = [sys.executable, "-c", IMPORTS_AND_FORKS]
     environment = cpu_environment() | {"OMP_NUM_THREADS": "2"}  # else some libraries would start no threads anyway
