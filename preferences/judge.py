@@ -59,7 +59,6 @@ class Tally:
         comparisons, ties: pairs of responses, and those of them that neither won.
         tokens: of questions and answers, a server's as it counted them.
         seconds: from the first question to the last answer.
-        step, held_out: the group's.
     """
 
     first: int = 0
@@ -70,8 +69,6 @@ class Tally:
     ties: int = 0
     tokens: int = 0
     seconds: float = 0.0
-    step: int = 0
-    held_out: bool = False
 
     def count(self, answer: Answer) -> int | None:
         """Counts a judge's answer, and returns what it is worth to the response that stood first: 1, 0 or -1.
@@ -107,8 +104,10 @@ class Readable:
             JudgeFailed: when a larger share than the limit of the latest answers, ENOUGH at least, could not be.
         """
         self._latest.append(fault)
-        found = Counter(fault for fault in self._latest if fault is not None)
-        if fault is None or found.total() <= self._limit * max(len(self._latest), ENOUGH):
+        if fault is None:
+            return
+        found = Counter(one for one in self._latest if one is not None)
+        if found.total() <= self._limit * max(len(self._latest), ENOUGH):
             return
         raise JudgeFailed(
             f"judge {self.judge}: {found.total()} of its latest {len(self._latest)} answers could not be read "
@@ -169,7 +168,7 @@ class JudgeSource(PreferenceSource):
     # ------------------------------------------------------------------ scores of one prompt's responses
 
     async def score_group(self, group: Group) -> list[Score]:
-        tally, start = Tally(step=group.step, held_out=group.held_out), time.monotonic()
+        tally, start = Tally(), time.monotonic()
         if (group.step, group.held_out) not in self._began:
             self._began = {(group.step, group.held_out): start}
         contest = self._tournament if self._settings.comparisons == "tournament" else self._all_pairs
