@@ -113,11 +113,11 @@ def first_answers(folder: Path) -> list[tuple[list[dict], str]] | None:
     return [(row["prompt"], row["answer"]) for row in rows]
 
 
-def keep_unreadable(folder: Path, answers: list[dict]) -> None:
-    """Adds answers of judges that could not be read to the run's, a line each."""
+def keep_unreadable(folder: Path, answer: dict) -> None:
+    """Adds an answer of a judge that could not be read to the run's, as a line."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / UNREADABLE, "a") as file:
-        file.write("".join(f"{json.dumps(answer)}\n" for answer in answers))
+        file.write(f"{json.dumps(answer)}\n")
 
 
 def read_history(folder: Path) -> tuple[dict[int, dict[str, float | None]], int]:

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from recipe.spin.checks.model_files import check_reward_model
 from recipe.spin.common.settings import ConfigError, Settings
 from recipe.spin.losses import is_number
-from recipe.spin.preferences.weighted import OWN_NAMES
+from recipe.spin.preferences.weighted import check_names
 
 KEY = "reward.custom_reward_function"
 # What verl calls the reward with, by keyword
@@ -51,9 +51,10 @@ def _parts(arguments: dict) -> dict[str, Any]:
     parts = arguments.get("functions")
     if not isinstance(parts, dict) or not parts:
         raise ConfigError(f"{PARTS}={parts!r}: preferences/weighted.py adds up functions by name; give each as {PART}")
-    if taken := [name for name in OWN_NAMES if name in parts]:
-        own = " and ".join(OWN_NAMES)
-        raise ConfigError(f"{PARTS}.{taken[0]}: the name is one of the sum's own {own}; call the function otherwise")
+    try:
+        check_names(parts)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     return parts
 
 

@@ -242,8 +242,8 @@ class JudgeSource(PreferenceSource):
         self._kept[place] += 1
         if self._kept[place] <= KEPT_A_STEP:
             one = {"step": group.step, "held_out": group.held_out, "judge": judge, "fault": fault_of(answer)}
-            folder = Path(self.config.trainer.default_local_dir)
-            run_folder.keep_unreadable(folder, [one | {"text": answer.text[:KEPT_LENGTH]}])
+            one["text"] = answer.text[:KEPT_LENGTH]
+            run_folder.keep_unreadable(Path(self.config.trainer.default_local_dir), one)
 
     async def _in_time(self, answer: Awaitable[Answer], group: Group) -> Answer:
         limit = self._settings.step_timeout_s

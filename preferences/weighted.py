@@ -33,11 +33,7 @@ async def compute_score(
         ValueError: when a function's name is one of the sum's own.
         RuntimeError, TypeError: when a function raises, or gives no number; with its name.
     """
-    if taken := [name for name in OWN_NAMES if name in functions]:
-        raise ValueError(
-            f"reward.custom_reward_function.reward_kwargs.functions.{taken[0]}: the name is taken by the sum's "
-            f"own {' and '.join(OWN_NAMES)}; call the function otherwise"
-        )
+    check_names(functions)
     arguments = dict(
         data_source=data_source, solution_str=solution_str, ground_truth=ground_truth, extra_info=extra_info, **kwargs
     )
@@ -51,6 +47,15 @@ async def compute_score(
             accuracies.append(parts.pop("acc"))
         told |= {f"{name}/{key}": value for key, value in parts.items()}
     return {"score": total, **told} | ({"acc": accuracies[0]} if accuracies else {})
+
+
+def check_names(functions: Mapping[str, Any]) -> None:
+    """Raises ValueError when a function's name is one of the sum's own."""
+    if taken := [name for name in OWN_NAMES if name in functions]:
+        raise ValueError(
+            f"reward.custom_reward_function.reward_kwargs.functions.{taken[0]}: the name is taken by the sum's "
+            f"own {' and '.join(OWN_NAMES)}; call the function otherwise"
+        )
 
 
 @cache

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
 from tempfile import gettempdir
 
@@ -75,7 +76,7 @@ class RunMonitor:
         self._log_folder = log_folder
         self._folder: Path | None = None
         self._not_of_the_run: set[psutil.Process] = set()
-        self._seen: set[psutil.Process] = set()  # of the run; those whose parent died are in no tree any more
+        self._alive: set[psutil.Process] = set()  # of the run; those whose parent died are in no tree any more
         self._shared_memory: set[str] = set()
         self._looks: Counter[str] = Counter()
         self._memory, self._memory_seconds = (NeededMemory(), 5.0) if device == "cpu" else (PrivateMemory(), 10.0)
@@ -85,22 +86,18 @@ class RunMonitor:
         self._started = time.monotonic()
         self._not_of_the_run = set(process_tree())
         shutil.rmtree(self._log_folder, ignore_errors=True)
-        if not self._joins:
-            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", _compiled_kernels())  # they serve the next run too
-            self._folder, self._lock = private_folder.make()
-            # Ray reads RAY_TMPDIR, which Slurm's users often set, before TMPDIR
-            os.environ.update(dict.fromkeys(("TMPDIR", "RAY_TMPDIR", "VLLM_RPC_BASE_PATH"), str(self._folder)))
-            if self._forks:
-                self._start_forks()
-        self._thread.start()
+        with ExitStack() as if_it_fails:  # there is no __exit__ then
+            if not self._joins:
+                os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", _compiled_kernels())  # they serve the next run too
+                self._folder, self._lock = private_folder.make()
+                if_it_fails.callback(self._remove_folder)
+                # Ray reads RAY_TMPDIR, which Slurm's users often set, before TMPDIR
+                os.environ.update(dict.fromkeys(("TMPDIR", "RAY_TMPDIR", "VLLM_RPC_BASE_PATH"), str(self._folder)))
+                if self._forks:
+                    self._forks.start(self._folder)
+            self._thread.start()
+            if_it_fails.pop_all()
         return self
-
-    def _start_forks(self) -> None:
-        try:
-            self._forks.start(self._folder)
-        except BaseException:  # a full disk, or a signal: there will be no __exit__
-            self._remove_folder()
-            raise
 
     def _remove_folder(self) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -137,8 +134,9 @@ class RunMonitor:
 
     def _of_the_run(self) -> list[psutil.Process]:
         """The run's processes but for this one."""
-        self._seen.update(process for process in process_tree() if process not in self._not_of_the_run)
-        return [process for process in self._seen if process.is_running()]
+        found = self._alive.union(process_tree()) - self._not_of_the_run
+        self._alive = {process for process in found if process.is_running()}
+        return list(self._alive)
 
     def _keep_logs(self) -> None:
         logs = self._folder / "ray" / "session_latest" / "logs"

@@ -139,7 +139,7 @@ def test_a_function_to_be_added_that_will_not_do(run, tmp_path, part, words):
 def test_functions_to_be_added_are_named(run):
     assert "functions by name" in run.refusal(*weighted())
     message = run.refusal(*weighted(f"acc={{path: {run.settings[PATH]}}}"))
-    assert message.startswith(f"{FUNCTIONS}.acc: the name is one of the sum's own score and acc")
+    assert message == f"{FUNCTIONS}.acc: the name is taken by the sum's own score and acc; call the function otherwise"
     message = run.refusal(f"{PATH}={WEIGHTED}", f"+{FUNCTIONS}=[]")
     assert message.startswith(f"{FUNCTIONS}=[]: preferences/weighted.py adds up functions by name; give each as")
     assert "a section of keys" in run.refusal("+reward.custom_reward_function.reward_kwargs=5")

@@ -104,6 +104,19 @@ def test_processes_end_with_the_run_and_those_from_before_it_do_not(tmp_path, mo
         assert before.poll() is None
 
 
+def test_a_start_that_fails_leaves_no_folder(tmp_path, monkeypatch):
+    def start(folder: Path) -> None:
+        assert folder.is_dir()
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(run_monitor.os, "environ", {})
+    monkeypatch.setattr(run_monitor.private_folder, "base_folder", lambda: tmp_path)
+    forks = types.SimpleNamespace(start=start)
+    with pytest.raises(OSError, match="No space left"), RunMonitor(tmp_path / "logs", forks=forks):
+        pytest.fail("it did not start")
+    assert not list(tmp_path.glob("spin-*"))
+
+
 PARENT = """
 import subprocess, sys
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])

@@ -420,7 +420,7 @@ def test_what_is_above_the_step_is_set_aside(stopped, capsys):
         (stopped.path / "metrics" / name).touch()
     for step in (0, 7):
         keep_answers(stopped.path, step, [])
-    keep_unreadable(stopped.path, [{"step": 2, "text": "hm"}])
+    keep_unreadable(stopped.path, {"step": 2, "text": "hm"})
     stopped.start()
     assert (stopped.path / UNREADABLE).read_text() == '{"step": 2, "text": "hm"}\n'
     aside = stopped.path / "set_aside_1"
@@ -438,7 +438,7 @@ def test_starting_over_sets_everything_aside(stopped):
     (stopped.path / "metrics").mkdir()
     (stopped.path / "metrics" / "from_step_00000000.jsonl").touch()
     keep_answers(stopped.path, 0, [])
-    keep_unreadable(stopped.path, [{"step": 2, "text": "hm"}])
+    keep_unreadable(stopped.path, {"step": 2, "text": "hm"})
     config = stopped.start("trainer.resume_mode=disable", "algorithm.dpo_loss_type=ipo")
     assert config.trainer.resume_mode == "disable"
     assert list(checkpoints(stopped.path)) == [] and not (stopped.path / TRACKER).exists()
