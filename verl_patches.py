@@ -57,6 +57,19 @@ def build_agent_loops_once(stateless: str) -> None:
     agent_loop.hydra = SimpleNamespace(utils=SimpleNamespace(instantiate=instantiate))
 
 
+def write_together(outbox) -> None:
+    """verl's agent loop worker writes each response, and each prompt's status, by a call of its own to TransferQueue.
+
+    `outbox` (rollout/queue.py) takes them in its place, the fields of responses as the dicts that verl made.
+    """
+    from verl.trainer.ppo.v1 import agent_loop_tq
+
+    agent_loop_tq.list_of_dict_to_tensordict = list
+    agent_loop_tq.tq = SimpleNamespace(
+        init=agent_loop_tq.tq.init, async_kv_put=outbox.put, async_kv_batch_put=outbox.batch_put
+    )
+
+
 def without_load_balancer() -> None:
     """verl starts a process that spreads requests by their arrival; RolloutClient spreads them and never asks it."""
     from verl.workers.rollout.llm_server import LLMServerManager

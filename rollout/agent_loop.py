@@ -158,6 +158,7 @@ class RolloutWorker(Scoring, VerlWorker):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         verl_patches.build_agent_loops_once(f"{SpinAgentLoop.__module__}.{SpinAgentLoop.__name__}")
+        verl_patches.write_together(queue.Outbox())
         source = load_source(self.config, self.tokenizer)
         if source.scores_groups():
             self._source = source

@@ -1,5 +1,10 @@
 """Every call of TransferQueue, in which verl keeps prompts and responses: it may be dropped (verl's RFC 6988)."""
 
+import asyncio
+from collections import defaultdict
+from typing import Any, NamedTuple
+
+import torch
 import transfer_queue as tq
 from omegaconf import DictConfig
 from tensordict import TensorDict
@@ -25,6 +30,74 @@ def tags(partition: str) -> dict[str, dict]:
 def read(keys: list[str], partition: str, fields: list[str]) -> TensorDict:
     """These fields of the keys, an entry a key, in their order."""
     return tq.kv_batch_get(keys=keys, partition_id=partition, select_fields=fields)
+
+
+class _Entry(NamedTuple):
+    key: str
+    fields: dict[str, Any] | None
+    tag: dict[str, Any] | None
+    written: asyncio.Future
+
+
+class Outbox:
+    """Puts of many tasks that go to the queue together: what comes while one write is under way waits for the next.
+
+    A write takes as long for one response as for dozens, and responses end by dozens. For one event loop.
+    """
+
+    def __init__(self):
+        self._waiting: dict[tuple, list[_Entry]] = defaultdict(list)  # by what one write can hold
+        self._writing: asyncio.Task | None = None
+
+    async def put(self, key: str, partition_id: str, tag: dict[str, Any]) -> None:
+        """As TransferQueue's `async_kv_put` of a tag; returns, or raises, when it is done."""
+        await self._hand_over(partition_id, [key], [None], [tag])
+
+    async def batch_put(
+        self, keys: list[str], fields: list[dict[str, Any]], tags: list[dict[str, Any]], partition_id: str
+    ) -> None:
+        """As TransferQueue's `async_kv_batch_put`, with the fields of each key in a dict of its own."""
+        await self._hand_over(partition_id, keys, fields, tags)
+
+    async def _hand_over(self, partition: str, keys: list, fields: list, tags: list) -> None:
+        loop = asyncio.get_running_loop()
+        entries = [_Entry(*entry, loop.create_future()) for entry in zip(keys, fields, tags, strict=True)]
+        for entry in entries:
+            self._waiting[partition, _layout(entry.fields)].append(entry)
+        if self._writing is None:
+            self._writing = loop.create_task(self._write_all())
+        await asyncio.gather(*(entry.written for entry in entries))
+
+    async def _write_all(self) -> None:
+        while self._waiting:
+            kind = next(iter(self._waiting))
+            await self._write(kind[0], self._waiting.pop(kind))
+        self._writing = None
+
+    @staticmethod
+    async def _write(partition: str, entries: list[_Entry]) -> None:
+        try:
+            rows = [entry.fields for entry in entries]
+            fields = None if rows[0] is None else list_of_dict_to_tensordict(rows)
+            keys, tags = [entry.key for entry in entries], [entry.tag for entry in entries]
+            await tq.async_kv_batch_put(keys=keys, fields=fields, tags=tags, partition_id=partition)
+        except Exception as error:  # raised where each of them was put
+            for entry in entries:
+                entry.written.set_exception(error)
+        else:
+            for entry in entries:
+                entry.written.set_result(None)
+
+
+def _layout(fields: dict[str, Any] | None) -> tuple:
+    """Equal for fields that one write can hold: tensors of one name differ in length alone."""
+    return tuple((name, _kind(value)) for name, value in (fields or {}).items())
+
+
+def _kind(value: Any) -> tuple | None:
+    if not isinstance(value, torch.Tensor):
+        return None
+    return value.dtype, value.dim() if value.dim() < 2 else value.shape
 
 
 async def write(rows: dict[str, dict]) -> None:

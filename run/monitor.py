@@ -1,7 +1,6 @@
 """Around a run: its progress, the peak memory of its processes, a folder of its own, and nothing left behind."""
 
 import getpass
-import math
 import os
 import re
 import shutil
@@ -20,7 +19,7 @@ from recipe.spin.rollout.validation_metrics import History
 from recipe.spin.run import private_folder, signals
 from recipe.spin.run.console import Console
 from recipe.spin.run.drift import Drift
-from recipe.spin.run.process_memory import NeededMemory, PrivateMemory
+from recipe.spin.run.process_memory import NeededMemory, PeakMemory, PrivateMemory
 from recipe.spin.run.worker_forks import WorkerForks
 
 TASK_RUNNER = "spin_task_runner"
@@ -66,7 +65,6 @@ class RunMonitor:
         history: metrics of the run's earlier parts. forks: what Ray's workers come from, if not from Ray."""
         self._joins = joins
         self._forks = forks
-        self.peak_memory_gb: float | None = None if joins else 0.0
         self.logs = LOGS_OF_A_CLUSTER if joins else str(log_folder)
         self.seconds = 0.0
         self._stop = threading.Event()
@@ -79,8 +77,11 @@ class RunMonitor:
         self._alive: set[psutil.Process] = set()  # of the run; those whose parent died are in no tree any more
         self._shared_memory: set[str] = set()
         self._looks: Counter[str] = Counter()
-        self._memory, self._memory_seconds = (NeededMemory(), 5.0) if device == "cpu" else (PrivateMemory(), 10.0)
-        self._looked = -math.inf  # at the processes' memory
+        self._memory = PeakMemory(NeededMemory(), 20.0) if device == "cpu" else PeakMemory(PrivateMemory(), 10.0)
+
+    @property
+    def peak_memory_gb(self) -> float | None:
+        return None if self._joins else self._memory.bytes / 1e9
 
     def __enter__(self) -> "RunMonitor":
         self._started = time.monotonic()
@@ -153,8 +154,8 @@ class RunMonitor:
         has_started = False
         while not self._stop.wait(POLL_SECONDS):
             processes = self._of_the_run()
-            if not self._joins and time.monotonic() >= self._looked + self._memory_seconds:
-                self._measure_memory([psutil.Process(), *processes])
+            if not self._joins:
+                self._memory.see([psutil.Process(), *processes])
             self._find_shared_memory(processes)
             progress = _ask_task_runner()
             if progress is not None:
@@ -171,10 +172,6 @@ class RunMonitor:
         for step, metrics in progress["finished"]:  # those seen before say nothing
             for warning in self._drift.see(step, metrics):
                 self._console.warn(warning)
-
-    def _measure_memory(self, processes: list[psutil.Process]) -> None:
-        self._looked = time.monotonic()
-        self.peak_memory_gb = max(self.peak_memory_gb, self._memory.total(processes) / 1e9)
 
     def _find_shared_memory(self, processes: list[psutil.Process]) -> None:
         """Notes the files in shared memory that are this run's; asks the processes only while there are new ones."""

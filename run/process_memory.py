@@ -1,11 +1,14 @@
 """The memory that a run's processes need, as against what they could do without."""
 
 import os
-from collections.abc import Iterable
+import time
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import psutil
 
+HIGHER = 1.02  # times the most that was resident before: by that much more it is looked closely again
+PAGE = os.sysconf("SC_PAGE_SIZE")
 USED_AGAIN = 0.05  # of what a process had offered; less is what any process does while it waits
 # All mappings of a process summed up; kernels before 4.14 and some sandboxes have only the list of them
 SMAPS = "smaps_rollup" if Path("/proc/self/smaps_rollup").exists() else "smaps"
@@ -47,12 +50,43 @@ class PrivateMemory:
         return sum(map(_private, (process.pid for process in processes)))
 
 
+class PeakMemory:
+    """The most that processes were seen to need.
+
+    To be asked often. It looks closely, by `memory`, when more of them is resident than ever before, which is cheap
+    to ask and with which a peak begins, and otherwise every `seconds`: a close look keeps a core from its work.
+
+    Attributes:
+        bytes: the most so far.
+    """
+
+    def __init__(self, memory: NeededMemory | PrivateMemory, seconds: float):
+        self.bytes = 0
+        self._memory = memory
+        self._seconds = seconds
+        self._resident = 0
+        self._next_look = 0.0
+
+    def see(self, processes: Collection[psutil.Process]) -> None:
+        resident = sum(_resident_and_shared(process.pid)[0] for process in processes)
+        if resident > HIGHER * self._resident or time.monotonic() >= self._next_look:
+            self._resident = max(resident, self._resident)
+            self._next_look = time.monotonic() + self._seconds
+            self.bytes = max(self.bytes, self._memory.total(processes))
+
+
 def _private(pid: int) -> int:
+    resident, shared = _resident_and_shared(pid)
+    return resident - shared
+
+
+def _resident_and_shared(pid: int) -> tuple[int, int]:
+    """Bytes of a process that lie in memory, and how many of these others may have too; 0 and 0 if it has ended."""
     try:
         _, resident, shared, *_ = map(int, Path(f"/proc/{pid}/statm").read_text().split())
-    except OSError:  # it has ended meanwhile
-        return 0
-    return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0, 0
+    return resident * PAGE, shared * PAGE
 
 
 def _sum_of(lines: list[str], name: str) -> int:

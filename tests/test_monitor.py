@@ -22,31 +22,23 @@ def monitor(tmp_path) -> RunMonitor:
     return RunMonitor(tmp_path)
 
 
-def test_the_peak_is_the_most_that_was_seen(monitor, monkeypatch):
-    needed = iter((1e9, 3e9, 2e9))
-    monkeypatch.setattr(monitor._memory, "total", lambda processes: next(needed))
-    for _ in range(3):
-        monitor._measure_memory(["a", "b"])
-    assert monitor.peak_memory_gb == 3.0
+def test_a_run_is_watched_from_its_start_and_one_on_a_joined_cluster_is_not(tmp_path, monkeypatch):
+    for joins in (False, True):
+        monitor, waits = RunMonitor(tmp_path, joins=joins), []
 
+        def wait(doing: str, monitor=monitor, waits=waits) -> None:
+            waits.append(doing)
+            if len(waits) == 5:
+                monitor._stop.set()
 
-@pytest.mark.parametrize(("seconds", "looks"), [(0.0, 5), (1e6, 1)])
-def test_memory_is_looked_at_as_often_as_asked_for(monitor, monkeypatch, seconds, looks):
-    looked, waits = [], []
-
-    def wait(doing: str) -> None:
-        waits.append(doing)
-        if len(waits) == 5:
-            monitor._stop.set()
-
-    monkeypatch.setattr(run_monitor, "POLL_SECONDS", 0.0)
-    monkeypatch.setattr(run_monitor, "process_tree", lambda: [])
-    monkeypatch.setattr(run_monitor, "_ask_task_runner", lambda: None)
-    monkeypatch.setattr(monitor._memory, "total", lambda processes: looked.append(processes) or 0)
-    monitor._memory_seconds, monitor._find_shared_memory = seconds, lambda processes: None
-    monitor._console = types.SimpleNamespace(waits_for=wait)
-    monitor._watch()
-    assert len(looked) == looks and set(waits) == {"starting Ray"}
+        monkeypatch.setattr(run_monitor, "POLL_SECONDS", 0.0)
+        monkeypatch.setattr(run_monitor, "process_tree", lambda: [])
+        monkeypatch.setattr(run_monitor, "_ask_task_runner", lambda: None)
+        monitor._find_shared_memory = lambda processes: None
+        monitor._console = types.SimpleNamespace(waits_for=wait)
+        monitor._watch()
+        assert set(waits) == {"starting Ray"}
+        assert monitor.peak_memory_gb is None if joins else monitor.peak_memory_gb > 0.01
 
 
 @pytest.mark.parametrize("user", ["ann", "DOMAIN\\ann", None])

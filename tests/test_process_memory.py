@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from recipe.spin.run.monitor import RunMonitor
-from recipe.spin.run.process_memory import NeededMemory, PrivateMemory
+from recipe.spin.run.process_memory import NeededMemory, PeakMemory, PrivateMemory
 
 SIZE = 64 << 20
 # A process that does with a block of memory what it is told
@@ -68,17 +68,44 @@ def test_memory_that_two_processes_share_counts_once():
 
 
 def test_on_gpus_what_a_process_has_for_itself_is_read_without_a_walk_through_its_pages(subject, monkeypatch, tmp_path):
-    """Every 10 s; and not what it shares."""
+    """Nor what it shares."""
     seen, read = [], Path.read_text
     monkeypatch.setattr(Path, "read_text", lambda path: seen.append(path.name) or read(path))
     monitor = RunMonitor(tmp_path, device="cuda")
-    monitor._measure_memory([subject.process])
+    monitor._memory.see([subject.process])
     before = monitor.peak_memory_gb
     subject.tell("use 64")
-    monitor._measure_memory([subject.process])
+    monitor._memory.see([subject.process])
     assert 1e9 * (monitor.peak_memory_gb - before) == pytest.approx(SIZE, abs=SIZE / 10)
     assert 1e9 * before < subject.process.memory_info().rss - SIZE - subject.process.memory_info().shared / 2
-    assert set(seen) == {"statm"} and monitor._memory_seconds == 10
+    assert set(seen) == {"statm"}
+
+
+class Looks(NeededMemory):
+    """Sees the processes need what it is told, and counts how often it was asked."""
+
+    def __init__(self, *gigabytes: int):
+        self.left = list(gigabytes)
+
+    def total(self, processes) -> int:
+        return self.left.pop(0) * 10**9
+
+
+def test_the_peak_is_the_most_that_was_seen(subject):
+    peak = PeakMemory(Looks(1, 3, 2), seconds=0.0)
+    for _ in range(3):
+        peak.see([subject.process])
+    assert peak.bytes == 3e9
+
+
+def test_it_is_looked_closely_where_more_is_resident_than_ever(subject):
+    looks = Looks(1, 3, 2)
+    peak, left = PeakMemory(looks, seconds=1e6), []
+    for order in ("use 0", "use 0", "use 64", "use 64"):
+        subject.tell(order)
+        peak.see([subject.process])
+        left.append(len(looks.left))
+    assert left == [2, 2, 1, 1] and peak.bytes == 3e9
 
 
 @pytest.mark.parametrize("kind", [NeededMemory, PrivateMemory])

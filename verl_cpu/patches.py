@@ -134,7 +134,15 @@ def _sleep(module: ModuleType) -> None:
     module.CPUWorker.sleep, module.CPUWorker.wake_up = sleep, wake_up
 
 
+def _products_by_onednn(module: ModuleType) -> None:
+    """torch multiplies matrices in fp32 by MKL, although oneDNN, which it has too, is faster at most of them."""
+    from verl_cpu import products
+
+    products.install()
+
+
 _PATCHES: dict[str, Callable[[ModuleType], None]] = {
+    "torch": _products_by_onednn,
     "torch.distributed.fsdp": _without_fsdp1_offload,
     "torch.distributed.fsdp._init_utils": _sync_module_states_on_cpu,
     "verl.utils.distributed": _process_group_backend,
