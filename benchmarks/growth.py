@@ -48,9 +48,9 @@ A10 = Machine("A10, 24 GB", 125e12, 600e9, 24e9, node_bandwidth=25e9, network_ba
 A100 = Machine("A100 SXM, 40 GB", 312e12, 1.555e12, 40e9, node_bandwidth=300e9, network_bandwidth=25e9)
 H100 = Machine("H100 SXM, 80 GB", 989e12, 3.35e12, 80e9, node_bandwidth=450e9, network_bandwidth=50e9)
 
-QWEN_0_5B = Model(24, 896, 4864, 14, 2, 64, 151936, tied=True)
-QWEN_3B = Model(36, 2048, 11008, 16, 2, 128, 151936, tied=True)
-QWEN_7B = Model(28, 3584, 18944, 28, 4, 128, 152064, tied=False)
+QWEN_0_5B = Model(24, 896, 4864, 14, 2, 64, 151936, tied=True, positions=32768)
+QWEN_3B = Model(36, 2048, 11008, 16, 2, 128, 151936, tied=True, positions=32768)
+QWEN_7B = Model(28, 3584, 18944, 28, 4, 128, 152064, tied=False, positions=32768)
 MODELS = {"Qwen2.5-0.5B": QWEN_0_5B, "Qwen2.5-3B": QWEN_3B, "Qwen2.5-7B": QWEN_7B}
 
 
@@ -68,7 +68,7 @@ class Load:
     checkpointing: bool = True  # activations recomputed in the backward pass
     share_prompt: bool = True
     deferred_reduction: bool = False  # gradients reduced once an optimizer step: whole ones wait in every device
-    most_sequences: int = 1024  # that a device generates at a time
+    most_sequences: int = 512  # that a device generates at a time
 
     def rows(self, paired: int) -> list[tuple[int, list[int]]]:
         """One prompt's rows of (prompt, responses)."""
@@ -144,7 +144,7 @@ def layout_of(machine: Machine, load: Load, devices: int) -> Layout:
         whole_gradients=devices == 1 or (load.deferred_reduction and of_device > tokens),
         rollout_share=machine.rollout_share,
         sequence=load.prompt + (load.longest or load.response),
-        longest=load.prompt + (load.longest or load.response),
+        longest=None,  # as the profile, whose rollout.max_model_len is null
     )
 
 

@@ -158,7 +158,8 @@ class RolloutWorker(Scoring, VerlWorker):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         verl_patches.build_agent_loops_once(f"{SpinAgentLoop.__module__}.{SpinAgentLoop.__name__}")
-        verl_patches.write_together(queue.Outbox())
+        if self.config.trainer.v1.trainer_mode == "sync":  # the others' checkpoints hold the queue, row by row
+            verl_patches.write_together(queue.Outbox())
         source = load_source(self.config, self.tokenizer)
         if source.scores_groups():
             self._source = source

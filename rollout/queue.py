@@ -40,14 +40,15 @@ class _Entry(NamedTuple):
 
 
 class Outbox:
-    """Puts of many tasks that go to the queue together: what comes while one write is under way waits for the next.
+    """Puts of many tasks that go to the queue together: what comes while a write is under way waits for the next.
 
     A write takes as long for one response as for dozens, and responses end by dozens. For one event loop.
     """
 
     def __init__(self):
-        self._waiting: dict[tuple, list[_Entry]] = defaultdict(list)  # by what one write can hold
-        self._writing: asyncio.Task | None = None
+        # By kind: the partition, and what one write can hold
+        self._waiting: dict[tuple, list[_Entry]] = defaultdict(list)
+        self._writers: dict[tuple, asyncio.Task] = {}
 
     async def put(self, key: str, partition_id: str, tag: dict[str, Any]) -> None:
         """As TransferQueue's `async_kv_put` of a tag; returns, or raises, when it is done."""
@@ -63,35 +64,50 @@ class Outbox:
         loop = asyncio.get_running_loop()
         entries = [_Entry(*entry, loop.create_future()) for entry in zip(keys, fields, tags, strict=True)]
         for entry in entries:
-            self._waiting[partition, _layout(entry.fields)].append(entry)
-        if self._writing is None:
-            self._writing = loop.create_task(self._write_all())
-        await asyncio.gather(*(entry.written for entry in entries))
+            kind = partition, _layout(entry.fields)
+            self._waiting[kind].append(entry)
+            if kind not in self._writers:
+                self._writers[kind] = loop.create_task(self._write_all(kind))
+        # All of them, as who is told of a fault may clear what another write has yet to bring
+        for fault in await asyncio.gather(*(entry.written for entry in entries), return_exceptions=True):
+            if fault is not None:
+                raise fault
 
-    async def _write_all(self) -> None:
-        while self._waiting:
-            kind = next(iter(self._waiting))
-            await self._write(kind[0], self._waiting.pop(kind))
-        self._writing = None
-
-    @staticmethod
-    async def _write(partition: str, entries: list[_Entry]) -> None:
+    async def _write_all(self, kind: tuple) -> None:
+        entries: list[_Entry] = []
         try:
-            rows = [entry.fields for entry in entries]
-            fields = None if rows[0] is None else list_of_dict_to_tensordict(rows)
-            keys, tags = [entry.key for entry in entries], [entry.tag for entry in entries]
-            await tq.async_kv_batch_put(keys=keys, fields=fields, tags=tags, partition_id=partition)
-        except Exception as error:  # raised where each of them was put
-            for entry in entries:
-                entry.written.set_exception(error)
+            while entries := self._waiting.pop(kind, []):
+                await _write(kind[0], entries)
+        finally:
+            del self._writers[kind]
+            for entry in [*entries, *self._waiting.pop(kind, [])]:  # where this task is given up: nobody waits for ever
+                entry.written.cancel()
+
+
+async def _write(partition: str, entries: list[_Entry]) -> None:
+    fault = None
+    try:
+        rows = [entry.fields for entry in entries]
+        fields = None if rows[0] is None else list_of_dict_to_tensordict(rows)
+        keys, tags = [entry.key for entry in entries], [entry.tag for entry in entries]
+        await tq.async_kv_batch_put(keys=keys, fields=fields, tags=tags, partition_id=partition)
+    except Exception as error:
+        if len(entries) > 1:  # it may be the fault of one
+            await asyncio.gather(*(_write(partition, [entry]) for entry in entries))
+            return
+        fault = error
+    for entry in entries:
+        if entry.written.done():  # whoever put it does not wait any more
+            continue
+        if fault is None:
+            entry.written.set_result(None)
         else:
-            for entry in entries:
-                entry.written.set_result(None)
+            entry.written.set_exception(fault)
 
 
-def _layout(fields: dict[str, Any] | None) -> tuple:
+def _layout(fields: dict[str, Any] | None) -> tuple | None:
     """Equal for fields that one write can hold: tensors of one name differ in length alone."""
-    return tuple((name, _kind(value)) for name, value in (fields or {}).items())
+    return None if fields is None else tuple((name, _kind(value)) for name, value in fields.items())
 
 
 def _kind(value: Any) -> tuple | None:

@@ -2,12 +2,12 @@
 
 import os
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import psutil
 
-HIGHER = 1.02  # times the most that was resident before: by that much more it is looked closely again
+HIGHER = 1.02  # times the most that was taken before: so much more is looked at closely
 PAGE = os.sysconf("SC_PAGE_SIZE")
 USED_AGAIN = 0.05  # of what a process had offered; less is what any process does while it waits
 # All mappings of a process summed up; kernels before 4.14 and some sandboxes have only the list of them
@@ -53,8 +53,8 @@ class PrivateMemory:
 class PeakMemory:
     """The most that processes were seen to need.
 
-    To be asked often. It looks closely, by `memory`, when more of them is resident than ever before, which is cheap
-    to ask and with which a peak begins, and otherwise every `seconds`: a close look keeps a core from its work.
+    To be asked often. It looks closely, by `memory`, when the machine has less memory left than at any look before,
+    which is cheap to ask, and otherwise every `seconds`: a close look keeps a core from its work.
 
     Attributes:
         bytes: the most so far.
@@ -64,29 +64,24 @@ class PeakMemory:
         self.bytes = 0
         self._memory = memory
         self._seconds = seconds
-        self._resident = 0
+        self._taken = 0  # of the machine's memory, at most; what is offered counts as available
         self._next_look = 0.0
 
-    def see(self, processes: Collection[psutil.Process]) -> None:
-        resident = sum(_resident_and_shared(process.pid)[0] for process in processes)
-        if resident > HIGHER * self._resident or time.monotonic() >= self._next_look:
-            self._resident = max(resident, self._resident)
+    def see(self, processes: Iterable[psutil.Process]) -> None:
+        machine = psutil.virtual_memory()
+        taken = machine.total - machine.available
+        if taken > HIGHER * self._taken or time.monotonic() >= self._next_look:
+            self._taken = max(taken, self._taken)
             self._next_look = time.monotonic() + self._seconds
             self.bytes = max(self.bytes, self._memory.total(processes))
 
 
 def _private(pid: int) -> int:
-    resident, shared = _resident_and_shared(pid)
-    return resident - shared
-
-
-def _resident_and_shared(pid: int) -> tuple[int, int]:
-    """Bytes of a process that lie in memory, and how many of these others may have too; 0 and 0 if it has ended."""
     try:
         _, resident, shared, *_ = map(int, Path(f"/proc/{pid}/statm").read_text().split())
-    except OSError:
-        return 0, 0
-    return resident * PAGE, shared * PAGE
+    except OSError:  # it has ended meanwhile
+        return 0
+    return (resident - shared) * PAGE
 
 
 def _sum_of(lines: list[str], name: str) -> int:

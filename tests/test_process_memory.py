@@ -72,6 +72,7 @@ def test_on_gpus_what_a_process_has_for_itself_is_read_without_a_walk_through_it
     seen, read = [], Path.read_text
     monkeypatch.setattr(Path, "read_text", lambda path: seen.append(path.name) or read(path))
     monitor = RunMonitor(tmp_path, device="cuda")
+    monitor._memory._seconds = 0.0
     monitor._memory.see([subject.process])
     before = monitor.peak_memory_gb
     subject.tell("use 64")
@@ -98,14 +99,15 @@ def test_the_peak_is_the_most_that_was_seen(subject):
     assert peak.bytes == 3e9
 
 
-def test_it_is_looked_closely_where_more_is_resident_than_ever(subject):
-    looks = Looks(1, 3, 2)
-    peak, left = PeakMemory(looks, seconds=1e6), []
-    for order in ("use 0", "use 0", "use 64", "use 64"):
-        subject.tell(order)
-        peak.see([subject.process])
+def test_it_is_looked_closely_where_less_is_available_than_ever(monkeypatch):
+    looks, left = Looks(1, 3, 2), []
+    peak = PeakMemory(looks, seconds=1e6)
+    for available in (60, 60, 50, 55, 49.5):
+        machine = SimpleNamespace(total=100e9, available=available * 1e9)
+        monkeypatch.setattr(psutil, "virtual_memory", lambda machine=machine: machine)
+        peak.see([])
         left.append(len(looks.left))
-    assert left == [2, 2, 1, 1] and peak.bytes == 3e9
+    assert left == [2, 2, 1, 1, 1] and peak.bytes == 3e9
 
 
 @pytest.mark.parametrize("kind", [NeededMemory, PrivateMemory])

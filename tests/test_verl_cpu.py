@@ -1,4 +1,4 @@
-"""The CPU platform's patches of vLLM: sampling by inversion follows the distribution and the seeds; it sleeps."""
+"""The CPU platform's patches: products are right; sampling by inversion follows distribution and seeds; vLLM sleeps."""
 
 import os
 import subprocess
@@ -9,10 +9,61 @@ from pathlib import Path
 import pytest
 import torch
 
-from verl_cpu import memory
+from verl_cpu import memory, products
 
 ROOT = Path(__file__).resolve().parent.parent
 MADV_PAGEOUT = 21  # a name of Python 3.12's mmap
+
+
+def matrices(rows: int, inner: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(rows, inner), torch.randn(inner, columns)
+
+
+@pytest.mark.parametrize("shape", [(1, 64, 3), (5, 7, 300), (64, 576, 960), (3, 0, 2), (0, 4, 3), (3, 4, 0)])
+@pytest.mark.parametrize(
+    "layout", ["as they are", "left transposed", "right transposed", "strided", "unfolded", "double"]
+)
+def test_products_are_right_in_every_layout(shape, layout):
+    a, b = matrices(*shape)
+    match layout:
+        case "left transposed":
+            a = a.t().contiguous().t()
+        case "right transposed":
+            b = b.t().contiguous().t()
+        case "strided":
+            a, b = torch.cat([a, a], 1)[:, : shape[1]], torch.cat([b, b], 1)[:, : shape[2]]
+        case "unfolded":  # rows of b overlap
+            b = torch.randn(shape[1] + shape[2]).unfold(0, shape[2], 1)[: shape[1]]
+        case "double":
+            a, b = a.double(), b.double()
+    expected = torch.einsum("ij,jk->ik", a.double(), b.double())
+    found = products.product(a, b)
+    assert found.dtype == a.dtype and found.shape == expected.shape
+    assert torch.allclose(found.double(), expected, atol=1e-4)
+
+
+def test_products_that_do_not_fit_are_torchs_own_error():
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        products.product(torch.randn(2, 3), torch.randn(4, 5))
+    with pytest.raises(RuntimeError, match="must be a matrix"):
+        products.product(torch.randn(3), torch.randn(3, 5))
+
+
+@pytest.mark.skipif(not products.is_ahead(), reason="only there was it measured to be ahead")
+def test_linear_layers_and_what_flows_back_through_them_take_onednns_products():
+    """The gradients of the weights do not: their left factor is transposed."""
+    products.install()
+    products.install()
+    layer, inputs = torch.nn.Linear(48, 96, bias=False), torch.randn(2, 8, 48, requires_grad=True)
+    with torch.profiler.profile() as profile:
+        layer(inputs).square().sum().backward()
+    calls = {event.key: event.count for event in profile.key_averages()}
+    assert calls["mkldnn::_linear_pointwise"] == 2  # of three products
+    twin, same = torch.nn.Linear(48, 96, bias=False).double(), inputs.detach().double().requires_grad_()
+    twin.weight.data = layer.weight.detach().double()
+    twin(same).square().sum().backward()
+    for found, expected in ((inputs.grad, same.grad), (layer.weight.grad, twin.weight.grad)):
+        assert torch.allclose(found.double(), expected, atol=1e-3, rtol=1e-5)
 
 
 @pytest.fixture(scope="module")
