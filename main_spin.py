@@ -120,13 +120,13 @@ def run_spin(config: DictConfig) -> None:
     runner = TaskRunnerClass(config, name=TASK_RUNNER, num_cpus=1, max_concurrency=2)
     logs = Path(config.trainer.default_local_dir) / FAILURE
     go_on = same_command(config.trainer.resume_mode)
-    history, _ = read_history(logs.parent)
-    forks = None
-    if WorkerForks.fit(config):
-        forks = WorkerForks(config.ray_kwargs.ray_init, IMPORTED_AT_ONCE, IMPORTED_WITH_RAY)
-    monitor = RunMonitor(logs, config.trainer.device, cluster.prepare(config), history, forks)
-    heap.hand_back()
     with explained(logs, go_on=go_on):
+        history, _ = read_history(logs.parent)
+        forks = None
+        if WorkerForks.fit(config):
+            forks = WorkerForks(config.ray_kwargs.ray_init, IMPORTED_AT_ONCE, IMPORTED_WITH_RAY)
+        monitor = RunMonitor(logs, config.trainer.device, cluster.prepare(config), history, forks)
+        heap.hand_back()
         sigterm, imports = verl_patches.sigterm_kept_from_ray(), verl_patches.workers_without_folder_of_the_call()
         with monitor, explained(logs, monitor.logs, go_on), Liveness(forks), sigterm, imports:
             run_ppo(config, task_runner_class=runner)

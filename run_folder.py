@@ -133,7 +133,7 @@ def read_history(folder: Path) -> tuple[dict[int, dict[str, float | None]], int]
             try:
                 entry = json.loads(line)
                 step, metrics = int(entry["step"]), dict(entry["data"])
-            except (ValueError, TypeError, KeyError):
+            except (ValueError, TypeError, KeyError, OverflowError):
                 unreadable += 1
                 continue
             history.setdefault(step, {}).update(metrics)

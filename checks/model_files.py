@@ -37,6 +37,7 @@ def check_model(settings: Settings) -> None:
     settings.run(_check_adapter)
     if folder := _folder(settings, PATH):
         config = _check_folder(settings, PATH, folder)
+        _check_sizes(settings, text_part(config))
         if not settings["actor_rollout_ref.model.trust_remote_code"]:
             check_architecture(settings, config)
         positions, length = text_part(config).get("max_position_embeddings"), settings[MODEL_LENGTH]
@@ -50,6 +51,12 @@ def check_model(settings: Settings) -> None:
     elif file := _cached_file(settings[PATH], "config.json"):
         config = _read_json(settings, PATH, file)
         check_computation(settings, config)
+
+
+def _check_sizes(settings: Settings, model: dict) -> None:
+    """Of the embedding, which decides how weights reach vLLM; a model without one has neither."""
+    wrong = [name for name in ("vocab_size", "hidden_size") if not isinstance(model.get(name, 0), int)]
+    settings.require(not wrong, PATH, f"config.json: {' and '.join(wrong)} must be a whole number; {SAVE}")
 
 
 def _check_adapter(settings: Settings) -> None:

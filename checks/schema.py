@@ -463,8 +463,14 @@ class TransferQueue(Section):
     backend: Backend
 
 
+class RuntimeEnv(Section):
+    env_vars: dict | None = None
+
+
 class RayInit(Section):
+    num_cpus: Count | None = None
     num_gpus: Whole | None = None
+    runtime_env: RuntimeEnv = RuntimeEnv()
 
 
 class RayKwargs(Section):

@@ -7,7 +7,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from typing import TextIO
 
 from tqdm import tqdm
@@ -19,11 +19,30 @@ STILL_SECONDS = 60.0  # between two lines about the same thing
 UNWANTED = ("ray init kwargs:", "[validate_config] All configuration checks passed")  # verl prints these
 
 
+class _Unheard:
+    """A stream whose other end, a terminal or a pipe, may be closed: the run goes on, and cleans up, all the same."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(OSError, ValueError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            self._stream.flush()
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+
 class Console:
     """Shows a run's progress as RunMonitor learns of it, every few seconds."""
 
     def __init__(self, stream: TextIO | None = None):
-        self._stream = stream or sys.stderr
+        self._stream = _Unheard(stream or sys.stderr)
         self._terminal = self._stream.isatty()
         self._doing = ""
         self._since = self._told = 0.0

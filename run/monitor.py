@@ -4,7 +4,6 @@ import getpass
 import os
 import re
 import shutil
-import sys
 import threading
 import time
 from collections import Counter
@@ -148,7 +147,7 @@ class RunMonitor:
             if logs.is_dir():
                 shutil.copytree(logs, self._log_folder, dirs_exist_ok=True, ignore_dangling_symlinks=True)
         except OSError as error:  # a full disk, which must not hide what the run failed by
-            sys.stderr.write(f"[spin] not all logs could be kept in {self._log_folder}: {str(error)[:200]}\n")
+            self._console.warn(f"not all logs could be kept in {self._log_folder}: {str(error)[:200]}")
 
     def _watch(self) -> None:
         has_started = False

@@ -28,8 +28,12 @@ def make() -> tuple[Path, int]:
     remove_abandoned(base)
     folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=base))
     unnamed = folder / f"{OWNER}.tmp"
-    lock = os.open(unnamed, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-    os.write(lock, f"{os.getpid()}\n".encode())
+    with contextlib.ExitStack() as if_it_fails:  # as on a full disk; without its owner's file nobody would remove it
+        if_it_fails.callback(shutil.rmtree, folder, ignore_errors=True)
+        lock = os.open(unnamed, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        if_it_fails.callback(os.close, lock)
+        os.write(lock, f"{os.getpid()}\n".encode())
+        if_it_fails.pop_all()
     with contextlib.suppress(OSError):  # a file system without locks: nobody will remove the folder of a killed run
         fcntl.flock(lock, fcntl.LOCK_EX)
         unnamed.rename(folder / OWNER)  # other runs see the file with the lock on it

@@ -25,6 +25,7 @@ from recipe.spin.run_folder import (
 
 SETTINGS = "settings.yaml"
 CONTENTS = "contents"  # a section there: what the files held
+UNREADABLE_REMEDY = "correct it, or delete it to go on uncompared"
 MODES = ("auto", "disable", "resume_path", "force")  # verl's, and auto in spite of other settings
 RANKS = "trainer.nnodes * trainer.n_gpus_per_node"
 
@@ -260,9 +261,9 @@ def _read(file: Path) -> dict:
     try:
         settings = yaml.safe_load(file.read_text())
     except (yaml.YAMLError, ValueError, OSError) as error:
-        raise ConfigError(f"{file}: not readable ({error}); correct it, or delete it to go on uncompared") from error
+        raise ConfigError(f"{file}: not readable ({error}); {UNREADABLE_REMEDY}") from error
     if not isinstance(settings, dict) or "trainer" not in settings:
-        raise ConfigError(f"{file} holds no settings; correct it, or delete it to go on uncompared")
+        raise ConfigError(f"{file} holds no settings; {UNREADABLE_REMEDY}")
     return settings
 
 
@@ -322,8 +323,12 @@ def _compare(settings: dict, origin: Path, step: int, config: DictConfig) -> Non
         return
     old = _read(file)
     found = differences(old, settings)
-    if _ranks(old) != _ranks(settings):
-        found.append((RANKS, _ranks(old), _ranks(settings)))
+    try:
+        ranks = _ranks(old)
+    except (TypeError, KeyError) as error:
+        raise ConfigError(f"{file} lacks trainer.nnodes or trainer.n_gpus_per_node; {UNREADABLE_REMEDY}") from error
+    if ranks != _ranks(settings):
+        found.append((RANKS, ranks, _ranks(settings)))
     ahead = settings["trainer"]["v1"]["trainer_mode"] != "sync"
     fixed = [difference for difference in found if difference[0] in (FIXED + FIXED_AHEAD if ahead else FIXED)]
     if fixed:

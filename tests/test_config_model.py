@@ -105,6 +105,11 @@ DAMAGES = {
         ["of a qwen3_vl verl replaces the forward pass", "name a model of text"],
     ),
     "no architecture": (lambda folder: change(folder / "config.json", architectures=None), ["a causal language model"]),
+    "no vocabulary": (lambda folder: change(folder / "config.json", vocab_size=None), ["vocab_size must be a whole"]),
+    "sizes in words": (
+        lambda folder: change(folder / "config.json", vocab_size="many", hidden_size="2k"),
+        ["vocab_size and hidden_size must be a whole number"],
+    ),
     "broken tokenizer": (lambda folder: cut(folder / "tokenizer.json"), ["the tokenizer cannot be read"]),
 }
 

@@ -76,6 +76,10 @@ def test_vllms_precisions_are_those_that_it_takes():
 
 # ---- Settings that are refused by themselves -------------------------------------------------------------------------
 BAD = [
+    ("ray_kwargs.ray_init.num_cpus=2k", ["ray_kwargs.ray_init.num_cpus='2k'", "whole number of at least 1"]),
+    ("ray_kwargs.ray_init.runtime_env=null", ["ray_kwargs.ray_init.runtime_env=None", "section of keys"]),
+    ("ray_kwargs.ray_init.runtime_env=5", ["ray_kwargs.ray_init.runtime_env=5", "section of keys"]),
+    ("+ray_kwargs.ray_init.runtime_env.env_vars=5", ["ray_kwargs.ray_init.runtime_env.env_vars=5"]),
     (
         "trainer.total_training_steps=abc",
         ["trainer.total_training_steps='abc'", "a whole number of at least 1 or null"],

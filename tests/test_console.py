@@ -1,5 +1,6 @@
 """What stands on the console, on a terminal and in a file."""
 
+import errno
 import io
 import logging
 import os
@@ -25,6 +26,16 @@ class Stream(io.StringIO):
     def lines(self) -> list[str]:
         """What a person ends up with: of a line that was written over, the last state."""
         return [line.rsplit("\r", 1)[-1].strip() for line in self.getvalue().split("\n") if line.strip()]
+
+
+class Closed(Stream):
+    """A terminal, or a pipe, that nobody reads any more."""
+
+    def write(self, text: str) -> int:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    def flush(self) -> None:
+        raise OSError(errno.EIO, "Input/output error")
 
 
 def progress(step: int, doing: str = "training") -> dict:
@@ -161,3 +172,12 @@ def test_what_libraries_say_stands_before_the_cause_of_a_failure_in_a_file_too()
     buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     done = subprocess.run(command, cwd=root, env=buffered, text=True, timeout=300, **pipes)
     assert done.stdout == "(raylet) A worker died\nerror: the cause\n"
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_where_nobody_reads_any_more_the_run_goes_on_and_cleans_up(terminal):
+    console = Console(Closed(terminal))
+    console.waits_for("starting Ray")
+    console.warn("look at this")
+    console.show(progress(2))
+    console.close(progress(4))

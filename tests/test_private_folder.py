@@ -1,5 +1,6 @@
 """The folder of a run, and those that killed runs left."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -28,6 +29,17 @@ def base(tmp_path_factory, monkeypatch) -> Path:
     monkeypatch.setattr(private_folder.tempfile, "tempdir", str(base))
     yield base
     subprocess.run(["rm", "-rf", str(base)], check=True)
+
+
+def test_a_folder_that_cannot_be_marked_as_owned_is_removed(base, monkeypatch):
+    def full(file: int, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    files = len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(private_folder.os, "write", full)
+    with pytest.raises(OSError, match="No space left"):
+        private_folder.make()
+    assert list(base.iterdir()) == [] and len(os.listdir("/proc/self/fd")) == files
 
 
 def start(base: Path, shared: Path) -> tuple[subprocess.Popen, Path]:

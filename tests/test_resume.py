@@ -359,7 +359,7 @@ def test_a_checkpoint_without_settings_is_taken_and_that_is_said(stopped, capsys
     assert "does not hold its settings" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("text", ["", "[1, 2]", "a: b: c"])
+@pytest.mark.parametrize("text", ["", "[1, 2]", "a: b: c", "trainer: 5", "trainer: {nnodes: 1}"])
 def test_settings_that_cannot_be_read_are_named(stopped, text):
     (stopped.path / resume.SETTINGS).write_text(text)
     assert f"{stopped.path / resume.SETTINGS}" in stopped.refusal()

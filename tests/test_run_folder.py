@@ -91,7 +91,9 @@ def test_each_part_has_a_file_of_its_own(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "line", ['{"step":3,"da', "[]", "null", '{"step":3}', '{"step":"x","data":{}}', '{"step":1,"data":5}']
+    "line",
+    ['{"step":3,"da', "[]", "null", '{"step":3}', '{"step":"x","data":{}}', '{"step":1,"data":5}']
+    + ['{"step":Infinity,"data":{}}'],
 )
 def test_lines_that_are_no_metrics_are_counted(tmp_path, line):
     write_part(tmp_path, "from_step_00000000.jsonl", range(3), 0.1, end=line)
