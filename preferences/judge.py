@@ -96,6 +96,7 @@ class Readable:
         """judge: its address, as it is shown. limit: `algorithm.judge.max_unreadable`."""
         self.judge, self._limit = judge, limit
         self._latest: deque[str | None] = deque(maxlen=LATEST)  # what was wrong with each answer; None: nothing
+        self._first: str | None = None  # that could not be read
 
     def count(self, fault: str | None, text: str) -> None:
         """Counts an answer by why it cannot be read.
@@ -106,15 +107,17 @@ class Readable:
         self._latest.append(fault)
         if fault is None:
             return
+        if self._first is None:
+            self._first = text
         found = Counter(one for one in self._latest if one is not None)
         if found.total() <= self._limit * max(len(self._latest), ENOUGH):
             return
         raise JudgeFailed(
             f"judge {self.judge}: {found.total()} of its latest {len(self._latest)} answers could not be read "
             f"({found['']} without [[A]], [[B]] or [[C]], {found['cut']} cut off by their length, {found['refused']} "
-            f"refused), more than algorithm.judge.max_unreadable={self._limit} of {ENOUGH} or more; the last is "
-            f"{text[:SHOWN]!r}, and {run_folder.UNREADABLE} in the run's folder has others. Ask for a verdict in "
-            "algorithm.judge.prompt, raise algorithm.judge.max_tokens, or take a judge that follows"
+            f"refused), more than algorithm.judge.max_unreadable={self._limit} of {ENOUGH} or more; the first is "
+            f"{self._first[:SHOWN]!r}, and {run_folder.UNREADABLE} in the run's folder has others. Ask for a verdict "
+            "in algorithm.judge.prompt, raise algorithm.judge.max_tokens, or take a judge that follows"
         )
 
 

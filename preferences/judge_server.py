@@ -25,6 +25,8 @@ PROBE_SECONDS = 10.0
 SHOWN = 200
 # Of a question: longer than the server's model takes, or not to the liking of a filter of contents
 REFUSALS = (openai.BadRequestError, openai.UnprocessableEntityError)
+# What an answer holds that ended so is no verdict, but reasoning towards one
+UNFINISHED = {"length": "cut", "content_filter": "refused"}
 
 
 class Judge(NamedTuple):
@@ -44,7 +46,7 @@ class Answer(NamedTuple):
     """A judge's answer to a question, the tokens of both, and why it holds no verdict, whatever its text says.
 
     fault: "cut" where a limit of its length cut it off, "refused" where the server would not answer this question
-        (`text` is what it said then), and else empty.
+        (`text` is what it said then) or not to the end, and else empty.
     """
 
     text: str
@@ -148,7 +150,10 @@ class Access:
         return f"the environment variable {self._variable} (algorithm.judge.api_key_env)"
 
     def _shown(self, text: str) -> str:
-        return (text.replace(self._key, "***") if self._key else text).strip()[:SHOWN]
+        return self._masked(text).strip()[:SHOWN]
+
+    def _masked(self, text: str) -> str:
+        return text.replace(self._key, "***") if self._key else text
 
     def _said(self, response) -> str:
         request = response.request
@@ -165,7 +170,7 @@ class Access:
         """
         found = self._read(Completion, response)
         choice, tokens = found.choices[0], (found.usage and found.usage.total_tokens) or 0
-        return Answer(choice.message.content or "", tokens, "cut" if choice.finish_reason == "length" else "")
+        return Answer(self._masked(choice.message.content or ""), tokens, UNFINISHED.get(choice.finish_reason, ""))
 
     def models(self, response) -> list[str]:
         """The names of what a server serves, one at least.

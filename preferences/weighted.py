@@ -68,8 +68,8 @@ def load(path: str, name: str) -> Callable[..., Any]:
 
 
 async def _call(name: str, one: Mapping[str, Any], arguments: dict[str, Any]) -> Any:
-    function = load(one["path"], one.get("name", "compute_score"))
     try:
+        function = load(one["path"], one.get("name", "compute_score"))
         if inspect.iscoroutinefunction(function):
             return await function(**arguments)
         return await asyncio.to_thread(function, **arguments)

@@ -3,8 +3,10 @@
 import json
 
 import pytest
+import torch
 from judges import JSON, Rubbish, judge_of, number, scores
 from omegaconf import OmegaConf
+from tensordict import TensorDict
 from transformers import AutoTokenizer
 from worker_harness import compose
 
@@ -60,10 +62,15 @@ class Biased(RuleJudge):
         return "The first one, as always: [[A]]"
 
 
-def test_a_judge_that_always_says_first_prefers_nothing():
+@pytest.mark.parametrize(("comparisons", "worth"), [("all_pairs", 0.5), ("tournament", 0.0)])
+def test_a_judge_that_always_says_first_gives_no_pair(comparisons, worth):
     with Biased(number) as server:
-        values, metrics = scores(judge_of(server))
-    assert values == [0.5] * 4 and metrics["judge/tie_rate"] == 1 and metrics["judge/first_rate"] == 1
+        source = judge_of(server, comparisons=comparisons)
+        values, metrics = scores(source)
+    assert values == [worth] * 4 and metrics["judge/tie_rate"] == 1 and metrics["judge/first_rate"] == 1
+    source.config.actor_rollout_ref.rollout.n = 4
+    rewards, mask = torch.tensor(values)[:, None], torch.ones(4, 1)
+    assert len(source.pair(TensorDict({}, [4]), rewards, mask, step=1).pairs.chosen) == 0
 
 
 def test_several_judges_decide_by_majority():

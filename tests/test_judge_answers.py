@@ -115,7 +115,7 @@ def test_one_unreadable_answer_of_four_does_not_stop_a_run_that_goes_on_so_does(
     readable = Readable("http://a/v1", 0.2)
     for _ in range(20):
         tell(readable, 3, "hm")
-    with pytest.raises(JudgeFailed, match=r"21 of its latest 84 answers .*max_unreadable=0.2 of 100 .*is 'so', and"):
+    with pytest.raises(JudgeFailed, match=r"21 of its latest 84 answers .*max_unreadable=0.2 of 100 .*is 'hm', and"):
         tell(readable, 3, "so")
 
 

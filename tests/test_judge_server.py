@@ -14,6 +14,7 @@ from worker_harness import compose
 from benchmarks.rule_judge import Handler, RuleJudge
 from recipe.spin.preferences import judge_server
 from recipe.spin.preferences.judge import JudgeFailed, JudgeSource
+from recipe.spin.run_folder import UNREADABLE
 
 
 @pytest.fixture(autouse=True)
@@ -151,6 +152,26 @@ def test_the_key_comes_from_the_environment_and_is_never_shown(run, monkeypatch,
     assert "status 401" in message and "MY_KEY" in message
     shown = "".join(traceback.format_exception(caught.value)) + message + caplog.text
     assert "another-key" not in shown and "Bearer ***" in shown
+
+
+def test_a_key_in_an_answer_is_not_kept(monkeypatch, caplog, tmp_path):
+    """Of a gateway that talks about a request in place of a verdict."""
+    monkeypatch.setenv("MY_KEY", "another-key")
+    with RuleJudge(number, unreadable=1.0, key="another-key") as server:
+        monkeypatch.setattr(server, "answer", lambda question: "Bearer another-key is welcome")
+        source = judge_of(server, api_key_env="MY_KEY", max_unreadable=1.0)
+        source.config.trainer.default_local_dir = str(tmp_path)
+        scores(source, ["1", "2"])
+    kept = (tmp_path / UNREADABLE).read_text()
+    assert "Bearer *** is welcome" in caplog.text and "Bearer *** is welcome" in kept
+    assert "another-key" not in caplog.text + kept
+
+
+def test_an_answer_that_a_filter_cut_off_is_unreadable_whatever_it_holds():
+    body = {"choices": [{"message": {"content": "Perhaps [[A]], but"}, "finish_reason": "content_filter"}]}
+    with Rubbish(JSON, json.dumps(body)) as server:
+        values, metrics = scores(judge_of(server, max_unreadable=1.0), ["1", "2"])
+    assert values == [0.5, 0.5] and metrics["judge/unreadable_rate"] == 1
 
 
 def test_a_key_in_rubbish_is_not_shown_either(monkeypatch):

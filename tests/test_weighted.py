@@ -73,6 +73,8 @@ def test_what_a_function_returns_besides_stands_under_its_name(path):
 def test_a_function_that_raises_or_gives_no_score_is_named(path):
     with pytest.raises(RuntimeError, match=r"the reward 'lost' \(.*rewards.py\) failed: LookupError: no such answer"):
         score(right={"path": path}, lost={"path": path, "name": "compute_failure"})
+    with pytest.raises(RuntimeError, match=r"the reward 'gone' \(.*other.py\) failed: FileNotFoundError"):
+        score(gone={"path": path.replace("rewards", "other")})
     with pytest.raises(TypeError, match="the reward 'lost' returned None, which is no finite number, give a number"):
         score(lost={"path": path, "name": "compute_nothing"})
 
