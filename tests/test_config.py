@@ -105,6 +105,9 @@ def test_gpu_profile(run, monkeypatch):
     assert (actor.fsdp_config.model_dtype, ref.fsdp_config.model_dtype) == ("fp32", "bf16")
     assert actor.optim.override_optimizer_config == {"eps": 1e-4} and actor.optim.lr == 1e-6
     assert (rollout.n, rollout.val_kwargs.n, rollout.val_kwargs.do_sample) == (8, 1, False)
+    assert (config.algorithm.dpo_beta, config.algorithm.dpo_pairing) == (0.1, "best_worst")
+    whole = compose(device="gpu")  # the other has small data
+    assert (whole.data.train_batch_size, whole.data.val_max_samples, rollout.val_kwargs.temperature) == (64, 512, 0)
 
 
 def test_adapters_take_larger_steps_on_gpus():

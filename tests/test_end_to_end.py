@@ -257,10 +257,11 @@ def test_dynamic_sampling_gives_up_on_a_reward_that_always_ties(task, tiny_llama
     assert "algorithm.filter_groups.max_num_gen_batches=2" in error and "8 prompts" in error
 
 
-def test_judges_prefer(task, tiny_llama, tmp_path):
+def test_judges_prefer(task, tiny_llama, tmp_path, monkeypatch):
     """A server that counts vowels, and the policy itself, whose random answers nobody can read: ties, to be outvoted.
 
-    They take prompts alone, and say what later held-out answers are worth beside the first ones."""
+    They take prompts alone, and say what later held-out answers are worth beside the first ones. The server wants a
+    key, which reaches the processes that ask it, and stands nowhere."""
 
     def vowels(request: str, response: str) -> float:
         assert request.startswith("user: ")
@@ -272,12 +273,14 @@ def test_judges_prefer(task, tiny_llama, tmp_path):
         files[name] = tmp_path / f"{name}.jsonl"
         rows = [{"prompt": [{"role": "user", "content": f"{name} {number}"}]} for number in range(size)]
         files[name].write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    with RuleJudge(vowels) as server:
-        succeed(
+    monkeypatch.setenv("JUDGES_KEY", "open-sesame")
+    with RuleJudge(vowels, key="open-sesame") as server:
+        output = succeed(
             task,
             tiny_llama,
             run,
             "algorithm.preference_source=judge",
+            "algorithm.judge.api_key_env=JUDGES_KEY",
             f"algorithm.judge.servers=[{server.address},policy]",
             "algorithm.judge.max_tokens=4",
             "algorithm.judge.max_unreadable=1.0",
@@ -302,22 +305,25 @@ def test_judges_prefer(task, tiny_llama, tmp_path):
     [rate] = [name for name in history[0] if name.startswith("val-greedy-core/") and "/win_rate/" in name]
     assert history[0][rate] == 0.5 and 0 <= history[2][rate] <= 1
     assert json.loads((run / "summary.json").read_text())["measure"] == "win rate"
+    files = [path for path in run.rglob("*") if path.is_file()]
+    assert "open-sesame" not in output and not any(b"open-sesame" in path.read_bytes() for path in files)
 
 
-@pytest.mark.long
-def test_a_source_asks_the_reference(task, tiny_llama, tmp_path, monkeypatch):
+def test_a_source_of_ones_own_asks_the_reference_and_rewards_are_added_up(task, tiny_llama, tmp_path, monkeypatch):
     """vLLM has the reference's weights while responses are scored, and the policy's while it answers.
 
     The reference answers the same until it is refreshed, before step 3; then it is the policy, which was trained.
     """
     monkeypatch.setenv("PYTHONPATH", f"{ROOT / 'tests'}:{os.environ.get('PYTHONPATH', '')}")
-    run = tmp_path / "run"
+    run, functions = tmp_path / "run", "+reward.custom_reward_function.reward_kwargs.functions"
     succeed(
         task,
         tiny_llama,
         run,
         "algorithm.preference_source=reference_source:ReferenceSays",
-        "reward.custom_reward_function.path=null",
+        f"reward.custom_reward_function.path={ROOT}/preferences/weighted.py",
+        f"{functions}.vowels={{path: {task}/reward.py}}",
+        f"{functions}.later={{path: {task}/reward.py, name: compute_later, weight: 0.5}}",
         "trainer.ref_update_freq=3",
         "trainer.total_training_steps=3",
         "trainer.val_before_train=False",
@@ -329,6 +335,7 @@ def test_a_source_asks_the_reference(task, tiny_llama, tmp_path, monkeypatch):
     assert says[0] == says[1] != says[2]
     for step in (1, 2, 3):
         assert history[step]["pairs/used"] == 4 and history[step]["score/mean"] > 1
+        assert history[step]["reward/later"] == 7 and history[step]["reward/vowels"] != 7
         assert history[step]["rollout/logp_gap_max"] < 1e-3
 
 

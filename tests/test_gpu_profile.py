@@ -27,13 +27,15 @@ CPU = [
     "++ray_kwargs.ray_init.num_gpus=1",  # logical ones
     "++ray_kwargs.ray_init.num_cpus=24",
     "++ray_kwargs.ray_init.object_store_memory=500000000",
-    # no CUDA graphs, and no device memory to hand back and forth
+    # no CUDA graphs, and no allocator of vLLM's that hands device memory back
     f"{ROLLOUT}.enforce_eager=True",
-    f"{ROLLOUT}.free_cache_engine=False",
     f"++{ROLLOUT}.enable_sleep_mode=False",
     f"++{ROLLOUT}.engine_kwargs.vllm.distributed_executor_backend=uni",
 ]
 SIZES = [
+    # That a step's rows, of 50 tokens or so, make micro-batches
+    "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=100",
+    "actor_rollout_ref.ref.log_prob_max_token_len_per_gpu=100",
     "trainer.total_epochs=2",
     "data.max_prompt_length=64",
     f"{ROLLOUT}.max_model_len=128",

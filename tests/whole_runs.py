@@ -21,6 +21,8 @@ import pyarrow.parquet as pq
 MARK = "SPIN_TEST_RUN"  # set in the environment of a run
 ROOT = Path(__file__).resolve().parent.parent
 REWARD = """
+import asyncio
+
 def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
     vowels = sum(letter in "aeiou" for letter in solution_str)
     return {"score": vowels - 0.01 * len(solution_str), "acc": float(vowels > 3)}
@@ -28,6 +30,10 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kw
 def compute_every_other(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
     even = extra_info["index"] % 2 == 0
     return 0.0 if even else sum(map(ord, solution_str)) % 1009 + len(solution_str) / 100
+
+async def compute_later(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
+    await asyncio.sleep(0.01)
+    return 7.0
 
 def compute_the_same(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
     return 1.0

@@ -36,7 +36,7 @@ from recipe.spin.checks.paths import make_absolute
 
 ROOT = Path(__file__).resolve().parents[1]
 REQUIRED = {"verl", "transferqueue"}  # of the constraints, what the recipe's code is made for
-PROBE_SECONDS, RUN_SECONDS = 240, 330
+PROBE_SECONDS, RUN_SECONDS = 200, 270  # with what stopping them takes below ten minutes
 PROMPTS = 4
 # A tiny model, two steps, the reference refreshed in the second; ties train, as its answers are all wrong. Ray has as
 # many CPUs as machine.cpus_needed counts: a run that ends shows the count to be enough
@@ -72,6 +72,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path("doctor.json"), help="the report's file (doctor.json)")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings of the run to check for")
     options = parser.parse_args()
+    os.environ.pop("RAY_ADDRESS", None)  # it looks at this machine, and not at a cluster
     profile = options.profile or ("gpu" if torch.cuda.device_count() > 0 else "cpu")
     started, found = time.monotonic(), []
     for finding in examine(profile, options.overrides, options.quick):
@@ -229,7 +230,6 @@ def command_of(profile: str, *arguments: str) -> list[str]:
 def start(command: list[str], seconds: float, folder: Path | None = None) -> tuple[int | None, str, str]:
     """Exit code, None after `seconds`, and what was written to stdout and stderr; nothing is left running."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    environment.pop("RAY_ADDRESS", None)  # it looks at this machine, and not at a cluster
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         process = subprocess.Popen(
             command, stdout=out, stderr=err, cwd=folder, env=environment, start_new_session=True, text=True
