@@ -1,12 +1,12 @@
 """Whether a run gets on: its processes may all live, and wait for each other or for one that hangs."""
 
 import time
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 
 import psutil
 
-STOPPED = ("T", "t")  # states of a process in /proc: by a signal, by a debugger
+STOPPED = (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)  # by a signal, by a debugger
 
 
 class Stall:
@@ -36,9 +36,8 @@ class Stall:
         seconds = time.monotonic() - self._since
         if self._limit is None or seconds < self._limit:
             return None
-        stopped = "".join(f"; process {one.pid} ({_name(one.pid)}) is stopped" for one in processes if _is_stopped(one))
         return (
-            f"the run has not got on for {seconds:.0f} s: {self._in_words()}{stopped}. Where that really takes so long "
+            f"the run has not got on for {seconds:.0f} s: {self._in_words()}{''.join(_stopped(processes))}. Where that really takes so long "
             f"raise trainer.stall_timeout_s={self._limit:g}, or set null"
         )
 
@@ -51,16 +50,8 @@ class Stall:
         return f"{doing}{within} after step {step}{waiting}"
 
 
-def _is_stopped(process: psutil.Process) -> bool:
-    return _stat(process.pid).rpartition(")")[2].split()[:1] in ([state] for state in STOPPED)
-
-
-def _name(pid: int) -> str:
-    return _stat(pid).partition("(")[2].rpartition(")")[0]
-
-
-def _stat(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text()
-    except OSError:  # it has ended meanwhile
-        return ""
+def _stopped(processes: Iterable[psutil.Process]) -> Iterator[str]:
+    for process in processes:
+        with suppress(psutil.Error):  # it has ended meanwhile
+            if process.status() in STOPPED:
+                yield f"; process {process.pid} ({process.name()}) is stopped"
