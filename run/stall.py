@@ -36,9 +36,10 @@ class Stall:
         seconds = time.monotonic() - self._since
         if self._limit is None or seconds < self._limit:
             return None
+        doing = self._in_words() + "".join(_stopped(processes))
         return (
-            f"the run has not got on for {seconds:.0f} s: {self._in_words()}{''.join(_stopped(processes))}. Where that really takes so long "
-            f"raise trainer.stall_timeout_s={self._limit:g}, or set null"
+            f"the run has not got on for {seconds:.0f} s: {doing}. Where that really takes so long raise "
+            f"trainer.stall_timeout_s={self._limit:g}, or set null"
         )
 
     def _in_words(self) -> str:
