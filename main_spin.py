@@ -125,10 +125,11 @@ def run_spin(config: DictConfig) -> None:
         forks = None
         if WorkerForks.fit(config):
             forks = WorkerForks(config.ray_kwargs.ray_init, IMPORTED_AT_ONCE, IMPORTED_WITH_RAY)
-        monitor = RunMonitor(logs, config.trainer.device, cluster.prepare(config), history, forks)
+        joins, stall = cluster.prepare(config), config.trainer.stall_timeout_s
+        monitor = RunMonitor(logs, config.trainer.device, joins, history, forks, stall)
         heap.hand_back()
         sigterm, imports = verl_patches.sigterm_kept_from_ray(), verl_patches.workers_without_folder_of_the_call()
-        with monitor, explained(logs, monitor.logs, go_on), Liveness(forks), sigterm, imports:
+        with monitor, explained(logs, monitor.logs, go_on), Liveness(forks, monitor.stalled), sigterm, imports:
             run_ppo(config, task_runner_class=runner)
         report.write(config, seconds=monitor.seconds, peak_memory_gb=monitor.peak_memory_gb)
 

@@ -23,8 +23,12 @@ def nearest_existing(folder: Path) -> Path:
 def write_whole(file: Path, text: str) -> None:
     """Writes a file that is there whole or not at all, whenever the process may be killed."""
     unfinished = file.with_name(f"{file.name}.tmp")
-    unfinished.write_text(text)
-    unfinished.rename(file)
+    try:
+        unfinished.write_text(text)
+        unfinished.rename(file)
+    except OSError:  # a full disk, which what was written of it would keep full
+        unfinished.unlink(missing_ok=True)
+        raise
 
 
 def checkpoints(folder: Path) -> dict[int, Path]:

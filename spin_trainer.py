@@ -5,6 +5,8 @@ refresh the reference -> generate -> score -> prefer -> reference log-probs -> u
 
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from itertools import count
 from pathlib import Path
@@ -85,11 +87,16 @@ class SpinTrainer(OpponentInVLLM, StaleWeights, HeldOutValidation, PPOTrainerSyn
         if type(buffer) in OWN_BUFFERS:
             buffer.__class__ = OWN_BUFFERS[type(buffer)]
             buffer.settle = lambda seconds: self.agent_loop_manager.settle(seconds)
-            buffer.is_idle = lambda: self.agent_loop_manager.is_idle()
+            buffer.count_answering = self._count_answering
             buffer.rewards_may_fail = self.config.algorithm.reward_error == "skip"
         # verl's 2 s would be a floor under every small step. WholeRounds looks once a round, others all the time
         buffer.poll_interval = 0.05 if isinstance(buffer, WholeRounds) else 0.25
         return buffer
+
+    def _count_answering(self) -> int:
+        """How many prompts are being answered, which progress tells too."""
+        self.progress["answering"] = self.agent_loop_manager.count_answering()
+        return self.progress["answering"]
 
     def get_llm_client(self):
         if not self._sends_rounds:
@@ -164,7 +171,7 @@ class SpinTrainer(OpponentInVLLM, StaleWeights, HeldOutValidation, PPOTrainerSyn
         self.progress["doing"] = "answering the held-out prompts"
 
     def on_validate_end(self):
-        self.progress["doing"] = "training"
+        self.progress |= {"doing": "training", "answering": 0}
 
     def on_train_begin(self):
         self.progress["doing"] = "training"
@@ -187,9 +194,16 @@ class SpinTrainer(OpponentInVLLM, StaleWeights, HeldOutValidation, PPOTrainerSyn
         if self.source.rollout_model == "reference":
             self._push_weights("reference")
 
+    @contextmanager
+    def _phase(self, name: str, timing_raw: dict, color: str) -> Iterator[None]:
+        """A part of a step, timed under its name and told by `progress`."""
+        self.progress |= {"phase": name, "answering": 0}
+        with marked_timer(name, timing_raw, color=color):
+            yield
+
     def _step_once(self, metrics: dict, timing_raw: dict, sample_batch_size: int) -> KVBatchMeta:
         """One step of online DPO; returns the keys of all responses, which verl clears."""
-        with marked_timer("gen", timing_raw, color="red"):
+        with self._phase("gen", timing_raw, color="red"):
             self.on_sample_begin()
             batch, sample_metrics = self.replay_buffer.sample(
                 global_steps=self.global_steps, partition_id=queue.TRAINING, batch_size=sample_batch_size
@@ -198,19 +212,19 @@ class SpinTrainer(OpponentInVLLM, StaleWeights, HeldOutValidation, PPOTrainerSyn
             self.on_sample_end()
 
         if self.reward_loop_manager.reward_loop_worker_handles is None:
-            with marked_timer("reward", timing_raw, color="yellow"):
+            with self._phase("reward", timing_raw, color="yellow"):
                 batch = self._compute_reward_colocate(batch, metrics=metrics)
 
-        with marked_timer("prefer", timing_raw, color="brown"):
+        with self._phase("prefer", timing_raw, color="brown"):
             rows = self._prefer(batch, metrics)
 
         metrics["training/reference_refreshed"] = float(self._reference_is_due())
         self._check_pairs(rows is not None)
 
         if rows is not None:
-            with marked_timer("ref", timing_raw, color="olive"):
+            with self._phase("ref", timing_raw, color="olive"):
                 self.dpo.add_ref_logps(rows)
-            with marked_timer("update_actor", timing_raw, color="red"):
+            with self._phase("update_actor", timing_raw, color="red"):
                 metrics.update(self.dpo.update_actor(rows, self._beta, self.global_steps))
             self._name_logp_gap(metrics)
         else:
@@ -314,7 +328,7 @@ class SpinTrainer(OpponentInVLLM, StaleWeights, HeldOutValidation, PPOTrainerSyn
         metrics["perf/throughput"] = tokens / (seconds * self._get_n_gpus_for_throughput())
         metrics.update({"training/global_step": global_steps, "training/epoch": epoch})
         finished = (*self.progress["finished"][1 - SHOWN_STEPS :], (global_steps, dict(metrics)))
-        self.progress |= {"step": global_steps, "metrics": dict(metrics), "finished": finished}
+        self.progress |= {"step": global_steps, "phase": "", "metrics": dict(metrics), "finished": finished}
 
     def _save_checkpoint(self):
         """Saves as verl does, and removes old checkpoints only when the new one is complete."""

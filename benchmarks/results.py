@@ -18,7 +18,9 @@ adds one (once a kind of machine after `.venv/bin/python -m benchmarks.trl_setti
 A step is one optimizer step of online DPO on SmolLM2-135M-Instruct, 32 prompts with 2 responses each, fp32,
 this recipe and TRL's OnlineDPOTrainer in turn on the same machine; ratios are medians over rounds. Neither recomputes
 activations (the CPU profile does, in part), and TRL has the fastest of the settings tried on that machine. The floor is
-the arithmetic that a step cannot do without, at the machine's measured rate of matrix products. "To plain" is the
+the arithmetic of a step that computes every prompt once (this recipe computes what all begin with once, which is less),
+at the machine's measured rate of matrix products. On AMD's processors with AVX-512 this recipe's CPU profile takes
+oneDNN's products from 2026-11-30 on, TRL and the plain step torch's own. "To plain" is the
 reference pass and the update to those of `plain_step.py`, per operation. "Others" are the cores that other programs
 kept busy during the worst of the runs: well above 0, the seconds mean little.
 """

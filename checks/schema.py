@@ -190,6 +190,9 @@ class Trainer(Section):
         3, "optimizer steps in a row without a finite gradient after which the run stops; each is skipped"
     )
     max_steps_without_pairs: Count = own(20, "steps in a row in which all responses tie after which the run stops")
+    stall_timeout_s: Positive | None = own(
+        7200, "seconds in which no step, no phase of one and no answer came to its end after which the run stops"
+    )
     check_memory: bool = own(True, "refuse a run for which memory or disk do not suffice by an estimate")
     use_v1: Literal[True]
     v1: V1

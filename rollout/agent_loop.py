@@ -349,9 +349,9 @@ class RolloutManager(AgentLoopManagerTQ):
         found = ray.get([worker.score_groups.remote() for worker in self.agent_loop_workers])
         return {uid: scores for part in found for uid, scores in part.items()}
 
-    def is_idle(self) -> bool:
-        """Whether no prompt is being answered. Raises when a worker died."""
-        return not any(ray.get([worker.count_answering.remote() for worker in self.agent_loop_workers]))
+    def count_answering(self) -> int:
+        """How many prompts are being answered. Raises when a worker died."""
+        return sum(ray.get([worker.count_answering.remote() for worker in self.agent_loop_workers]))
 
     def settle(self, seconds: float) -> bool:
         """Waits for the prompts being answered, at most so long; whether all are. Raises when a worker died."""

@@ -16,11 +16,11 @@ class InOrder:
 
     Attributes:
         settle: the manager's (rollout/agent_loop.py), which waits for the prompts being answered.
-        is_idle: the manager's too, whether there are none.
+        count_answering: how many these are.
     """
 
     settle: Callable[[float], bool]
-    is_idle: Callable[[], bool]
+    count_answering: Callable[[], int]
 
     def _select_prompt_uids(self, partition_id, sampleable_keys, batch_size):
         asked = [uid for uid in self.prompt_global_steps[partition_id] if uid in sampleable_keys]
@@ -65,7 +65,7 @@ class WholeRounds(InOrder, ScoredGroups, ReplayBuffer):
                 self.failure_keys.pop(partition, None)
 
     def _wait_for_next_poll(self, partition_id, last_debug_time):
-        if self.settle(WAIT_SECONDS):
+        if self.settle(WAIT_SECONDS) or not self.count_answering():
             self._check_lost(partition_id)
         return super()._wait_for_next_poll(partition_id, last_debug_time)
 
@@ -89,6 +89,6 @@ class OldestFirst(InOrder, ScoredGroups, ReplayBufferAsync):
     def _wait_for_next_poll(self, partition_id, last_debug_time):
         if time.monotonic() - self._looked > WAIT_SECONDS:
             self._looked = time.monotonic()
-            if self.is_idle():
+            if not self.count_answering():
                 self._check_lost(partition_id)
         return super()._wait_for_next_poll(partition_id, last_debug_time)

@@ -36,8 +36,8 @@ class RunFailed(RuntimeError):
     """A run that had started and could not go on; the message is for its user."""
 
 
-class ComponentDied(RuntimeError):
-    """The run could not go on without a process that died; the message names it."""
+class CannotGoOn(RuntimeError):
+    """The run could not go on: a process died, or it has not got on for too long. The message says which."""
 
 
 @contextmanager
@@ -74,7 +74,7 @@ def cause_of(error: Exception, records: list[str]) -> str:
     """
     import ray
 
-    if isinstance(error, ComponentDied):
+    if isinstance(error, CannotGoOn):
         return str(error)
     if isinstance(error, ray.exceptions.RayError):
         return _last_exception(records[0] if records else str(error))

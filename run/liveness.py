@@ -1,4 +1,4 @@
-"""Whether the processes of a run live: what asks a dead one often waits for ever, and the run would with it."""
+"""Whether the processes of a run live, and get on: what asks a dead one often waits for ever, and the run would too."""
 
 import _thread
 import contextlib
@@ -7,7 +7,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from ray._private import state as ray_state
 from ray._private import worker as ray_worker
 from ray.core.generated.common_pb2 import ActorDiedErrorContext
 
-from recipe.spin.run.failure import ComponentDied, ray_logs
+from recipe.spin.run.failure import CannotGoOn, ray_logs
 from recipe.spin.run.monitor import TASK_RUNNER
 from recipe.spin.run.worker_forks import WorkerForks
 
@@ -64,17 +64,20 @@ class Lost:
 class Liveness:
     """Context manager around a run in the driver's main thread; a thread of its own looks at Ray's table of actors.
 
-    A run that has not ended by itself a while after the death of one of its processes is interrupted. What the run ends
-    by, if one of its processes died before, is a ComponentDied.
+    A run that has not ended by itself a while after the death of one of its processes is interrupted, and so is one
+    that does not get on. What it ends by, if one of its processes died before or it did not get on, is a CannotGoOn.
 
     Attributes:
         lost: the first process found dead.
+        stalled: what the run was doing that did not get on.
     """
 
-    def __init__(self, forks: WorkerForks | None = None):
-        """forks: what Ray's workers come from, if not from Ray."""
+    def __init__(self, forks: WorkerForks | None = None, stalled: Callable[[], str | None] = lambda: None):
+        """forks: what Ray's workers come from, if not from Ray. stalled: the monitor's."""
         self.lost: Lost | None = None
+        self.stalled: str | None = None
         self._forks = forks
+        self._ask_whether_stalled = stalled
         self._found = self._patience = 0.0
         self._interrupted = False
         self._stop = threading.Event()
@@ -91,14 +94,15 @@ class Liveness:
             return
         if self.lost is None:
             self._look()
-        if self.lost is not None:
-            raise ComponentDied(str(self.lost)) from exception
+        if self.lost or self.stalled:
+            raise CannotGoOn(str(self.lost or self.stalled)) from exception
 
     def _watch(self) -> None:
         while not self._stop.wait(LOOK_SECONDS):
             if self.lost is None:
                 self._look()
-            elif time.monotonic() > self._found + self._patience:
+                self.stalled = self._ask_whether_stalled()
+            if self.stalled or (self.lost and time.monotonic() > self._found + self._patience):
                 self._interrupted = True
                 _thread.interrupt_main(signal.SIGTERM)  # which signals.py handles
                 return

@@ -19,6 +19,7 @@ from recipe.spin.run import private_folder, signals
 from recipe.spin.run.console import Console
 from recipe.spin.run.drift import Drift
 from recipe.spin.run.process_memory import NeededMemory, PeakMemory, PrivateMemory
+from recipe.spin.run.stall import Stall
 from recipe.spin.run.worker_forks import WorkerForks
 
 TASK_RUNNER = "spin_task_runner"
@@ -59,9 +60,11 @@ class RunMonitor:
         joins: bool = False,
         history: History | None = None,
         forks: WorkerForks | None = None,
+        stall_seconds: float | None = None,
     ):
         """log_folder: gets Ray's logs if the run fails, in place of an older run's. device: what the run trains on.
-        history: metrics of the run's earlier parts. forks: what Ray's workers come from, if not from Ray."""
+        history: metrics of the run's earlier parts. forks: what Ray's workers come from, if not from Ray.
+        stall_seconds: after which a run that does not get on is `stalled`."""
         self._joins = joins
         self._forks = forks
         self.logs = LOGS_OF_A_CLUSTER if joins else str(log_folder)
@@ -70,6 +73,7 @@ class RunMonitor:
         self._thread = threading.Thread(target=self._watch, name="run-monitor", daemon=True)
         self._console = Console()
         self._drift = Drift(history)
+        self._stall = Stall(stall_seconds)
         self._log_folder = log_folder
         self._folder: Path | None = None
         self._not_of_the_run: set[psutil.Process] = set()
@@ -98,6 +102,10 @@ class RunMonitor:
             self._thread.start()
             if_it_fails.pop_all()
         return self
+
+    def stalled(self) -> str | None:
+        """What a run was doing that has not got on for too long; None for any other."""
+        return self._stall.what(self._alive)
 
     def _remove_folder(self) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -157,6 +165,7 @@ class RunMonitor:
                 self._memory.see([psutil.Process(), *processes])
             self._find_shared_memory(processes)
             progress = _ask_task_runner()
+            self._stall.see(progress)
             if progress is not None:
                 has_started = True
                 self._show(progress)

@@ -27,9 +27,8 @@ def write(config: DictConfig, seconds: float, peak_memory_gb: float | None) -> d
     """
     folder = Path(config.trainer.default_local_dir)
     history, unreadable = read_history(folder)
-    with open(folder / "metrics.jsonl", "w") as file:
-        for step, metrics in history.items():
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
+    lines = [json.dumps({"step": step, **metrics}) for step, metrics in history.items()]
+    write_whole(folder / "metrics.jsonl", "".join(f"{line}\n" for line in lines))
     summary = summarize(history) | {
         "seconds": round(seconds, 1),
         "peak_memory_gb": peak_memory_gb and round(peak_memory_gb, 2),

@@ -1,4 +1,5 @@
 import os
+import subprocess
 from pathlib import Path
 
 import huggingface_hub
@@ -7,7 +8,7 @@ import torch
 from checkable_run import Run, hub_without_network
 from fake_checkout import Checkout, copy_checkout
 from whole_runs import write_task
-from worker_harness import Ranks
+from worker_harness import ROOT, Ranks
 
 from benchmarks.tiny_models import ARCHITECTURES, save_tiny_model
 from recipe.spin.checks import model_files
@@ -48,6 +49,24 @@ def _no_network(monkeypatch):
     """The hub cannot be asked for names that it has."""
     monkeypatch.setattr(huggingface_hub, "model_info", hub_without_network)
     model_files._is_on_hub.cache_clear()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of a few megabytes that a process of its own sees in a namespace of its own, as no root is needed.
+
+    Returns the command that starts others there, the folder as they see it, and as this process does.
+    """
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = f"mount -t tmpfs -o size=8m tmpfs {folder} && echo mounted && exec cat"
+    command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mount]
+    holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    if holder.stdout.readline() != "mounted\n":
+        pytest.skip("this machine lets nobody mount a file system")
+    within = ("nsenter", "--user", "--mount", "--preserve-credentials", f"--target={holder.pid}", f"--wd={ROOT}")
+    yield within, folder, Path(f"/proc/{holder.pid}/root{folder}")
+    holder.communicate()
 
 
 @pytest.fixture

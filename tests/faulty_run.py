@@ -1,9 +1,10 @@
 """A run in which one process is killed: SPIN_FAULT=COMPONENT:MOMENT python -m faulty_run KEY=VALUE ...
 
-The TaskRunner kills it, once, at that moment of a step behind the first that it trains, which leaves a checkpoint; at
-the moment `validation` in the first validation. At the moment `report` the driver kills itself, as all others have
-ended by then. The component `disk` is filled instead, by a file in the run's folder. When that was stands in a file
-beside the folder, by the machine's monotonic clock. A module of its own, so that Ray's workers can import it.
+The TaskRunner kills it, or sends it another signal (SPIN_SIGNAL), once, at that moment of a step behind the first that
+it trains, which leaves a checkpoint; at the moment `validation` in the first validation. At the moment `report` the
+driver kills itself, as all others have ended by then. The component `disk` is filled instead, by a file in the run's
+folder. When that was stands in a file beside the folder, by the machine's monotonic clock. A module of its own, so that
+Ray's workers can import it.
 """
 
 import os
@@ -60,7 +61,7 @@ def strike(folder: Path, pid: int | None) -> None:
     if pid is None:
         fill(folder)
     else:
-        os.kill(pid, signal.SIGKILL)
+        os.kill(pid, getattr(signal, os.environ.get("SPIN_SIGNAL", "SIGKILL")))
 
 
 def faulty(trainer: type) -> type:

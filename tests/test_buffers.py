@@ -99,7 +99,7 @@ def filtering(request, monkeypatch) -> ReplayBuffer:
     mode = "sync" if kind is WholeRounds else "colocate_async"
     options = {"filter_groups_metric": metric, "train_batch_size": 2, "gen_batch_size": 1}
     buffer = kind(mode, None, None, "drop", None, poll_interval=0.0, refill_fn=lambda n: buffer.refill(n), **options)
-    buffer.settle, buffer.is_idle, buffer.rewards_may_fail = lambda seconds: True, lambda: False, True
+    buffer.settle, buffer.count_answering, buffer.rewards_may_fail = lambda seconds: True, lambda: 1, True
     buffer.given, buffer.asked = {}, 0
     wait = buffer._wait_for_next_poll
 
@@ -206,7 +206,7 @@ def test_a_failed_prompt_ends_the_run(asynchronous):
 
 def test_a_lost_prompt_is_an_error_in_asynchronous_generation_too(asynchronous):
     asynchronous.queue = {"a": prompt("pending")}
-    asynchronous.is_idle = lambda: True
+    asynchronous.count_answering = lambda: 0
     with pytest.raises(RuntimeError, match="1 prompts were never answered"):
         asynchronous.sample(global_steps=1, partition_id="train", batch_size=1)
 

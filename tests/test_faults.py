@@ -11,7 +11,6 @@ import json
 import math
 import shutil
 import signal
-import subprocess
 import time
 from functools import partial
 from pathlib import Path
@@ -205,6 +204,22 @@ def test_a_killed_process_is_named_and_ends_the_run(component, moment, chain, mo
     assert chain.step > begun_at or moment == "validation"
 
 
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("component", "moment"),
+    [("engine", "generation"), ("rank", "update"), ("controller", "push"), ("runner", "update")],
+)
+def test_a_stopped_process_is_named_and_ends_the_run(component, moment, chain, monkeypatch):
+    """It lives, and all others wait for it."""
+    monkeypatch.setenv("SPIN_FAULT", f"{component}:{moment}")
+    monkeypatch.setenv("SPIN_SIGNAL", "SIGSTOP")
+    begun_at = chain.step
+    error = chain.failure(chain.start("trainer.stall_timeout_s=45", program=["-m", "faulty_run"]), begun_at)
+    assert chain.seconds_since_the_kill < 45 + SECONDS_TO_END
+    assert error.startswith("error: the run has not got on for ") and "is stopped" in error
+    assert chain.step > begun_at
+
+
 @pytest.mark.slow
 def test_the_command_goes_on_after_the_fault_of_a_row(chain):
     """To a good end, by which the run is as long as one without the fault; the last test compares what it came to."""
@@ -268,24 +283,6 @@ def learned(entry: dict) -> dict:
     """A step's metrics less those of speed and memory, and of validations, which the faults' own runs add."""
     others = ("timing", "perf/", "actor/mfu", "val-")
     return {name: value for name, value in entry.items() if not name.startswith(others)}
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of a few megabytes that a process of its own sees in a namespace of its own, as no root is needed.
-
-    Returns the command that starts others there, the folder as they see it, and as this process does.
-    """
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = f"mount -t tmpfs -o size=8m tmpfs {folder} && echo mounted && exec cat"
-    command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mount]
-    holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    if holder.stdout.readline() != "mounted\n":
-        pytest.skip("this machine lets nobody mount a file system")
-    within = ("nsenter", "--user", "--mount", "--preserve-credentials", f"--target={holder.pid}", f"--wd={ROOT}")
-    yield within, folder, Path(f"/proc/{holder.pid}/root{folder}")
-    holder.communicate()
 
 
 @pytest.mark.long

@@ -9,7 +9,7 @@ import pytest
 from ray.core.generated.common_pb2 import ActorDeathCause, ActorDiedErrorContext
 
 from recipe.spin.run import liveness, signals
-from recipe.spin.run.failure import ComponentDied
+from recipe.spin.run.failure import CannotGoOn
 from recipe.spin.run.liveness import Liveness, in_words
 
 
@@ -154,15 +154,22 @@ def quick(monkeypatch):
 
 
 def test_a_run_that_waits_for_a_dead_process_is_ended(table, quick):
-    with pytest.raises(ComponentDied, match=r"vLLM's server 0 \(process 101\) died: Worker exits\."), Liveness():
+    with pytest.raises(CannotGoOn, match=r"vLLM's server 0 \(process 101\) died: Worker exits\."), Liveness():
         table.append(actor(1, "RolloutServer", "DEAD", reason=ActorDiedErrorContext.WORKER_DIED))
         for _ in range(3000):  # as Ray's waiting does, looks for signals now and then; a lock's would not
             time.sleep(0.01)
 
 
+def test_a_run_that_does_not_get_on_is_ended(table, quick):
+    words = iter((None, None, "the run has not got on"))
+    with pytest.raises(CannotGoOn, match="the run has not got on"), Liveness(stalled=lambda: next(words)):
+        for _ in range(3000):
+            time.sleep(0.01)
+
+
 def test_what_a_run_ends_by_itself_is_the_death_before_it(table, quick, monkeypatch):
     monkeypatch.setattr(liveness, "LOOK_SECONDS", 30)
-    with pytest.raises(ComponentDied) as caught, Liveness():
+    with pytest.raises(CannotGoOn) as caught, Liveness():
         table.append(actor(1, "RolloutServer", "DEAD", reason=ActorDiedErrorContext.WORKER_DIED))
         raise ValueError("0 of 4 prompts have responses")
     assert isinstance(caught.value.__cause__, ValueError)

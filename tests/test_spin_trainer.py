@@ -55,6 +55,15 @@ def test_dynamic_sampling_has_a_limit(trainer, enable, limit, fetched, stops):
         trainer._check_filtering(fetched)
 
 
+def test_what_a_step_is_at_is_told_while_it_is(trainer):
+    trainer.progress, timing = {"doing": "training", "answering": 3}, {}
+    trainer.agent_loop_manager = types.SimpleNamespace(count_answering=lambda: 2)
+    with trainer._phase("gen", timing, "red"):
+        assert trainer.progress == {"doing": "training", "phase": "gen", "answering": 0}
+        assert trainer._count_answering() == trainer.progress["answering"] == 2
+    assert timing["gen"] >= 0
+
+
 def test_rewards_are_in_the_metrics_by_their_names():
     info = [{"score": 1.0, "acc": 1.0, "brief": -2, "right": True, "why": "a"}, {"score": 0.0, "brief": -4, "why": ""}]
     assert answers.named_rewards(info) == {"reward/brief": -3.0, "reward/right": 1.0}
