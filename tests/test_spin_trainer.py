@@ -32,7 +32,7 @@ from recipe.spin.spin_trainer import SHOWN_STEPS, SpinTrainer
 @pytest.fixture
 def trainer() -> SpinTrainer:
     trainer = SpinTrainer.__new__(SpinTrainer)
-    trainer.global_steps = 7
+    trainer.global_steps, trainer.progress = 7, {}
     return trainer
 
 
