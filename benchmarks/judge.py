@@ -5,7 +5,8 @@ All else is as in the default run.
     .venv/bin/python -m benchmarks.judge [--runs outputs/judge]
 
 The judge (benchmarks/rule_judge.py) takes 0.2 s an answer, 5% of which hold no verdict. The reward function is for the
-reports alone. Writes benchmarks/results/DATE-judge.json; ten minutes on two cores.
+reports alone. Writes benchmarks/results/DATE-judge.json, with what tells likelihood and length of every step
+(run/drift.py); ten minutes on two cores.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from pathlib import Path
 from benchmarks.default_run import seeded, summarize, train
 from benchmarks.machine import ROOT, provenance, write_result
 from benchmarks.rule_judge import Rule, RuleJudge, is_no_sum, is_sum
+from recipe.spin.run.drift import READ
 
 DELAY, UNREADABLE = 0.2, 0.05
 STEPS = {"knows the rule": 12, "turned round": 5}
@@ -30,7 +32,8 @@ def run(rule: Rule, steps: int, folder: Path) -> dict:
         name: sum(one[f"judge/{name}"] for one in steps_judged) / len(steps_judged)
         for name in ("asked", "tie_rate", "unreadable_rate", "first_rate", "seconds_per_prompt")
     }
-    return summarize(history) | {"judge": means}
+    by_step = {one["step"]: {name: one[name] for name in READ} for one in history if READ[0] in one}
+    return summarize(history) | {"judge": means, "by_step": by_step}
 
 
 def main() -> None:
