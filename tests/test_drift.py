@@ -1,10 +1,12 @@
 """When a run warns that likelihood or length leave their bounds, and that a healthy run never does."""
 
 import io
+import json
 import sys
 
 import pytest
 
+from benchmarks.results import FOLDER
 from recipe.spin.run import monitor
 from recipe.spin.run.drift import WINDOW, Drift, find_drift
 from recipe.spin.run.monitor import RunMonitor
@@ -62,6 +64,14 @@ def test_the_default_run_warns_of_nothing(run):
     assert [find_drift(steps[:number]) for number in range(len(steps) + 1)] == [{}] * (len(steps) + 1)
 
 
+@pytest.mark.parametrize("judge", ["knows the rule", "turned round"])
+def test_the_recorded_runs_of_judges_warn_of_nothing(judge):
+    """Turned round it unlearns the task, and what that judge prefers loses no likelihood."""
+    found = json.loads((FOLDER / "2026-11-30-judge.json").read_text())["runs"][judge]
+    steps = [{"step": int(step), **one} for step, one in found["by_step"].items()]
+    assert [find_drift(steps[:number]) for number in range(len(steps) + 1)] == [{}] * (len(steps) + 1)
+
+
 def test_chosen_responses_that_lose_likelihood():
     good, bad = [metrics(-0.4)] * 4, [metrics(-1.0)] * 4
     (kind, text), *others = find_drift(history(*good, *bad)).items()
@@ -74,7 +84,7 @@ def test_chosen_responses_that_lose_likelihood():
 
 
 def test_likelihood_that_falls_from_the_start_on_shows_in_the_fifth_step():
-    """As with a judge turned round, whose run went from -2.33 to -3.62 in five steps."""
+    """By as much a step as a judge turned round made it fall in a run of 2026-11-25."""
     steps = history(*map(metrics, (-2.33, -2.65, -2.97, -3.30, -3.62)))
     assert "nats a token over steps 2 to 5, after -2.33 at best" in find_drift(steps)["likelihood"]
     assert not find_drift(steps[:4])
