@@ -68,10 +68,11 @@ def test_memory_that_two_processes_share_counts_once():
 
 
 def test_on_gpus_what_a_process_has_for_itself_is_read_without_a_walk_through_its_pages(subject, monkeypatch, tmp_path):
-    """Nor what it shares."""
+    """Every 10 s, unless the machine has less left than before; and not what it shares."""
     seen, read = [], Path.read_text
     monkeypatch.setattr(Path, "read_text", lambda path: seen.append(path.name) or read(path))
     monitor = RunMonitor(tmp_path, device="cuda")
+    assert monitor._memory._seconds == 10
     monitor._memory._seconds = 0.0
     monitor._memory.see([subject.process])
     before = monitor.peak_memory_gb
