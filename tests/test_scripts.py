@@ -292,7 +292,7 @@ def test_finished_runs_are_kept_and_unfinished_ones_continued(checkout: Checkout
 
 
 # ---- the files themselves --------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("name", ["run_spin.sh", "scripts/env.sh", "tests/run.sh", ".ci/run"])
+@pytest.mark.parametrize("name", ["run_spin.sh", "scripts/env.sh", "scripts/lock.sh", "tests/run.sh", ".ci/run"])
 def test_scripts_parse(name: str) -> None:
     subprocess.run(["bash", "-n", str(ROOT / name)], check=True)
     assert name == "scripts/env.sh" or os.access(ROOT / name, os.X_OK)
@@ -316,3 +316,22 @@ def test_every_constraint_is_one_exact_version(profile: str) -> None:
                 pinned[requirement.name.lower()] = pinned.get(requirement.name.lower(), 0) + 1
     assert {"torch", "verl", "ray", "transformers", "transferqueue", "tensordict"} <= set(pinned)
     assert set(pinned.values()) == {1}
+
+
+@pytest.mark.parametrize("profile", ["cpu", "cpu_cuda", "gpu"])
+def test_every_version_has_hashes_in_the_lock(profile: str) -> None:
+    """The lock is made of the list (scripts/lock.sh), and what is installed comes from the lock alone."""
+
+    def entries(text: str) -> dict[str, str]:
+        text = re.sub(r"^#.*\n", "", text, flags=re.MULTILINE).replace("\\\n", "")
+        pattern = r"^([a-z0-9.-]+==[^ ;\n]+)(?: ; python_(?:full_)?version ([<>=]+) ['\"](\d\.\d+)[.*]*['\"])?(.*)$"
+        return {
+            f"{pin.replace('+cpu', '')} {operator}{version}": hashes
+            for pin, operator, version, hashes in re.findall(pattern, text, re.MULTILINE)
+        }
+
+    listed = (ROOT / f"constraints/{profile}.txt").read_text()
+    locked = entries((ROOT / f"constraints/{profile}.lock").read_text())
+    assert set(locked) == set(entries(listed)) and len(locked) == len(re.findall("^[a-z]", listed, re.MULTILINE))
+    for pin, hashes in locked.items():
+        assert re.fullmatch(r"( +--hash=sha256:[0-9a-f]{64})+ *", hashes), pin

