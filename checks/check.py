@@ -1,7 +1,7 @@
 """Checks of the settings, the data and the model before Ray starts: all faults in one message, each with its remedy.
 
 schema.py says what each setting may be, rules/ what ties settings together, and model_files.py, reward_file.py and
-data_files.py look at the files that the settings name. machine.py looks at what a run in order would need.
+data_files.py look at the files that the settings name. machine.py looks at what the run would need.
 """
 
 from omegaconf import DictConfig
@@ -33,7 +33,5 @@ def check_config(config: DictConfig) -> None:
     settings = Settings(config)
     settings.run(check_kinds, names_can_be_looked_up, *RULES)
     settings.run(check_model, the_source_can_use_the_model, check_reward, check_data)
-    if settings.faults:
-        raise ConfigError(*settings.faults)
-    if faults := machine_faults(config):
+    if faults := settings.faults + machine_faults(settings):
         raise ConfigError(*faults)

@@ -54,9 +54,13 @@ class Settings:
 
     def __getitem__(self, key: str) -> Any:
         """The value of a key; None where the config has no such key."""
-        if any(faulty == key or key.startswith(f"{faulty}.") for faulty in self._faulty):
+        if not self.is_usable(key):
             raise Unusable(key)
         return self.value(key)
+
+    def is_usable(self, key: str) -> bool:
+        """Whether neither a setting nor a section that it is in has a fault."""
+        return not any(faulty == key or key.startswith(f"{faulty}.") for faulty in self._faulty)
 
     def is_sound(self, section: str) -> bool:
         """Whether no setting of a section has a fault."""

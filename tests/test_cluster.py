@@ -72,6 +72,7 @@ def test_a_run_on_one_machine_has_a_cluster_of_its_own_on_loopback(environment):
     assert environment.items() >= (cluster.ON_LOOPBACK | kept).items()  # what the user names is kept
     assert environment["PYTHONPATH"].split(":")[:2] == [str(ROOT), "/mine"]
     assert environment["GLOO_SOCKET_IFNAME"] == "lo" and environment["NCCL_SOCKET_IFNAME"] == "eth1"
+    assert environment[cluster.CALLS_KEPT] == cluster.CALLS_KEPT_BY_A_RUN
     assert not ray_constants.ENABLE_RAY_CLUSTER
 
 

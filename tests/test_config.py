@@ -98,7 +98,7 @@ MODE = "trainer.v1.trainer_mode"
 
 def test_gpu_profile(run, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
-    monkeypatch.setattr("recipe.spin.checks.check.machine_faults", lambda config: [])  # test_machine.py has its checks
+    monkeypatch.setattr("recipe.spin.checks.check.machine_faults", lambda _: [])  # test_machine.py has its checks
     config = run.check(device="gpu")
     assert config.trainer.device == "cuda"
     actor, ref, rollout = (config.actor_rollout_ref[name] for name in ("actor", "ref", "rollout"))
@@ -130,7 +130,7 @@ def test_responses_are_seeded_only_where_it_costs_nothing(device):
 @pytest.mark.parametrize("device", ["cpu", "gpu"])
 def test_the_reference_computes_in_the_actors_precision(run, monkeypatch, device):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
-    monkeypatch.setattr("recipe.spin.checks.check.machine_faults", lambda config: [])
+    monkeypatch.setattr("recipe.spin.checks.check.machine_faults", lambda _: [])
     key = "actor_rollout_ref.actor.fsdp_config.mixed_precision.reduce_dtype"
     config = run.check(f"{key}=bf16", device=device)
     assert config.actor_rollout_ref.ref.fsdp_config.mixed_precision.reduce_dtype == "bf16"

@@ -159,7 +159,7 @@ def test_a_chat_template_of_ones_own(run, folder):
 def with_gpu(monkeypatch):
     """A machine that the GPU profile could run on."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(check, "machine_faults", lambda config: [])
+    monkeypatch.setattr(check, "machine_faults", lambda _: [])
 
 
 ONE_GPU = "trainer.n_gpus_per_node=1"

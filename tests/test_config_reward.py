@@ -176,7 +176,7 @@ def test_a_reward_models_own_pool_needs_devices_beside_the_trainers(run, classif
     message = run.refusal(*classifier, *pool)
     assert "num_gpus=1 places for them and the 2 of the reward model's own pool" in message and "set it to 3" in message
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
-    monkeypatch.setattr("recipe.spin.checks.check.machine_faults", lambda config: [])
+    monkeypatch.setattr("recipe.spin.checks.check.machine_faults", lambda _: [])
     served = [f"{MODEL}.rollout.name=vllm", f"{MODEL}.rollout.tensor_model_parallel_size=1"]
     message = run.refusal(*classifier, *pool, *served, "trainer.n_gpus_per_node=8", device="gpu")
     assert message.startswith("trainer.n_gpus_per_node=8: this machine shows 8 GPUs for them and the 2 of the reward")
@@ -186,7 +186,7 @@ def test_a_reward_models_own_pool_needs_devices_beside_the_trainers(run, classif
 def test_the_documentations_command_for_eight_gpus_is_accepted(run, classifier, tmp_path, monkeypatch):
     """With the GPU profile's batch, of prompts that nothing is compared with."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
-    monkeypatch.setattr("recipe.spin.checks.check.machine_faults", lambda config: [])
+    monkeypatch.setattr("recipe.spin.checks.check.machine_faults", lambda _: [])
     text = (Path(__file__).resolve().parents[1] / "docs" / "preferences.md").read_text()
     gpus, command = re.search(r"^N_GPUS_PER_NODE=(\d) \S+ \S+ bash run_spin.sh (.*?)```", text, re.M | re.S).groups()
     settings = [setting for setting in command.replace("\\\n", " ").split() if "model_path=" not in setting]
@@ -255,7 +255,7 @@ def test_a_reward_model_without_a_chat_template(run, classifier, tmp_path):
 def test_the_devices_of_a_cluster_are_not_those_of_this_machine(run, classifier, monkeypatch):
     """One node of a cluster with the trainer's, another with the reward model's."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
-    monkeypatch.setattr("recipe.spin.checks.check.machine_faults", lambda config: [])
+    monkeypatch.setattr("recipe.spin.checks.check.machine_faults", lambda _: [])
     pool = [f"{MODEL}.enable_resource_pool=True", f"{MODEL}.nnodes=1", f"{MODEL}.n_gpus_per_node=8"]
     asked = [*classifier, *pool, f"{MODEL}.rollout.name=vllm", f"{MODEL}.rollout.tensor_model_parallel_size=1"]
     asked += ["trainer.n_gpus_per_node=8"]

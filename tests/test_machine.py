@@ -18,6 +18,7 @@ from worker_harness import ROOT
 from recipe.spin.checks import fit, gpu, host, machine, memory
 from recipe.spin.checks.finding import FAIL, OK, WARN
 from recipe.spin.checks.gpu import Device
+from recipe.spin.common.settings import Settings
 
 
 def settings(*overrides: str, device: str = "gpu"):
@@ -197,7 +198,7 @@ def test_linux_within_windows_is_a_warning(monkeypatch, release):
 
 def test_a_run_on_gpus_is_told_of_system_driver_gpus_and_compiler(gpus, monkeypatch):
     names = [finding.name for finding in machine.findings(settings(ONE, "trainer.check_memory=False"))]
-    assert names[-4:] == ["system", "driver", "GPUs", "compiler"]
+    assert [name for name in names if name != "CPU cores"] == ["system", "driver", "GPUs", "compiler", "shared memory"]
 
 
 @pytest.mark.parametrize(
@@ -379,10 +380,19 @@ def test_all_that_a_machine_lacks_is_told_at_once(run, monkeypatch):
     assert "\n  2. 0 MB of shared memory" in message and "\n  3. 0.0 GB are free for trainer.default_" in message
 
 
+def test_a_machine_with_too_little_is_told_beside_faults_of_the_settings(run, monkeypatch):
+    """What memory and disk the run would take is not: that depends on settings."""
+    disk(monkeypatch, free=1000, shared=1000)
+    message = run.refusal("ray_kwargs.ray_init.num_cpus=6", "algorithm.dpo_beta=-1")
+    assert message.startswith("2 faults\n  1. algorithm.dpo_") and "\n  2. this machine's Ray will have 6" in message
+    message = run.refusal("ray_kwargs.ray_init.num_cpus=6", "trainer.n_gpus_per_node=-1")
+    assert "trainer.n_gpus_per_node=-1" in message and "Ray will have" not in message
+
+
 def test_a_model_that_is_not_here_yet_is_told_and_not_refused(capsys):
     cores = "ray_kwargs.ray_init.num_cpus=64"
     config = settings(ONE, cores, "actor_rollout_ref.model.path=nobody/nothing-of-the-kind", device="cpu")
-    assert machine.machine_faults(config) == []
+    assert machine.machine_faults(Settings(config)) == []
     error = capsys.readouterr().err
     assert "memory and disk were not checked" in error and "nobody/nothing-of-the-kind" in error
 

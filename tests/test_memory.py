@@ -14,6 +14,7 @@ from recipe.spin.checks import fit, machine, memory
 from recipe.spin.checks.finding import FAIL, OK, WARN, Finding
 from recipe.spin.checks.gpu import Device
 from recipe.spin.checks.memory import Layout, Model
+from recipe.spin.common.settings import Settings
 
 EIGHT = Layout(devices=8, whole_gradients=False)
 QWEN_3B_CONFIG = {
@@ -350,7 +351,7 @@ def test_memory_for_what_is_computed_twice_is_told_before_the_run(qwen, gb, over
     path = f"actor_rollout_ref.model.path={qwen('0.5B')}"
     config = override(composed("gpu"), [path, "trainer.n_gpus_per_node=1", *overrides])
     OmegaConf.resolve(config)
-    assert machine.machine_faults(config) == []
+    assert machine.machine_faults(Settings(config)) == []
     told = capsys.readouterr().err
     assert ("[spin] actor_rollout_ref.keep_products=True would spare" in told) == hinted
     assert (f" of the {gb}.0 GB that are free" in told) == hinted
