@@ -11,6 +11,7 @@ import json
 import math
 import shutil
 import signal
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -156,19 +157,16 @@ class Chain:
         assert process.returncode == 0, output[-5000:]
         self.leaves_nothing()
 
-    def stop(self, number: int) -> None:
-        """Starts the command, and stops it by a signal while Ray starts."""
+    def start_up_to_ray(self, **options):
+        """Starts the command, and waits until Ray starts."""
         sessions = f"{self.temporary}/spin-*/ray/session_*"
-        before, process, deadline = set(glob.glob(sessions)), self.start(), time.monotonic() + 120
+        before, process, deadline = set(glob.glob(sessions)), self.start(**options), time.monotonic() + 120
         while not set(glob.glob(sessions)) - before:
             if process.poll() is not None or time.monotonic() > deadline:
                 process.kill()
                 pytest.fail(f"Ray has not started: {finish(process)[-5000:]}")
             time.sleep(0.01)
-        process.send_signal(number)
-        output = finish(process, timeout=120)
-        assert process.returncode == 128 + number and "the same command goes on" in output, output[-5000:]
-        self.leaves_nothing()
+        return process
 
     def leaves_nothing(self) -> None:
         assert processes(self.run) == [] and list(self.temporary.iterdir()) == []
@@ -337,4 +335,19 @@ def worth(request: str, response: str) -> float:
 @pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_run_can_be_stopped_while_ray_starts(number, a_chain):
-    a_chain("stopped").stop(number)
+    chain = a_chain("stopped")
+    process = chain.start_up_to_ray()
+    process.send_signal(number)
+    output = finish(process, timeout=120)
+    assert process.returncode == 128 + number and "the same command goes on" in output, output[-5000:]
+    chain.leaves_nothing()
+
+
+@pytest.mark.long
+def test_a_run_whose_terminal_is_closed_leaves_nothing(a_chain):
+    """The window, or the connection to the machine: a signal comes, and nothing can be printed any more."""
+    chain = a_chain("closed")
+    process = chain.start_up_to_ray(within=(sys.executable, str(ROOT / "tests/terminal.py")))
+    process.send_signal(signal.SIGUSR1)
+    assert finish(process, timeout=120) == "" and process.returncode == 128 + signal.SIGHUP
+    chain.leaves_nothing()
