@@ -37,6 +37,9 @@ OmegaConf.register_new_resolver(
     "spin_by_source", lambda source, reward, self_play: self_play if source == "self_play" else reward, replace=True
 )
 OmegaConf.register_new_resolver("spin_by_lora", lambda rank, lora, full: lora if rank else full, replace=True)
+OmegaConf.register_new_resolver(
+    "spin_by_gpus", lambda nodes, gpus, one, several: one if (nodes, gpus) == (1, 1) else several, replace=True
+)
 
 # What the processes of a run need, to be imported once (run/worker_forks.py); the first of these do without Ray, and of
 # those with it forked_ids comes before all classes

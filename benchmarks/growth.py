@@ -36,7 +36,8 @@ class Machine:
     sync_seconds: float = 1.0  # of a weight sync beside its bytes: hundreds of tensors, gathered one by one
     step_seconds: float = 1.0  # of a training step beside all phases
     response_seconds: float = 0.002  # and of each response in the one process that drives: reward, pairs, moving data
-    rollout_share: float = 0.5  # of a device's memory that the inference engine takes while it generates
+    rollout_share: float = 0.5  # of a device's memory that the inference engine takes while it generates,
+    lone_rollout_share: float = 0.4  # and of that of a single device, which has whole what others share
     compute_bytes: int = BF16  # of a weight or an activation in arithmetic; masters, gradients and AdamW are fp32
     reference_bytes: int = BF16
     gather_bytes: int = FP32  # of a weight on its way to the inference engine
@@ -142,7 +143,7 @@ def layout_of(machine: Machine, load: Load, devices: int) -> Layout:
         reference_bytes=machine.reference_bytes,
         checkpointing=load.checkpointing,
         whole_gradients=devices == 1 or (load.deferred_reduction and of_device > tokens),
-        rollout_share=machine.rollout_share,
+        rollout_share=machine.lone_rollout_share if devices == 1 else machine.rollout_share,
         sequence=load.prompt + (load.longest or load.response),
         longest=None,  # as the profile, whose rollout.max_model_len is null
     )

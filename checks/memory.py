@@ -143,11 +143,14 @@ def peaks(model: Model, layout: Layout, memory: float) -> dict[str, float]:
     """Bytes of a device that has `memory`, at the highest, by phase."""
     rollout = layout.rollout_share * memory
     kept = waiting(model, layout)
-    largest = model.hidden * model.vocabulary * (FP32 + BF16)  # the embedding, gathered and as it is sent
+    # verl brings weights that wait on the host back to the device to collect the adapters
+    back = training(model, layout)["weights"] if layout.lora_rank and layout.param_offload else 0.0
+    # The embedding, gathered and as it is sent; of adapters none is as large
+    largest = 0.0 if layout.lora_rank else model.hidden * model.vocabulary * (FP32 + BF16)
     arriving = model.parameters * BF16 / layout.rollout_devices + layout.bucket + largest
     return {
         "training": sum(training(model, layout).values()) + (0 if layout.rollout_sleeps else rollout),
-        "weights to vLLM": kept + (arriving if layout.rollout_sleeps else rollout + layout.bucket + largest),
+        "weights to vLLM": kept + back + (arriving if layout.rollout_sleeps else rollout + layout.bucket + largest),
         "generation": kept + rollout,
     }
 
@@ -180,8 +183,8 @@ def gathered_bytes(model: Model, layout: Layout) -> float:
 
 
 def reduced_bytes(model: Model, layout: Layout) -> float:
-    """A layer's gradients on their way to the shards: as they are computed, and in fp32, in which they are summed."""
-    if layout.devices == 1 or layout.lora_rank:
+    """A layer's gradients on their way to the shards, a single device's too: as computed, and in fp32 as summed."""
+    if layout.lora_rank:
         return 0.0
     return model.layer_parameters * (layout.compute_bytes + FP32)
 
