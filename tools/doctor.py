@@ -216,10 +216,11 @@ def check_ports() -> Finding:
         with socket.create_server((address, 0)) as server:
             socket.create_connection(server.getsockname(), timeout=5).close()
     except OSError as error:
-        text = (
-            f"no connection to a port of this machine's own address ({error}), which a run on several machines needs; "
+        cause = f"no connection to a port of this machine's own address ({error})"
+        remedy = (
+            "which a run on several machines needs; let /etc/hosts name an address of it, and its firewall allow it"
         )
-        return Finding("ports", WARN, text + "let /etc/hosts name an address of it, and its firewall allow it")
+        return Finding("ports", WARN, f"{cause}, {remedy}")
     return Finding("ports", OK, "this machine reaches its own ports")
 
 
