@@ -97,5 +97,5 @@ def check_disk(config: DictConfig, model: Model) -> Finding:
     text += f"{'checkpoint' if missing == 1 else 'checkpoints'} of {gigabytes(size)} GB must fit"
     if needed <= there:
         return Finding("disk", OK, text, figures)
-    remedy = "free some, name another folder, lower trainer.max_actor_ckpt_to_keep, or leave optimizer or hf_model out "
+    remedy = "free some, name another folder, lower trainer.max_actor_ckpt_to_keep, or leave hf_model out "
     return Finding("disk", FAIL, f"{text}; {remedy}of {ACTOR}.checkpoint.save_contents", figures)

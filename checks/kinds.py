@@ -99,4 +99,5 @@ def _words(schema: dict) -> str:
         return f"a list, each {_words(schema['items'])}"
     words = kinds.get(schema.get("type"), "")
     limits = (("minimum", "of at least"), ("exclusiveMinimum", "above"), ("maximum", "and at most"))
+    limits += (("exclusiveMaximum", "and below"),)
     return words + "".join(f" {phrase} {schema[limit]:g}" for limit, phrase in limits if limit in schema)

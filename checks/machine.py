@@ -22,17 +22,16 @@ UNITS = "transfer_queue.backend.SimpleStorage.num_data_storage_units"
 CPUS_A_RANK = 3  # verl's placement groups hold so many for each GPU (ResourcePoolManager.max_colocate_count)
 
 
-# The settings that say what a run needs of a machine whatever else is wrong with it
-EQUIPMENT = (
-    "ray_kwargs.ray_init.address",
+# What driver, GPUs and compiler are looked at for, and what cores
+CLUSTER = ("ray_kwargs.ray_init.address", "trainer.device", "trainer.nnodes")
+CORES = (
+    *CLUSTER,
     "ray_kwargs.ray_init.num_cpus",
     "reward.reward_model.enable",
     "reward.reward_model.enable_resource_pool",
     "reward.reward_model.n_gpus_per_node",
     "reward.reward_model.nnodes",
-    "trainer.device",
     "trainer.n_gpus_per_node",
-    "trainer.nnodes",
     UNITS,
 )
 
@@ -40,14 +39,11 @@ EQUIPMENT = (
 def machine_faults(settings: Settings) -> list[str]:
     """All reasons why this machine cannot carry the run that the settings describe; prints doubts and hints.
 
-    Of settings that have faults only cores, driver, GPUs and compiler are looked at: what memory and disk such a run
-    would take is not known.
+    Of settings that have faults only cores, driver and compiler are looked at, as far as they say what is needed: what
+    memory and disk such a run would take is not known.
     """
-    if settings.faults and not all(map(settings.is_usable, EQUIPMENT)):
-        return []
     faults = []
-    config = settings.config
-    for finding in _equipment(config, _gpus(config)) if settings.faults else findings(config):
+    for finding in _despite_faults(settings) if settings.faults else findings(settings.config):
         if finding.verdict == FAIL:
             faults.append(finding.text)
         elif finding.verdict == WARN:
@@ -59,25 +55,28 @@ def machine_faults(settings: Settings) -> list[str]:
 
 def findings(config: DictConfig) -> Iterator[Finding]:
     """All checks that apply to the run, the quick ones first."""
-    gpus = _gpus(config)
-    yield from _equipment(config, gpus)
+    if not joins_cluster(config):
+        yield check_cores(config)
     if not _is_only_a_head(config):
         yield check_shared_memory(config)
+    gpus = None
+    if config.trainer.device == "cuda" and not _is_only_a_head(config):
+        gpus = devices()
+        yield check_system()
+        yield check_driver(gpus)
+        yield check_devices(config, gpus)
+        yield check_compiler()
     if config.trainer.check_memory:
         yield from _estimates(config, gpus)
 
 
-def _gpus(config: DictConfig) -> list[Device] | None:
-    return devices() if config.trainer.device == "cuda" and not _is_only_a_head(config) else None
-
-
-def _equipment(config: DictConfig, gpus: list[Device] | None) -> Iterator[Finding]:
-    if not joins_cluster(config):
+def _despite_faults(settings: Settings) -> Iterator[Finding]:
+    config = settings.config
+    if all(map(settings.is_usable, CORES)) and not joins_cluster(config):
         yield check_cores(config)
-    if config.trainer.device == "cuda" and not _is_only_a_head(config):
+    if all(map(settings.is_usable, CLUSTER)) and config.trainer.device == "cuda" and not _is_only_a_head(config):
         yield check_system()
-        yield check_driver(gpus)
-        yield check_devices(config, gpus)
+        yield check_driver(devices())
         yield check_compiler()
 
 

@@ -196,7 +196,7 @@ class Trainer(Section):
     check_memory: bool = own(True, "refuse a run for which memory or disk do not suffice by an estimate")
     use_v1: Literal[True]
     v1: V1
-    device: Text
+    device: Literal["cuda", "cpu"]
     nnodes: Count
     n_gpus_per_node: Count
     total_epochs: Count
@@ -261,6 +261,7 @@ class Optim(Section):
     lr: NotNegative
     clip_grad: Positive = verl("gradients are scaled down to this norm; a negative one would turn them round")
     weight_decay: NotNegative
+    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)]
     lr_warmup_steps: int | None
     lr_warmup_steps_ratio: Share
     lr_scheduler_type: Literal["constant", "cosine"]
@@ -274,8 +275,12 @@ class Engine(Section):
     param_offload: bool
 
 
+Contents = list[Literal["model", "optimizer", "extra", "hf_model"]]
+
+
 class Checkpoint(Section):
-    save_contents: list[Text]
+    save_contents: Contents
+    load_contents: Contents
 
 
 class PolicyLoss(Section):
@@ -355,6 +360,10 @@ class ValKwargs(Section):
     do_sample: bool
 
 
+class Disaggregation(Section):
+    enabled: unused(False)
+
+
 class Rollout(Section):
     name: Literal["vllm"] = verl("SPIN generates with vllm")
     mode: Literal["async"]
@@ -374,6 +383,8 @@ class Rollout(Section):
     pipeline_model_parallel_size: OneStage
     expert_parallel_size: Count
     gpu_memory_utilization: TopP
+    prompt_length: Any  # the data's, which rules/generation.py sees to
+    response_length: Any
     max_model_len: Count | None
     max_num_seqs: Count
     max_num_batched_tokens: Count
@@ -388,6 +399,7 @@ class Rollout(Section):
     moe_load_balance_metrics_interval: unused(0)
     agent: Agent
     checkpoint_engine: CheckpointEngine
+    disaggregation: Disaggregation
     val_kwargs: ValKwargs
 
 
@@ -473,6 +485,7 @@ class RuntimeEnv(Section):
 class RayInit(Section):
     num_cpus: Count | None = None
     num_gpus: Whole | None = None
+    object_store_memory: Count | None = None
     runtime_env: RuntimeEnv = RuntimeEnv()
 
 

@@ -70,6 +70,7 @@ class RunMonitor:
         self.logs = LOGS_OF_A_CLUSTER if joins else str(log_folder)
         self.seconds = 0.0
         self._stop = threading.Event()
+        self._has_started = self._has_failed = False
         self._thread = threading.Thread(target=self._watch, name="run-monitor", daemon=True)
         self._console = Console()
         self._drift = Drift(history)
@@ -158,19 +159,26 @@ class RunMonitor:
             self._console.warn(f"not all logs could be kept in {self._log_folder}: {str(error)[:200]}")
 
     def _watch(self) -> None:
-        has_started = False
         while not self._stop.wait(POLL_SECONDS):
-            processes = self._of_the_run()
-            if not self._joins:
-                self._memory.see([psutil.Process(), *processes])
-            self._find_shared_memory(processes)
-            progress = _ask_task_runner()
-            self._stall.see(progress)
-            if progress is not None:
-                has_started = True
-                self._show(progress)
-            elif not has_started:
-                self._console.waits_for("starting the task runner" if ray.is_initialized() else "starting Ray")
+            try:
+                self._look()
+            except Exception as error:  # of the monitor's own; without it no run could be seen to get on
+                if not self._has_failed:
+                    self._has_failed = True
+                    self._console.warn(f"progress, warnings and memory may lack something: {error!r:.200}")
+
+    def _look(self) -> None:
+        progress = _ask_task_runner()
+        self._stall.see(progress)
+        processes = self._of_the_run()
+        if not self._joins:
+            self._memory.see([psutil.Process(), *processes])
+        self._find_shared_memory(processes)
+        if progress is not None:
+            self._has_started = True
+            self._show(progress)
+        elif not self._has_started:
+            self._console.waits_for("starting the task runner" if ray.is_initialized() else "starting Ray")
 
     def _show(self, progress: dict) -> None:
         self._console.show(progress)

@@ -42,6 +42,10 @@ BAD = [
         (f"{ACTOR}.strategy=fsdp {key}=True", [f"{key}=True", f"set {ACTOR}.strategy=fsdp2, or False here"])
         for key in (f"{ACTOR}.fsdp_config.offload_policy", "actor_rollout_ref.ref.fsdp_config.param_offload")
     ),
+    (
+        f"{ACTOR}.fsdp_config.fsdp_size=0 actor_rollout_ref.ref.fsdp_config.fsdp_size=0",
+        [f"{ACTOR}.fsdp_config.fsdp_size=0", "must divide the 1 ranks"],
+    ),
     (f"{ROLLOUT}.max_model_len=1000", [f"{ROLLOUT}.max_model_len=1000", "512 tokens at most"]),
     (f"{ROLLOUT}.tensor_model_parallel_size=2", [f"{ROLLOUT}.tensor_model_parallel_size=2", "the 1 ranks"]),
     (f"{ROLLOUT}.data_parallel_size=2", [f"{ROLLOUT}.data_parallel_size=2", "groups of 2"]),

@@ -198,7 +198,7 @@ def test_linux_within_windows_is_a_warning(monkeypatch, release):
 
 def test_a_run_on_gpus_is_told_of_system_driver_gpus_and_compiler(gpus, monkeypatch):
     names = [finding.name for finding in machine.findings(settings(ONE, "trainer.check_memory=False"))]
-    assert [name for name in names if name != "CPU cores"] == ["system", "driver", "GPUs", "compiler", "shared memory"]
+    assert names[-4:] == ["system", "driver", "GPUs", "compiler"]
 
 
 @pytest.mark.parametrize(
@@ -387,6 +387,12 @@ def test_a_machine_with_too_little_is_told_beside_faults_of_the_settings(run, mo
     assert message.startswith("2 faults\n  1. algorithm.dpo_") and "\n  2. this machine's Ray will have 6" in message
     message = run.refusal("ray_kwargs.ray_init.num_cpus=6", "trainer.n_gpus_per_node=-1")
     assert "trainer.n_gpus_per_node=-1" in message and "Ray will have" not in message
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="wants PyTorch's build for CPUs")
+def test_where_no_gpu_is_found_the_cause_is_told(run):
+    message = run.refusal("trainer.n_gpus_per_node=1", device="gpu")
+    assert "shows 0 GPUs" in message and "built without CUDA" in message
 
 
 def test_a_model_that_is_not_here_yet_is_told_and_not_refused(capsys):

@@ -41,6 +41,24 @@ def test_a_run_is_watched_from_its_start_and_one_on_a_joined_cluster_is_not(tmp_
         assert monitor.peak_memory_gb is None if joins else monitor.peak_memory_gb > 0.01
 
 
+def test_a_look_that_fails_is_told_once_and_the_run_is_seen_to_get_on(monitor, monkeypatch):
+    """Else a run would be ended for a fault of its monitor's, as one that has come to a stop."""
+    told, seen = [], []
+
+    def see(progress: dict) -> None:
+        seen.append(progress)
+        if len(seen) == 3:
+            monitor._stop.set()
+
+    monkeypatch.setattr(run_monitor, "POLL_SECONDS", 0.0)
+    monkeypatch.setattr(run_monitor, "process_tree", lambda: [])
+    monkeypatch.setattr(run_monitor, "_ask_task_runner", lambda: {"finished": None})
+    monitor._stall = types.SimpleNamespace(see=see)
+    monitor._console = types.SimpleNamespace(show=lambda progress: None, warn=told.append)
+    monitor._watch()
+    assert len(seen) == 3 and len(told) == 1 and "TypeError" in told[0]
+
+
 @pytest.mark.parametrize("user", ["ann", "DOMAIN\\ann", None])
 def test_compiled_kernels_are_where_torch_has_them(monkeypatch, user):
     def getuser() -> str:

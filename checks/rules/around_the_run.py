@@ -4,7 +4,7 @@ import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
-from recipe.spin.checks.derived import compares_held_out
+from recipe.spin.checks.derived import ACTOR, compares_held_out
 from recipe.spin.common.secrets import LOGGING, has_password, is_secret, judges_keys
 from recipe.spin.common.settings import ConfigError, Settings
 from recipe.spin.run_folder import TRACKER, nearest_existing
@@ -99,8 +99,25 @@ def a_path_to_resume_from_is_there(settings: Settings) -> None:
     )
 
 
+def what_is_loaded_was_saved(settings: Settings) -> None:
+    """A resumed run looks for all of load_contents in its checkpoint; without the model it would begin anew."""
+    if settings["trainer.save_freq"] <= 0:
+        return
+    key = f"{ACTOR}.checkpoint"
+    saved, loaded = settings[f"{key}.save_contents"], settings[f"{key}.load_contents"]
+    if missing := [part for part in loaded if part not in saved]:
+        settings.require(
+            False,
+            f"{key}.save_contents",
+            f"a run that goes on would look for {missing[0]} in the checkpoint; add it, or take it out of "
+            f"{key}.load_contents as well",
+        )
+    settings.require("model" in loaded, f"{key}.load_contents", "a run would go on from the first model; add model")
+
+
 RULES = (
     loggers_are_installed,
+    what_is_loaded_was_saved,
     the_run_folder_can_be_written,
     rays_files_go_with_the_run,
     rays_variables_hold_no_secret,

@@ -35,6 +35,14 @@ def sequences_fit_vllm(settings: Settings) -> None:
     )
 
 
+def lengths_are_the_datas(settings: Settings) -> None:
+    """verl cuts prompts to vLLM's length without a word; the rows' lengths are compared with the data's."""
+    for which in ("prompt", "response"):
+        key = f"data.max_{which}_length"
+        remedy = f"it must be {key}={settings[key]}, which it is where it is not set; set that key alone"
+        settings.require(settings[f"{ROLLOUT}.{which}_length"] == settings[key], f"{ROLLOUT}.{which}_length", remedy)
+
+
 def the_queue_holds_a_batch(settings: Settings) -> None:
     """Asynchronous steps leave a part of the batches before them in it."""
     answers = settings["data.train_batch_size"] * settings[f"{ROLLOUT}.n"]
@@ -136,6 +144,7 @@ def a_source_that_scores_is_not_overruled(settings: Settings) -> None:
 
 RULES = (
     sequences_fit_vllm,
+    lengths_are_the_datas,
     the_queue_holds_a_batch,
     weights_stay_where_they_are_not_sent,
     an_asynchronous_run_shares_its_engine_with_nobody,

@@ -53,6 +53,14 @@ def the_machine_has_the_ranks(settings: Settings) -> None:
     )
 
 
+def shards_are_dealt_out_evenly(settings: Settings) -> None:
+    """verl makes a mesh of ranks / fsdp_size copies of the model, or one of all ranks; the reference's is the same."""
+    number, key = ranks(settings), f"{ACTOR}.fsdp_config.fsdp_size"
+    size = settings[key]
+    even = size < 0 or size >= number or (size > 0 and number % size == 0)
+    settings.require(even, key, f"it must divide the {number} ranks (nnodes x n_gpus_per_node), or be -1 for all")
+
+
 def _joins_a_cluster(settings: Settings) -> bool:
     for key in ("trainer.nnodes", "ray_kwargs.ray_init"):
         settings[key]  # leaves, where it has a fault
@@ -111,6 +119,7 @@ RULES = (
     ranks_fall_into_groups,
     experts_fall_onto_vllms_ranks,
     the_machine_has_the_ranks,
+    shards_are_dealt_out_evenly,
     sequence_parallelism_can_work,
     activations_wait_in_one_way,
     fsdp1_gathers_no_model_on_cpus,
