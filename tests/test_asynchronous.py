@@ -216,7 +216,7 @@ def test_the_benchmark_skips_runs_that_it_has(monkeypatch, tmp_path):
     names = arms_with_seeds(["sync, weights every 4 steps"], [3, 4])
     for _ in range(2):
         found = run_missing([], names, lambda name: asynchronous.run(name, tmp_path), tmp_path / "found.json", "runs")
-    assert asked == [[*asynchronous.EVERY_4, *seeded(seed)] for seed in (3, 4)]
+    assert asked == [[*asynchronous.every(4), *seeded(seed)] for seed in (3, 4)]
     assert found[names[0]]["staleness_max"] == 2 and found[names[1]]["after"] == {"greedy": 2}
 
 
@@ -236,6 +236,7 @@ def expected_keys() -> list[str]:
 
 SETTINGS = [
     *(ASYNC, *EVERY_2, "trainer.val_before_train=False", "trainer.test_freq=-1"),
+    "trainer.v1.colocate_async.num_warmup_batches=1",
     # One response after the other: a step's end finds seconds of vLLM's work undone, and one response under way
     *("actor_rollout_ref.rollout.max_num_seqs=1", "data.max_response_length=64"),
 ]
