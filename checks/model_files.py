@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from recipe.spin.checks.derived import source_of
 from recipe.spin.checks.fit import compute_bytes
+from recipe.spin.checks.hub import cannot_be_asked, does_not_answer
 from recipe.spin.checks.model_config import PATH, check_architecture, check_computation, text_part
 from recipe.spin.common.settings import MODEL_LENGTH, ConfigError, Settings
 
@@ -207,7 +208,6 @@ def _is_on_hub(name: str, key: str) -> bool | None:
     Raises:
         ConfigError: when the hub must not be asked.
     """
-    import httpx
     from huggingface_hub import errors, model_info
 
     try:
@@ -219,12 +219,12 @@ def _is_on_hub(name: str, key: str) -> bool | None:
             f"{key}={name!r}: there is no such folder, the model is not in the hub's cache, and HF_HUB_OFFLINE "
             "forbids to ask the hub; name a folder, or fetch the model first (hf download)"
         ) from error
-    except (ImportError, ValueError, httpx.InvalidURL) as error:  # of httpx, before it asks
+    except cannot_be_asked() as error:
         raise ConfigError(
             f"{key}={name!r} is no folder here, and the hub cannot be asked ({type(error).__name__}: {error}); correct "
             "HTTP_PROXY, HTTPS_PROXY or ALL_PROXY, or name a folder"
         ) from error
-    except (errors.HfHubHTTPError, httpx.HTTPError, OSError) as error:
+    except does_not_answer() as error:
         sys.stderr.write(
             f"[spin] {key}={name!r} is no folder here, and the hub does not answer ({type(error).__name__}: {error}); "
             "going on as if it had the model\n"
