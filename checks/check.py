@@ -19,7 +19,8 @@ from recipe.spin.common.settings import ConfigError, Settings
 def check_settings(config: DictConfig) -> None:
     """Raises ConfigError with what settings and the reward alone show, before a model is fetched for the run."""
     settings = Settings(config)
-    settings.run(check_kinds, names_can_be_looked_up, *RULES, check_reward)
+    check_kinds(settings)
+    settings.run(names_can_be_looked_up, *RULES, check_reward)
     if settings.faults:
         raise ConfigError(*settings.faults)
 
@@ -31,7 +32,8 @@ def check_config(config: DictConfig) -> None:
     verl nor Ray.
     """
     settings = Settings(config)
-    settings.run(check_kinds, names_can_be_looked_up, *RULES)
+    check_kinds(settings)
+    settings.run(names_can_be_looked_up, *RULES)
     settings.run(check_model, the_source_can_use_the_model, check_reward, check_data)
     if faults := settings.faults + machine_faults(settings):
         raise ConfigError(*faults)

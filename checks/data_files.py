@@ -141,18 +141,36 @@ def _read_json(key: str, path: Path) -> list:
         raise ConfigError(f"{key}={str(path)!r}: cannot be read ({error.strerror}); let this user read it") from error
     if content.startswith(b"["):
         try:
-            return json.loads(content)
+            rows = json.loads(content.decode())
         except (ValueError, RecursionError) as error:
             raise ConfigError(f"{key}={str(path)!r}: not JSON in UTF-8 ({error}); make it again") from error
+        _require_characters(key, path, content, rows)
+        return rows
     rows = []
     for number, line in enumerate(content.splitlines(), start=1):
         try:
-            rows += [json.loads(line)] if line.strip() else []
+            rows += [json.loads(line.decode())] if line.strip() else []
         except (ValueError, RecursionError) as error:
             raise ConfigError(
                 f"{key}={str(path)!r}, line {number}: not JSON in UTF-8 ({error}); write one JSON object a line"
             ) from error
+    _require_characters(key, path, content, rows)
     return rows
+
+
+def _require_characters(key: str, path: Path, content: bytes, rows: list) -> None:
+    """JSON can name half of a character, which is in no text that a tokenizer takes."""
+    if b"\\u" not in content:
+        return
+    for number, row in enumerate(rows):
+        try:
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = error.object[error.start]
+            raise ConfigError(
+                f"{key}={str(path)!r}, row {number}: holds {half!r}, half of a character that JSON writes in two; "
+                "write both or leave it out"
+            ) from error
 
 
 def _row_fault(row: dict, settings: Settings) -> str | None:

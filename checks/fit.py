@@ -12,6 +12,7 @@ from recipe.spin.checks.derived import ACTOR, REF, ROLLOUT, computes_in, longest
 from recipe.spin.checks.finding import FAIL, HINT, OK, WARN, Finding, gigabytes
 from recipe.spin.checks.gpu import Device
 from recipe.spin.checks.memory import Layout, Model
+from recipe.spin.checks.model_config import language_model
 from recipe.spin.engine.kernels import has_flash_attention_2
 from recipe.spin.preferences.source import source_class
 
@@ -24,17 +25,11 @@ SMALL_MODEL = "MODEL_PATH=Qwen/Qwen2.5-0.5B-Instruct"  # fits 24 GB as the GPU p
 
 def load_shape(config: DictConfig) -> tuple[Model | None, str]:
     """The model's shape, or None and why there is none. A hub's config.json is fetched for GPUs alone."""
-    from transformers import AutoConfig
-
     settings = config.actor_rollout_ref.model
     try:
-        found = AutoConfig.from_pretrained(
-            settings.path,
-            trust_remote_code=settings.trust_remote_code,
-            local_files_only=config.trainer.device != "cuda",
-        ).get_text_config()
-    except (OSError, ValueError) as error:  # not downloaded, no network, unknown to transformers
-        return None, f"actor_rollout_ref.model.path={settings.path!r}: {str(error).splitlines()[0]}"
+        found = language_model(settings.path, settings.trust_remote_code, config.trainer.device != "cuda")
+    except ValueError as error:  # not downloaded, no network, unknown to transformers
+        return None, f"actor_rollout_ref.model.path={settings.path!r}: {error}"
     if any(getattr(found, name, None) is None for name in SHAPE) or any(getattr(found, name, 0) for name in EXPERTS):
         return None, f"actor_rollout_ref.model.path={settings.path!r}: {found.model_type} is not a dense transformer"
     return Model.of(found), ""

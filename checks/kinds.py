@@ -49,6 +49,13 @@ def unused(default: Any):
     return Annotated[Any, AfterValidator(same), verl(f"SPIN does not use it; set it to {default}")]
 
 
+def given(text: str) -> str:
+    """Refuses what OmegaConf takes for a value that is still to come."""
+    if text == "???":
+        raise ValueError
+    return text
+
+
 Count = Annotated[int, Field(ge=1)]
 Whole = Annotated[int, Field(ge=0)]
 Samples = Annotated[int, Field(ge=-1)]  # -1: all
@@ -58,7 +65,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 TopP = Annotated[float, Field(gt=0, le=1)]
 LoraRank = Annotated[int, Field(ge=0, le=512)]  # vLLM's limit
 TopK = Annotated[int, Field(ge=-1)]
-Text = Annotated[str, Field(min_length=1)]
+Text = Annotated[str, Field(min_length=1), AfterValidator(given)]
 # What verl's engine holds a model in, and what vLLM takes
 Precision = Literal["fp32", "float32", "bf16", "bfloat16", "fp16", "float16"]
 RolloutPrecision = Literal["auto", "bfloat16", "float16", "half", "float32", "float"]

@@ -17,6 +17,24 @@ def text_part(config: dict) -> dict:
     return part if isinstance(part, dict) else config
 
 
+def language_model(path: str, trust_remote_code: bool, local_files_only: bool):
+    """The same part as transformers reads it, by which the engine builds the model.
+
+    Raises:
+        ValueError: when it cannot be read, with the first line of why.
+    """
+    from transformers import AutoConfig, PreTrainedConfig
+
+    try:
+        whole = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=local_files_only)
+        found = whole.get_text_config()
+    except Exception as error:  # its classes, and those of the hub, raise what they like
+        raise ValueError((str(error).splitlines() or [type(error).__name__])[0]) from error
+    if not isinstance(found, PreTrainedConfig):
+        raise ValueError(f"a {whole.model_type} has no text_config, and it holds {str(found)[:60]}")
+    return found
+
+
 def check_architecture(settings: Settings, config: dict) -> None:
     from transformers.models.auto import modeling_auto
 
@@ -26,7 +44,7 @@ def check_architecture(settings: Settings, config: dict) -> None:
     }
     architectures = config.get("architectures")
     settings.require(
-        isinstance(architectures, list) and len(architectures) == 1 and architectures[0] in known,
+        isinstance(architectures, list) and len(architectures) == 1 and str(architectures[0]) in known,
         PATH,
         f"config.json has the architectures {architectures}, and a causal language model, which writes token by token, "
         "is needed; name one",
@@ -60,7 +78,9 @@ def _check_heads(settings: Settings, config: dict) -> None:
     heads = model.get("num_attention_heads")
     if not isinstance(heads, int) or size == 1:
         return
-    of_keys = model.get("num_key_value_heads") or heads
+    of_keys = model.get("num_key_value_heads") or heads  # a number, where transformers can read the config
+    if not isinstance(of_keys, int):
+        return
     settings.require(
         heads % size == 0 and (of_keys % size == 0 or size % of_keys == 0),
         key,

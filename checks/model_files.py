@@ -14,7 +14,8 @@ from safetensors import SafetensorError, safe_open
 
 from recipe.spin.checks.derived import source_of
 from recipe.spin.checks.fit import compute_bytes
-from recipe.spin.checks.model_config import PATH, check_architecture, check_computation, text_part
+from recipe.spin.checks.hub import cannot_be_asked, does_not_answer
+from recipe.spin.checks.model_config import PATH, check_architecture, check_computation, language_model, text_part
 from recipe.spin.common.settings import MODEL_LENGTH, ConfigError, Settings
 
 TOKENIZER_PATH = "actor_rollout_ref.model.tokenizer_path"
@@ -48,6 +49,7 @@ def check_model(settings: Settings) -> None:
         )
         check_computation(settings, config)
         _check_weights(settings, PATH, folder)
+        settings.run(_check_language_model)
     elif file := _cached_file(settings[PATH], "config.json"):
         config = _read_json(settings, PATH, file)
         check_computation(settings, config)
@@ -57,6 +59,15 @@ def _check_sizes(settings: Settings, model: dict) -> None:
     """Of the embedding, which decides how weights reach vLLM; a model without one has neither."""
     wrong = [name for name in ("vocab_size", "hidden_size") if not isinstance(model.get(name, 0), int)]
     settings.require(not wrong, PATH, f"config.json: {' and '.join(wrong)} must be a whole number; {SAVE}")
+
+
+def _check_language_model(settings: Settings) -> None:
+    """What transformers makes of config.json, which is what the engine loads."""
+    path, trust = settings[PATH], settings["actor_rollout_ref.model.trust_remote_code"]
+    try:
+        language_model(path, trust, local_files_only=True)
+    except ValueError as error:
+        settings.require(False, PATH, f"transformers cannot read config.json ({error}); {SAVE}")
 
 
 def _check_adapter(settings: Settings) -> None:
@@ -151,7 +162,7 @@ def _check_weights(settings: Settings, key: str, folder: Path) -> None:
 def _read_json(settings: Settings, key: str, file: Path) -> dict:
     try:
         content, fault = json.loads(file.read_bytes()), "it holds no object"
-    except (ValueError, OSError) as error:
+    except (ValueError, RecursionError, OSError) as error:
         content, fault = None, str(error)
     settings.require(isinstance(content, dict), key, f"{file.name} cannot be read as JSON ({fault}); {SAVE}")
     settings[key]  # leaves, where it has a fault
@@ -207,7 +218,6 @@ def _is_on_hub(name: str, key: str) -> bool | None:
     Raises:
         ConfigError: when the hub must not be asked.
     """
-    import httpx
     from huggingface_hub import errors, model_info
 
     try:
@@ -219,12 +229,12 @@ def _is_on_hub(name: str, key: str) -> bool | None:
             f"{key}={name!r}: there is no such folder, the model is not in the hub's cache, and HF_HUB_OFFLINE "
             "forbids to ask the hub; name a folder, or fetch the model first (hf download)"
         ) from error
-    except (ImportError, ValueError, httpx.InvalidURL) as error:  # of httpx, before it asks
+    except cannot_be_asked() as error:
         raise ConfigError(
             f"{key}={name!r} is no folder here, and the hub cannot be asked ({type(error).__name__}: {error}); correct "
             "HTTP_PROXY, HTTPS_PROXY or ALL_PROXY, or name a folder"
         ) from error
-    except (errors.HfHubHTTPError, httpx.HTTPError, OSError) as error:
+    except does_not_answer() as error:
         sys.stderr.write(
             f"[spin] {key}={name!r} is no folder here, and the hub does not answer ({type(error).__name__}: {error}); "
             "going on as if it had the model\n"

@@ -3,6 +3,7 @@
 from omegaconf import DictConfig, OmegaConf
 
 from recipe.spin.checks.check import check_settings
+from recipe.spin.checks.hub import cannot_be_asked, does_not_answer
 from recipe.spin.checks.model_config import PATH
 from recipe.spin.checks.model_files import ADAPTER, REWARD_MODEL, TOKENIZER_PATH, is_pinned
 from recipe.spin.common.settings import ConfigError
@@ -35,12 +36,13 @@ def _fetched(key: str, path: str) -> str:
     """The folder in the hub's cache."""
     name, _, revision = path.partition("@")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
 
     try:
         return snapshot_download(name, revision=revision, ignore_patterns=list(UNUSED))
-    except (OSError, HFValidationError) as error:  # no such name or revision, no access, no network
+    except (*cannot_be_asked(), *does_not_answer()) as error:  # no such name or revision, no access, no network
+        cause = f"{type(error).__name__}: {str(error).strip()}"
         raise ConfigError(
-            f"{key}={path!r}: the hub did not give revision {revision!r} of {name!r} ({str(error).strip()}); correct "
-            "name and revision (a commit, tag or branch), or give a folder"
+            f"{key}={path!r}: the hub did not give revision {revision!r} of {name!r} ({cause}); correct name and "
+            "revision (a commit, tag or branch) or, where a proxy is in the way, HTTP_PROXY, HTTPS_PROXY or ALL_PROXY; "
+            "or give a folder"
         ) from error

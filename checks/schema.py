@@ -32,7 +32,7 @@ from recipe.spin.checks.kinds import (
     unused,
     verl,
 )
-from recipe.spin.common.settings import Settings
+from recipe.spin.common.settings import ConfigError, Settings
 from recipe.spin.core_algos import PAIRINGS, TIE_POLICIES
 from recipe.spin.losses import F_DIVERGENCES
 
@@ -204,6 +204,7 @@ class Trainer(Section):
     save_freq: int
     test_freq: int
     val_before_train: bool
+    val_only: bool
     max_actor_ckpt_to_keep: Whole | None = verl("null or 0 keeps all")
     resume_mode: Literal["auto", "disable", "resume_path", "force"]
     resume_from_path: Text | None
@@ -250,6 +251,7 @@ class Model(Section):
         unused(False), verl("verl's fused forward gives no logits, of which SPIN makes log-probs; set it to False")
     ]
     enable_gradient_checkpointing: bool
+    enable_activation_offload: bool
     lora_rank: LoraRank = own(
         0, "with LoRA the reference is the base model, the adapter off; takes `trainer.ref_update_freq=0`"
     )
@@ -273,6 +275,9 @@ class Engine(Section):
     model_dtype: Precision
     mixed_precision: dict | None
     param_offload: bool
+    optimizer_offload: bool
+    offload_policy: bool
+    use_no_sync_for_gradient_accumulation: bool
 
 
 Contents = list[Literal["model", "optimizer", "extra", "hf_model"]]
@@ -390,6 +395,7 @@ class Rollout(Section):
     max_num_batched_tokens: Count
     enable_chunked_prefill: bool
     free_cache_engine: bool
+    enforce_eager: bool
     log_prob_micro_batch_size: unused(None)
     log_prob_micro_batch_size_per_gpu: Count | None
     log_prob_max_token_len_per_gpu: Count | None
@@ -483,10 +489,10 @@ class RuntimeEnv(Section):
 
 
 class RayInit(Section):
-    num_cpus: Count | None = None
+    num_cpus: Count | None
     num_gpus: Whole | None = None
     object_store_memory: Count | None = None
-    runtime_env: RuntimeEnv = RuntimeEnv()
+    runtime_env: RuntimeEnv
 
 
 class RayKwargs(Section):
@@ -508,12 +514,21 @@ class Config(Section):
 
 
 def check_kinds(settings: Settings) -> None:
-    """Notes every setting of the wrong type or out of its range."""
+    """Notes every setting of the wrong type or out of its range.
+
+    Raises:
+        ConfigError: with all of them, when a declared key was taken out: other checks count on it.
+    """
     try:
         Config.model_validate(settings.values)
     except ValidationError as error:
-        for fault in error.errors(include_url=False, include_context=False, include_input=False):
-            settings.require(False, *_declared(fault["loc"]))
+        faults = error.errors(include_url=False, include_context=False, include_input=False)
+        for fault in faults:
+            key, rule = _declared(fault["loc"])
+            absent = "give it, as a run reads it" if fault["type"] == "missing" else ""
+            settings.require(False, key, "; ".join(filter(None, (absent, rule))))
+        if any(fault["type"] == "missing" for fault in faults):
+            raise ConfigError(*settings.faults) from error
 
 
 def _declared(location: tuple[str | int, ...]) -> tuple[str, str]:

@@ -73,8 +73,15 @@ class Settings:
             value = value.get(name) if isinstance(value, dict) else None
         return value
 
+    def has(self, key: str) -> bool:
+        """Whether the config has a key, whatever its value."""
+        section, _, name = key.rpartition(".")
+        found = self.value(section) if section else self.values
+        return isinstance(found, dict) and name in found
+
     def require(self, condition: bool, key: str, remedy: str) -> None:
         """Notes a fault of a key unless the condition holds; passwords in its addresses are not shown."""
         if not condition and key not in self._faulty:
             self._faulty.add(key)
-            self.faults.append(f"{key}={shown_address(repr(self.value(key)))}: {remedy}")
+            shown = f"{key}={shown_address(repr(self.value(key)))}" if self.has(key) else f"{key} is missing"
+            self.faults.append(f"{shown}: {remedy}")

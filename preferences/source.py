@@ -199,8 +199,9 @@ def source_class(name: str) -> type[PreferenceSource]:
         raise ValueError(f"choose one of {', '.join(SOURCES)}, or name a class of your own as module:Class")
     try:
         found = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"cannot be imported ({error}); PYTHONPATH must lead to its module") from error
+    except Exception as error:  # a module is a program, which may raise what it likes; and names may be none
+        fault = f"{type(error).__name__}: {error}"
+        raise ValueError(f"cannot be imported ({fault}); correct it, and let PYTHONPATH lead to its module") from error
     if not (isinstance(found, type) and issubclass(found, PreferenceSource)):
         raise ValueError("must be a class derived from recipe.spin.preferences.source.PreferenceSource")
     if not inspect.iscoroutinefunction(inspect.unwrap(found.score_group)):

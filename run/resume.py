@@ -9,7 +9,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from recipe.spin.checks.contents import contents_of
-from recipe.spin.common.secrets import without_secrets
+from recipe.spin.common.secrets import shown_address, without_secrets
 from recipe.spin.common.settings import ConfigError
 from recipe.spin.run_folder import (
     TRACKER,
@@ -25,6 +25,7 @@ from recipe.spin.run_folder import (
 
 SETTINGS = "settings.yaml"
 CONTENTS = "contents"  # a section there: what the files held
+SERVERS = "algorithm.judge.servers"
 UNREADABLE_REMEDY = "correct it, or delete it to go on uncompared"
 MODES = ("auto", "disable", "resume_path", "force")  # verl's, and auto in spite of other settings
 RANKS = "trainer.nnodes * trainer.n_gpus_per_node"
@@ -108,6 +109,11 @@ NOT_COMPARED = (
     f"{CONTENTS}*",  # by changed_files
 )
 ABSENT = "(not set)"
+# Of the stored settings, what each must be
+STORED = (
+    (CONTENTS, lambda value: isinstance(value, dict), "a section of files"),
+    (SERVERS, lambda value: isinstance(value, list) and all(isinstance(one, str) for one in value), "a list of texts"),
+)
 
 Difference = tuple[str, Any, Any]
 
@@ -260,11 +266,23 @@ def _store(settings: dict, folder: Path) -> None:
 def _read(file: Path) -> dict:
     try:
         settings = yaml.safe_load(file.read_text())
-    except (yaml.YAMLError, ValueError, OSError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:
         raise ConfigError(f"{file}: not readable ({error}); {UNREADABLE_REMEDY}") from error
     if not isinstance(settings, dict) or "trainer" not in settings:
         raise ConfigError(f"{file} holds no settings; {UNREADABLE_REMEDY}")
+    _require_sound(settings, file)
     return settings
+
+
+def _require_sound(settings: dict, file: Path) -> None:
+    """A file that was edited may hold anything; what is not only compared must be of its kind, if it is there."""
+    for key, is_kind, kind in STORED:
+        section, value = settings, ABSENT
+        for name in key.split("."):
+            value = section.get(name, ABSENT) if isinstance(section, dict) else ABSENT
+            section = value
+        if value != ABSENT and not is_kind(value):
+            raise ConfigError(f"{file}: {key}={shown_address(repr(value))} must be {kind}; {UNREADABLE_REMEDY}")
 
 
 def differences(old: dict, new: dict, prefix: str = "") -> list[Difference]:
@@ -292,7 +310,7 @@ def _is_harmless(key: str, settings: dict) -> bool:
 
 def _are_the_same_judges(key: str, before: Any, after: Any, settings: dict) -> bool:
     """Whether what differs are addresses alone at which judges answer: as many, with models that the settings name."""
-    if key != "algorithm.judge.servers" or settings["algorithm"]["judge"]["models"] is None:
+    if key != SERVERS or before == ABSENT or settings["algorithm"]["judge"]["models"] is None:
         return False
     return len(before) == len(after) and all(
         old == new or ("://" in old and "://" in new) for old, new in zip(before, after, strict=True)

@@ -131,6 +131,7 @@ def without(key: str) -> dict:
         (row(2) | {"reward_model": "3"}, ["reward_model.ground_truth"]),
         (without("data_source"), ["'data_source'", "add the column"]),
         (["prompt"], ["'prompt'"]),
+        (row(2) | {"prompt": [{"role": "user", "content": "\ud800"}]}, ["holds '\\ud800'", "half of a character"]),
     ],
     ids=[
         "no-prompt",
@@ -143,6 +144,7 @@ def without(key: str) -> dict:
         "string-reward-model",
         "no-data-source",
         "no-object",
+        "half-a-character",
     ],
 )
 def test_faulty_row_is_named(run, tmp_path, bad, words):
@@ -268,9 +270,22 @@ def test_json_as_verl_reads_it(run, tmp_path, name, write):
     assert len(datasets.load_dataset("json", data_files=str(path), cache_dir=tmp_path / "cache")["train"]) == 4
 
 
-def test_broken_json_array(run, tmp_path):
+@pytest.mark.parametrize("kind", ["json", "jsonl"])
+def test_characters_that_json_writes_in_two_pass(run, tmp_path, kind):
+    rows = [row(number) | {"note": "\U0001f600 and \\ud800"} for number in range(4)]
+    path = tmp_path / f"data.{kind}"
+    path.write_text(json.dumps(rows) if kind == "json" else "\n".join(map(json.dumps, rows)))
+    run.check(f"data.train_files={path}")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"[" + json.dumps(row(1)).encode(), b'["\xed\xa0\x80"]', json.dumps([row(1)]).encode("utf-16-le")],
+    ids=["cut", "half a character", "UTF-16"],
+)
+def test_broken_json_array(run, tmp_path, content):
     path = tmp_path / "data.json"
-    path.write_text("[" + json.dumps(row(1)))
+    path.write_bytes(content)
     message = run.refusal(f"data.train_files={path}")
     assert message.startswith(f"data.train_files='{path}'") and "not JSON in UTF-8" in message
 

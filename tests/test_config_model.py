@@ -94,6 +94,19 @@ DAMAGES = {
         ["config.json cannot be read as JSON", "save_pretrained"],
     ),
     "a list": (lambda folder: (folder / "config.json").write_text("[]"), ["config.json cannot be read as JSON"]),
+    "a nest": (
+        lambda folder: (folder / "config.json").write_text('{"a": ' + "[" * 10**5 + "]" * 10**5 + "}"),
+        ["config.json cannot be read as JSON", "recursion"],
+    ),
+    "an empty text part": (
+        lambda folder: change(folder / "config.json", text_config={}),
+        ["transformers cannot read config.json (a llama has no text_config, and it holds {})", "save_pretrained"],
+    ),
+    "layers in words": (
+        lambda folder: change(folder / "config.json", num_hidden_layers="two"),
+        ["transformers cannot read config.json", "num_hidden_layers"],
+    ),
+    "a list of architectures": (lambda folder: change(folder / "config.json", architectures=[[]]), ["a causal"]),
     "not causal": (
         lambda folder: change(folder / "config.json", architectures=["BertForMaskedLM"], model_type="bert"),
         ["BertForMaskedLM", "a causal language model"],

@@ -136,6 +136,15 @@ BAD = [
     (f"{ROLLOUT}.dtype=fp32", [f"{ROLLOUT}.dtype='fp32'", "one of auto, bfloat16, float16, half, float32, float"]),
     (f"{ACTOR}.fsdp_config.model_dtype=fp8", [f"{ACTOR}.fsdp_config.model_dtype='fp8'", "one of fp32, float32, bf16"]),
     (f"{ROLLOUT}.do_sample=False", [f"{ROLLOUT}.do_sample=False", "must be sampled"]),
+    # taken out
+    (
+        "~ray_kwargs.ray_init.num_cpus",
+        ["ray_kwargs.ray_init.num_cpus is missing: give it", "a whole number of at least 1 or null"],
+    ),
+    ("~reward", ["reward is missing: give it", "a section of keys"]),
+    ("~trainer.val_only", ["trainer.val_only is missing: give it", "must be True or False"]),
+    ("~algorithm.dpo_beta", ["algorithm.dpo_beta is missing: give it"]),
+    ("actor_rollout_ref.model.path='???'", ["actor_rollout_ref.model.path='???'", "name a model"]),
     # taken by verl, and without effect here
     (f"{ACTOR}.grad_clip=0.5", [f"{ACTOR}.grad_clip=0.5", "set optim.clip_grad"]),
     (f"{ACTOR}.entropy_coeff=0.01", [f"{ACTOR}.entropy_coeff=0.01", "SPIN does not use it; set it to 0"]),

@@ -1,5 +1,6 @@
 """A hub model at one revision, with a stand-in for the hub."""
 
+import httpx
 import huggingface_hub
 import pytest
 from checkable_run import composed, override
@@ -71,12 +72,17 @@ def test_a_folder_may_have_the_sign_in_its_name(fetch, tmp_path):
         ("a/b@no", LocalEntryNotFoundError("Cannot find an appropriate snapshot")),
         ("/no/a@b", HFValidationError("Repo id must be in the form 'repo_name'")),
         ("a/b@", OSError("no revision")),
+        ("a/b@main", ImportError("Using SOCKS proxy, but the 'socksio' package is not installed")),
+        ("a/b@main", ValueError("Unknown scheme for proxy URL")),
+        ("a/b@main", httpx.InvalidURL("Invalid port: '80a'")),
+        ("a/b@main", httpx.ProxyError("403 Forbidden")),
     ],
 )
 def test_what_the_hub_does_not_give_is_refused_with_its_words(fetch, path, error):
     with pytest.raises(ConfigError) as caught:
         fetch(path, fails=error)
-    assert all(part in str(caught.value) for part in (path, str(error), "actor_rollout_ref.model.path"))
+    words = (path, str(error), "actor_rollout_ref.model.path", "ALL_PROXY", "give a folder")
+    assert [part for part in words if part not in str(caught.value)] == []
 
 
 def test_settings_that_cannot_run_are_told_before_the_download(run, monkeypatch):

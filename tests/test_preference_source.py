@@ -46,6 +46,9 @@ def test_a_decorated_source_is_one():
         ("jury", "choose one of reward, judge, self_play, or name a class of your own as module:Class"),
         ("no_such_module:Source", "cannot be imported"),
         ("recipe.spin.preferences.judge:NoSuch", "cannot be imported"),
+        ("'..:x'", "cannot be imported (TypeError: "),
+        ("':x'", "cannot be imported (ValueError: "),
+        ("source_in_pieces:Source", "cannot be imported (SyntaxError: "),
         ("recipe.spin.preferences.judge:Group", "derived from"),
         (
             "test_preference_source:Plain",
@@ -54,7 +57,9 @@ def test_a_decorated_source_is_one():
         (5, "must be a text"),
     ],
 )
-def test_a_source_that_is_none_is_refused(run, name, words):
+def test_a_source_that_is_none_is_refused(run, tmp_path, monkeypatch, name, words):
+    (tmp_path / "source_in_pieces.py").write_text("class Source(")
+    monkeypatch.syspath_prepend(tmp_path)
     message = run.refusal(f"algorithm.preference_source={name}")
     assert "algorithm.preference_source=" in message and words in message
 

@@ -365,6 +365,30 @@ def test_settings_that_cannot_be_read_are_named(stopped, text):
     assert f"{stopped.path / resume.SETTINGS}" in stopped.refusal()
 
 
+def test_a_nest_of_settings_is_named(stopped):
+    (stopped.path / resume.SETTINGS).write_text("[" * 10**4)
+    assert f"{stopped.path / resume.SETTINGS}: not readable" in stopped.refusal()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        (resume.CONTENTS, None, "contents=None must be a section of files"),
+        (resume.CONTENTS, ["a"], "contents=['a'] must be a section of files"),
+        (resume.SERVERS, None, f"{resume.SERVERS}=None must be a list of texts"),
+        (resume.SERVERS, [5], f"{resume.SERVERS}=[5] must be a list of texts"),
+        (resume.SERVERS, "http://me:s3cret@judge/v1", f"{resume.SERVERS}='http://***@judge/v1' must be a list"),
+    ],
+)
+def test_stored_settings_that_were_spoiled_are_named(stopped, key, value, words):
+    settings = OmegaConf.create(stopped.stored())
+    OmegaConf.update(settings, key, value, merge=False)
+    (stopped.path / resume.SETTINGS).write_text(OmegaConf.to_yaml(settings))
+    message = stopped.refusal("algorithm.judge.models=rule", "trainer.resume_mode=force")
+    assert message.startswith(f"{stopped.path / resume.SETTINGS}: {words}"), message
+    assert "correct it, or delete it" in message
+
+
 def test_a_checkpoint_may_lie_elsewhere(stopped, tmp_path):
     (stopped.path / "global_step_6").rename(tmp_path / "moved")
     (stopped.path / "global_step_6").symlink_to(tmp_path / "moved")
