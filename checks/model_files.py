@@ -38,8 +38,7 @@ def check_model(settings: Settings) -> None:
     if folder := _folder(settings, PATH):
         config = _check_folder(settings, PATH, folder)
         _check_sizes(settings, text_part(config))
-        if not settings["actor_rollout_ref.model.trust_remote_code"]:
-            check_architecture(settings, config)
+        check_architecture(settings, config)
         positions, length = text_part(config).get("max_position_embeddings"), settings[MODEL_LENGTH]
         settings.require(
             not isinstance(positions, int) or length is None or length <= positions,
@@ -50,6 +49,7 @@ def check_model(settings: Settings) -> None:
         _check_weights(settings, PATH, folder)
     elif file := _cached_file(settings[PATH], "config.json"):
         config = _read_json(settings, PATH, file)
+        check_architecture(settings, config)
         check_computation(settings, config)
 
 

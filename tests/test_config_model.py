@@ -21,6 +21,7 @@ from recipe.spin.checks import check, model_config, model_files
 from recipe.spin.checks.model_files import BUCKET, fit_weight_bucket
 
 PATH = "actor_rollout_ref.model.path"
+TRUST = "actor_rollout_ref.model.trust_remote_code"
 
 
 @pytest.mark.parametrize(
@@ -104,6 +105,33 @@ DAMAGES = {
         ),
         ["of a qwen3_vl verl replaces the forward pass", "name a model of text"],
     ),
+    "a type that nobody knows": (
+        lambda folder: change(folder / "config.json", model_type="nope"),
+        ["model_type 'nope', which transformers", "name a model that it knows"],
+    ),
+    "no type": (lambda folder: change(folder / "config.json", model_type=None), ["has the model_type None"]),
+    "code of its own": (
+        lambda folder: change(folder / "config.json", model_type="nope", auto_map={"AutoConfig": "a.B"}),
+        ["model_type 'nope'", f"or set {TRUST}=True"],
+    ),
+    "another's type": (
+        lambda folder: change(folder / "config.json", model_type="bert"),
+        ["['LlamaForCausalLM'] and the model_type 'bert', of which transformers makes BertLMHeadModel"],
+    ),
+    "no writer's type": (
+        lambda folder: change(folder / "config.json", model_type="vit"),
+        ["the model_type 'vit', of which transformers makes no causal language model"],
+    ),
+    "quantized": (
+        lambda folder: change(folder / "config.json", quantization_config={"quant_method": "gptq", "bits": 4}),
+        ["quantization_config (gptq)", "cannot be trained; take the model that it was made from"],
+    ),
+    "quantized as it is loaded": (
+        lambda folder: change(
+            folder / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}
+        ),
+        ["quantization_config (bitsandbytes)"],
+    ),
     "no architecture": (lambda folder: change(folder / "config.json", architectures=None), ["a causal language model"]),
     "no vocabulary": (lambda folder: change(folder / "config.json", vocab_size=None), ["vocab_size must be a whole"]),
     "sizes in words": (
@@ -121,6 +149,19 @@ def test_damaged_model_folder(run, folder, damage):
     message = run.refusal(f"{PATH}={folder}")
     assert message.startswith(f"{PATH}='{folder}': "), message
     assert [word for word in words if word not in message] == [], message
+
+
+@pytest.mark.parametrize("changes", [{}, {"auto_map": {"AutoConfig": "a.B"}}])
+def test_a_model_may_bring_code_of_its_own(run, folder, monkeypatch, changes):
+    """Where it is trusted, nothing is said of its type."""
+    monkeypatch.setattr(model_files, "load_tokenizer", lambda settings: None)
+    monkeypatch.setattr(check, "machine_faults", lambda settings: [])  # AutoConfig would look for the code
+    change(folder / "config.json", model_type="nope", **changes)
+    overrides = [f"{PATH}={folder}", f"{TRUST}=True"]
+    if changes:
+        run.check(*overrides)
+    else:
+        assert "model_type 'nope'" in run.refusal(*overrides)
 
 
 def test_an_index_of_files_that_are_not_loaded_is_passed_over(run, folder):
