@@ -13,6 +13,7 @@ from recipe.spin.checks.derived import ROLLOUT, compares_held_out, is_self_play,
 from recipe.spin.checks.model_files import CHAT_TEMPLATE, load_tokenizer, prompt_writer
 from recipe.spin.checks.reward_file import KEY
 from recipe.spin.checks.rules.generation import require_queue
+from recipe.spin.common.digests import digest
 from recipe.spin.common.settings import ConfigError, Settings
 
 TRAIN, VAL = "data.train_files", "data.val_files"
@@ -49,8 +50,7 @@ MANY = 10_000  # prompts whose measuring takes seconds, which is said
 def check_data(settings: Settings) -> None:
     """Every file must be readable and its rows must be prompts; there must be enough of them for a batch."""
     files = {key: files_of(settings[key]) for key in (TRAIN, VAL)}
-    train, val = ({Path(file).resolve() for file in files[key]} for key in (TRAIN, VAL))
-    settings.require(not train & val, VAL, "held-out prompts must not be trained on; name a file of others")
+    _check_held_out(settings, files)
     prompts: dict[str, list[Prompts]] = {TRAIN: [], VAL: []}
     for key in (TRAIN, VAL):
         local = [file for file in files[key] if "://" not in file]  # others are fetched by verl
@@ -64,6 +64,23 @@ def check_data(settings: Settings) -> None:
             settings.run(partial(_read, key=key, file=file, prompts=prompts[key]))
     if all(len(prompts[key]) == len(files[key]) for key in (TRAIN, VAL)):
         settings.run(partial(_check_amounts, prompts=prompts), partial(_check_lengths, prompts=prompts))
+
+
+def _check_held_out(settings: Settings, files: dict[str, list[str]]) -> None:
+    train, val = ([Path(file).resolve() for file in files[key]] for key in (TRAIN, VAL))
+    same = next(((held_out, file) for held_out in val for file in train if _are_same(held_out, file)), None)
+    copy = f"{same[0].name} is a copy of {same[1]}; " if same and same[0] != same[1] else ""
+    settings.require(not same, VAL, f"{copy}held-out prompts must not be trained on; name a file of others")
+
+
+def _are_same(one: Path, other: Path) -> bool:
+    """Whether two files are one, or hold the same bytes."""
+    if one == other:
+        return True
+    try:
+        return one.stat().st_size == other.stat().st_size > 0 and digest(one) == digest(other)
+    except OSError:  # verl fetches it, or it cannot be read, which is said of the file by itself
+        return False
 
 
 def files_of(files: str | list[str]) -> list[str]:

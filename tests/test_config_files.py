@@ -153,6 +153,11 @@ def test_faulty_row_is_named(run, tmp_path, bad, words):
     assert [word for word in words if word not in message] == [], message
 
 
+def train_and_test(folder: Path, rows: list[dict]) -> list[str]:
+    """Files with the same rows but one: a copy would be refused."""
+    return [write_rows(folder / "train.jsonl", rows), write_rows(folder / "test.jsonl", rows[1:])]
+
+
 REWARD = "reward.custom_reward_function.path"
 REWARD_MODEL = ["reward.reward_model.enable=True"]
 
@@ -169,7 +174,7 @@ def test_a_ground_truth_of_null_is_for_ones_own_reward(run, tmp_path):
 def test_ground_truth_is_not_asked_for_with_a_reward_model(run, tmp_path, tiny_llama):
     reward_model = write_classifier(tiny_llama, tmp_path / "classifier")
     rows = [{"data_source": "sums", "prompt": row(number)["prompt"]} for number in range(4)]
-    train, held_out = (write_rows(tmp_path / name, rows) for name in ("train.jsonl", "test.jsonl"))
+    train, held_out = train_and_test(tmp_path, rows)
     files = [f"data.train_files={train}", f"data.val_files={held_out}"]
     run.check(*files, *REWARD_MODEL, f"reward.reward_model.model_path={reward_model}", f"{REWARD}=null")
     message = run.refusal(*files, *REWARD_MODEL, f"reward.reward_model.model_path={reward_model}")
@@ -188,7 +193,7 @@ UNANSWERED = ["trainer.val_before_train=False", "trainer.test_freq=-1"]
 
 def test_a_judge_without_a_reward_takes_prompts_alone(run, tmp_path):
     rows = [{"prompt": row(number)["prompt"]} for number in range(4)]
-    train, held_out = (write_rows(tmp_path / name, rows) for name in ("train.jsonl", "test.jsonl"))
+    train, held_out = train_and_test(tmp_path, rows)
     files = [f"data.train_files={train}", f"data.val_files={held_out}"]
     run.check(*files, *JUDGE, *UNANSWERED, f"{REWARD}=null")
     message = run.refusal(*files, *JUDGE, f"{REWARD}=null")
@@ -204,7 +209,7 @@ def test_a_judge_without_a_reward_takes_prompts_alone(run, tmp_path):
 # ---- The reward that verl has for the data source --------------------------------------------------------------------
 def named(tmp_path: Path, source) -> list[str]:
     rows = [row(number) | {"data_source": source} for number in range(4)]
-    train, held_out = (write_rows(tmp_path / name, rows) for name in ("train.jsonl", "test.jsonl"))
+    train, held_out = train_and_test(tmp_path, rows)
     return [f"data.train_files={train}", f"data.val_files={held_out}"]
 
 
@@ -332,15 +337,23 @@ def test_a_message_without_text_is_refused(run, tmp_path, content):
 def test_a_message_in_parts_passes(run, tmp_path):
     template = "actor_rollout_ref.model.custom_chat_template='{{ messages[0].content[0].text }}'"
     prompt = [{"role": "user", "content": [{"type": "text", "text": "What is 1 + 1?"}]}]
-    files = [
-        write_rows(tmp_path / name, [row(n) | {"prompt": prompt} for n in range(4)]) for name in ("a.json", "b.json")
-    ]
+    rows = [row(number) | {"prompt": prompt} for number in range(5)]
+    files = [write_rows(tmp_path / "a.json", rows[:4]), write_rows(tmp_path / "b.json", rows[4:])]
     run.check(f"data.train_files={files[0]}", f"data.val_files={files[1]}", template)
 
 
 def test_the_training_file_is_not_held_out(run):
     message = run.refusal(f"data.val_files={run.settings['data.train_files']}")
     assert message.startswith("data.val_files=") and "must not be trained on" in message
+
+
+@pytest.mark.parametrize("name", ["copy.parquet", "link.parquet"])
+def test_a_copy_of_the_training_file_is_not_held_out(run, tmp_path, name):
+    train, path = Path(run.settings["data.train_files"]), tmp_path / name
+    path.symlink_to(train) if name == "link.parquet" else path.write_bytes(train.read_bytes())
+    message = run.refusal(f"data.val_files=[{run.settings['data.val_files']},{path}]")
+    assert message.startswith("data.val_files=[") and "must not be trained on" in message
+    assert (f"copy.parquet is a copy of {train}; " in message) == (name == "copy.parquet")
 
 
 # ---- Lengths and numbers ---------------------------------------------------------------------------------------------
