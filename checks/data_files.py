@@ -43,6 +43,7 @@ YOURS = f"name a file with yours in {KEY}.path (REWARD_PATH)"
 UNSCORED = ", or leave held-out prompts unanswered (trainer.val_before_train=False trainer.test_freq=-1)"
 MEDIA = ("data.image_key", "data.video_key", "data.audio_key")
 TEXT_ALONE = "vLLM would see it, and this recipe trains on text alone; take prompts of text"
+SPACE = b" \t\r\n"  # of JSON
 CHUNK = 256  # prompts that are measured at once
 MANY = 10_000  # prompts whose measuring takes seconds, which is said
 
@@ -153,10 +154,12 @@ def _read_rows(key: str, path: Path) -> list:
 def _read_json(key: str, path: Path) -> list:
     """An object a line, or an array of objects; as datasets reads them, with a byte order mark and empty lines."""
     try:
-        content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+        content = path.read_bytes()
     except OSError as error:
         raise ConfigError(f"{key}={str(path)!r}: cannot be read ({error.strerror}); let this user read it") from error
-    if content.startswith(b"["):
+    marked = content.startswith(codecs.BOM_UTF8)  # then datasets takes no space before an array
+    content = content.removeprefix(codecs.BOM_UTF8)
+    if content.lstrip(b"" if marked else SPACE).startswith(b"["):
         try:
             return json.loads(content)
         except (ValueError, RecursionError) as error:
@@ -164,12 +167,29 @@ def _read_json(key: str, path: Path) -> list:
     rows = []
     for number, line in enumerate(content.splitlines(), start=1):
         try:
-            rows += [json.loads(line)] if line.strip() else []
+            rows += [json.loads(line, object_pairs_hook=_object)] if line.strip() else []
         except (ValueError, RecursionError) as error:
             raise ConfigError(
                 f"{key}={str(path)!r}, line {number}: not JSON in UTF-8 ({error}); write one JSON object a line"
             ) from error
+        except _KeyTwiceError as error:
+            raise ConfigError(
+                f"{key}={str(path)!r}, line {number} (row {len(rows)}): the key {str(error)!r} stands twice in an "
+                "object, which datasets does not read; leave one out"
+            ) from error
     return rows
+
+
+class _KeyTwiceError(Exception):
+    """An object of JSON lines has a key twice; in an array datasets takes the last, as Python does."""
+
+
+def _object(pairs: list[tuple]) -> dict:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _KeyTwiceError(next(name for name in names if names.count(name) > 1))
+    return found
 
 
 def _row_fault(row: dict, settings: Settings) -> str | None:

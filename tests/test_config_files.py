@@ -260,10 +260,12 @@ def test_fewer_rows_than_a_batch(run):
     ("name", "write"),
     [
         ("array.json", lambda lines: b"[" + b",\n".join(lines) + b"]"),
+        ("late.json", lambda lines: b"\n \t\r\n[" + b",\n".join(lines) + b"]\n"),
+        ("twice.json", lambda lines: b"[" + b",\n".join(lines).replace(b"{", b'{"a": 1, "a": 2, ', 1) + b"]"),
         ("mark.jsonl", lambda lines: b"\xef\xbb\xbf" + b"\n".join(lines)),
         ("blank.jsonl", lambda lines: b"\n\n" + b"\n\n".join(lines) + b"\n\n"),
     ],
-    ids=["array", "byte order mark", "blank lines"],
+    ids=["array", "array after space", "key twice in an array", "byte order mark", "blank lines"],
 )
 def test_json_as_verl_reads_it(run, tmp_path, name, write):
     lines = [json.dumps(row(number)).encode() for number in range(4)]
@@ -278,6 +280,17 @@ def test_broken_json_array(run, tmp_path):
     path.write_text("[" + json.dumps(row(1)))
     message = run.refusal(f"data.train_files={path}")
     assert message.startswith(f"data.train_files='{path}'") and "not JSON in UTF-8" in message
+
+
+@pytest.mark.parametrize("old", ['{"data_source"', '{"role"', '{"style"'])
+def test_a_key_that_stands_twice_in_a_line_is_refused(run, tmp_path, old):
+    path = Path(write_rows(tmp_path / "data.jsonl", [row(number) for number in range(4)]))
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(["", *lines[:2], lines[2].replace(old, f'{{"a": 1, "a": 2, {old[1:]}'), lines[3]]))
+    message = run.refusal(f"data.train_files={path}")
+    assert message.startswith(f"data.train_files='{path}', line 4 (row 2): the key 'a' stands twice in an object")
+    with pytest.raises(datasets.exceptions.DatasetGenerationError):
+        datasets.load_dataset("json", data_files=str(path), cache_dir=tmp_path / "cache")
 
 
 @pytest.mark.parametrize("column", ["session_id", "responses", "output"])
