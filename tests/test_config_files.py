@@ -293,6 +293,59 @@ def test_a_key_that_stands_twice_in_a_line_is_refused(run, tmp_path, old):
         datasets.load_dataset("json", data_files=str(path), cache_dir=tmp_path / "cache")
 
 
+# ---- Several files ---------------------------------------------------------------------------------------------------
+def parts(folder: Path, *columns: dict) -> list[str]:
+    """Files with these columns beside a prompt's, the first parquet, the others JSON lines and an array."""
+    rows = [[row(number) | more] * 4 for number, more in enumerate(columns)]
+    found = [
+        write_rows(folder / f"part{number}.{'jsonl' if number else 'parquet'}", r) for number, r in enumerate(rows)
+    ]
+    if len(rows) > 2:
+        found[2] = str(folder / "part2.json")
+        Path(found[2]).write_text(json.dumps(rows[2]))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("columns", "types"),
+    [
+        ([{"a": "x"}, {"a": "x"}, {"a": "x"}], None),
+        ([{}, {"a": 1}, {}], None),
+        ([{"a": 1}, {"a": None}, {"a": 2}], None),
+        ([{"a": None}, {"a": 1}], None),
+        ([{"a": {"b": None}}, {"a": {"b": 1}}], None),
+        ([{"a": {"b": 1}}, {"a": {"c": "x"}}], None),
+        ([{"a": {"b": 1, "c": 2}}, {"a": {"c": 1, "b": 2}}], None),
+        ([{}, {"a": [{"b": 1}, {"b": "x"}]}, {"a": [{"b": 2}, {"b": "y"}]}], None),
+        ([{"a": "x"}, {"a": 1}], ("string", 0, "int64", 1)),
+        ([{"a": 1}, {"a": 1.5}], ("int64", 0, "double", 1)),
+        ([{"a": True}, {"a": 1}], ("bool", 0, "int64", 1)),
+        ([{"a": None}, {"a": 1}, {"a": "x"}], ("int64", 1, "string", 2)),
+        ([{"a": ["x"]}, {"a": [1]}], ("list<item: string>", 0, "list<item: int64>", 1)),
+        ([{"a": {"b": "x"}}, {"a": {"b": 1}}], ("struct<b: string>", 0, "struct<b: int64>", 1)),
+        ([{"a": None}, {"a": {"b": 1}}], ("null", 0, "struct<b: int64>", 1)),
+    ],
+)
+def test_files_are_joined_that_datasets_joins(run, tmp_path, columns, types):
+    files = parts(tmp_path, *columns)
+    override = f"data.train_files=[{','.join(files)}]"
+    kinds = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
+    loaded = [
+        datasets.load_dataset(kinds[Path(file).suffix], data_files=file, cache_dir=tmp_path / "cache")["train"]
+        for file in files
+    ]
+    if types is None:
+        run.check(override)
+        datasets.concatenate_datasets(loaded)
+        return
+    one, first, other, second = types
+    message = run.refusal(override)
+    assert message.startswith("data.train_files=[") and "write them alike" in message
+    assert f"the column 'a' is {one} in '{files[first]}' and {other} in '{files[second]}', and verl joins" in message
+    with pytest.raises((ValueError, AttributeError)):
+        datasets.concatenate_datasets(loaded)
+
+
 @pytest.mark.parametrize("column", ["session_id", "responses", "output"])
 def test_a_column_that_the_rollout_adds_is_refused(run, tmp_path, column):
     path = write_rows(tmp_path / "data.jsonl", [row(number) | {column: "x"} for number in range(4)])
