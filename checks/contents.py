@@ -8,11 +8,11 @@ from omegaconf import DictConfig
 from recipe.spin.checks.data_files import count_rows, files_of
 from recipe.spin.checks.model_files import WEIGHTS
 from recipe.spin.checks.reward_file import reward_files
+from recipe.spin.common.digests import DIGITS, digest
 
 # Of a model's folder: what it computes, how it ends, and how messages become tokens
 MODEL_FILES = ("*config.json", "tokenizer*", "vocab.json", "merges.txt", "chat_template*", *WEIGHTS)
 PIECES, PIECE_BYTES = 64, 2**16  # read of a file of weights
-DIGITS = 16  # of a digest; enough against an accident
 
 
 def contents_of(config: DictConfig) -> dict[str, str]:
@@ -23,23 +23,14 @@ def contents_of(config: DictConfig) -> dict[str, str]:
     found = {}
     for files in (config.data.train_files, config.data.val_files):
         for file in (Path(name) for name in files_of(files) if "://" not in name):
-            found[file] = f"{count_rows(file)} rows, {_digest(file)}"
+            found[file] = f"{count_rows(file)} rows, {digest(file)}"
     texts = reward_files(config.reward.custom_reward_function)
     texts += [config.algorithm.judge.prompt] if config.algorithm.preference_source == "judge" else []
-    found |= {file: _digest(file) for file in map(Path, filter(None, texts))}
+    found |= {file: digest(file) for file in map(Path, filter(None, texts))}
     model = Path(config.actor_rollout_ref.model.path)
     for pattern in MODEL_FILES:
         found |= {file: _digest_of_pieces(file) for file in sorted(model.glob(pattern)) if file.is_file()}
     return {str(file): words for file, words in found.items()}
-
-
-def _digest(file: Path) -> str:
-    """Of all bytes, at the speed of a disk; the check of a data file's rows takes many times as long."""
-    hash = hashlib.sha256()
-    with open(file, "rb") as content:
-        while chunk := content.read(2**20):
-            hash.update(chunk)
-    return f"sha256 {hash.hexdigest()[:DIGITS]}"
 
 
 def _digest_of_pieces(file: Path) -> str:

@@ -13,6 +13,7 @@ from recipe.spin.checks.derived import ROLLOUT, compares_held_out, is_self_play,
 from recipe.spin.checks.model_files import CHAT_TEMPLATE, load_tokenizer, prompt_writer
 from recipe.spin.checks.reward_file import KEY
 from recipe.spin.checks.rules.generation import require_queue
+from recipe.spin.common.digests import digest
 from recipe.spin.common.settings import ConfigError, Settings
 
 TRAIN, VAL = "data.train_files", "data.val_files"
@@ -42,6 +43,7 @@ YOURS = f"name a file with yours in {KEY}.path (REWARD_PATH)"
 UNSCORED = ", or leave held-out prompts unanswered (trainer.val_before_train=False trainer.test_freq=-1)"
 MEDIA = ("data.image_key", "data.video_key", "data.audio_key")
 TEXT_ALONE = "vLLM would see it, and this recipe trains on text alone; take prompts of text"
+SPACE = b" \t\r\n"  # of JSON
 CHUNK = 256  # prompts that are measured at once
 MANY = 10_000  # prompts whose measuring takes seconds, which is said
 
@@ -49,8 +51,7 @@ MANY = 10_000  # prompts whose measuring takes seconds, which is said
 def check_data(settings: Settings) -> None:
     """Every file must be readable and its rows must be prompts; there must be enough of them for a batch."""
     files = {key: files_of(settings[key]) for key in (TRAIN, VAL)}
-    train, val = ({Path(file).resolve() for file in files[key]} for key in (TRAIN, VAL))
-    settings.require(not train & val, VAL, "held-out prompts must not be trained on; name a file of others")
+    _check_held_out(settings, files)
     prompts: dict[str, list[Prompts]] = {TRAIN: [], VAL: []}
     for key in (TRAIN, VAL):
         local = [file for file in files[key] if "://" not in file]  # others are fetched by verl
@@ -62,8 +63,27 @@ def check_data(settings: Settings) -> None:
         )
         for file in local:
             settings.run(partial(_read, key=key, file=file, prompts=prompts[key]))
+        if len(prompts[key]) == len(local) > 1:
+            settings.run(partial(_check_columns, key=key, files=local))
     if all(len(prompts[key]) == len(files[key]) for key in (TRAIN, VAL)):
         settings.run(partial(_check_amounts, prompts=prompts), partial(_check_lengths, prompts=prompts))
+
+
+def _check_held_out(settings: Settings, files: dict[str, list[str]]) -> None:
+    train, val = ([Path(file).resolve() for file in files[key]] for key in (TRAIN, VAL))
+    same = next(((held_out, file) for held_out in val for file in train if _are_same(held_out, file)), None)
+    copy = f"{same[0].name} is a copy of {same[1]}; " if same and same[0] != same[1] else ""
+    settings.require(not same, VAL, f"{copy}held-out prompts must not be trained on; name a file of others")
+
+
+def _are_same(one: Path, other: Path) -> bool:
+    """Whether two files are one, or hold the same bytes."""
+    if one == other:
+        return True
+    try:
+        return one.stat().st_size == other.stat().st_size > 0 and digest(one) == digest(other)
+    except OSError:  # verl fetches it, or it cannot be read, which is said of the file by itself
+        return False
 
 
 def files_of(files: str | list[str]) -> list[str]:
@@ -92,6 +112,53 @@ class Prompts:
 
     def fault(self, row: int, fault: str) -> ConfigError:
         return ConfigError(f"{self.key}={self.file!r}, row {row}: {fault}")
+
+
+# ---- Columns ---------------------------------------------------------------------------------------------------------
+def _check_columns(settings: Settings, key: str, files: list[str]) -> None:
+    """verl joins the files by datasets.concatenate_datasets, which wants a column to be of one type in all of them."""
+    columns: dict[str, list[tuple]] = {}
+    for file in files:
+        for name, column in _columns(file).items():
+            columns.setdefault(name, []).append((file, column))
+    for name, found in columns.items():
+        bad = next((end for end in range(1, len(found)) if not _can_join(found[: end + 1])), None)
+        if bad is None:
+            continue
+        other = next((one for one in found[:bad] if not _can_join([one, found[bad]])), found[0])
+        one_type, other_type = (column.features.arrow_schema.field(name).type for _, column in (found[bad], other))
+        settings.require(
+            False,
+            key,
+            f"the column {name!r} is {other_type} in {other[0]!r} and {one_type} in {found[bad][0]!r}, and verl joins "
+            "files whose columns are of one type; write them alike",
+        )
+
+
+def _columns(file: str) -> dict:
+    """Of each column a dataset with a null, in the type that datasets finds; none of a file that it does not read."""
+    from datasets import Dataset, Features, load_dataset
+
+    kind = "parquet" if file.endswith(".parquet") else "json"
+    try:
+        rows = load_dataset(kind, data_files=file, split="train", streaming=True)  # keeps no copy
+        features = rows.features
+        if features is None:  # of a JSON array, before it is read
+            features = Features.from_arrow_schema(next(rows.with_format("arrow").iter(batch_size=sys.maxsize)).schema)
+        types = {name: Features({name: feature}) for name, feature in features.items()}
+        return {name: Dataset.from_dict({name: [None]}, features=features) for name, features in types.items()}
+    except Exception:  # whatever its readers raise
+        return {}
+
+
+def _can_join(columns: list[tuple]) -> bool:
+    from datasets import concatenate_datasets
+
+    try:
+        concatenate_datasets([column for _, column in columns])
+    except Exception:  # of several kinds
+        return False
+    return True
 
 
 # ---- Rows ------------------------------------------------------------------------------------------------------------
@@ -136,10 +203,12 @@ def _read_rows(key: str, path: Path) -> list:
 def _read_json(key: str, path: Path) -> list:
     """An object a line, or an array of objects; as datasets reads them, with a byte order mark and empty lines."""
     try:
-        content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+        content = path.read_bytes()
     except OSError as error:
         raise ConfigError(f"{key}={str(path)!r}: cannot be read ({error.strerror}); let this user read it") from error
-    if content.startswith(b"["):
+    marked = content.startswith(codecs.BOM_UTF8)  # then datasets takes no space before an array
+    content = content.removeprefix(codecs.BOM_UTF8)
+    if content.lstrip(b"" if marked else SPACE).startswith(b"["):
         try:
             rows = json.loads(content.decode())
         except (ValueError, RecursionError) as error:
@@ -149,10 +218,15 @@ def _read_json(key: str, path: Path) -> list:
     rows = []
     for number, line in enumerate(content.splitlines(), start=1):
         try:
-            rows += [json.loads(line.decode())] if line.strip() else []
+            rows += [json.loads(line.decode(), object_pairs_hook=_object)] if line.strip() else []
         except (ValueError, RecursionError) as error:
             raise ConfigError(
                 f"{key}={str(path)!r}, line {number}: not JSON in UTF-8 ({error}); write one JSON object a line"
+            ) from error
+        except _KeyTwiceError as error:
+            raise ConfigError(
+                f"{key}={str(path)!r}, line {number} (row {len(rows)}): the key {str(error)!r} stands twice in an "
+                "object, which datasets does not read; leave one out"
             ) from error
     _require_characters(key, path, content, rows)
     return rows
@@ -171,6 +245,18 @@ def _require_characters(key: str, path: Path, content: bytes, rows: list) -> Non
                 f"{key}={str(path)!r}, row {number}: holds {half!r}, half of a character that JSON writes in two; "
                 "write both or leave it out"
             ) from error
+
+
+class _KeyTwiceError(Exception):
+    """An object of JSON lines has a key twice; in an array datasets takes the last, as Python does."""
+
+
+def _object(pairs: list[tuple]) -> dict:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _KeyTwiceError(next(name for name in names if names.count(name) > 1))
+    return found
 
 
 def _row_fault(row: dict, settings: Settings) -> str | None:

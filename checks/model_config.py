@@ -6,6 +6,7 @@ from recipe.spin.checks.derived import ACTOR, SHARE_PROMPT, ULYSSES
 from recipe.spin.common.settings import Settings
 
 PATH = "actor_rollout_ref.model.path"
+TRUST = "actor_rollout_ref.model.trust_remote_code"
 OVERRIDES = "actor_rollout_ref.model.override_config"
 # Model types whose forward pass verl 0.9.1 replaces (verl/models/transformers/monkey_patch.py)
 FORWARD_OF_VERL = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v", "qwen3_5", "qwen3_5_moe")
@@ -36,24 +37,56 @@ def language_model(path: str, trust_remote_code: bool, local_files_only: bool):
 
 
 def check_architecture(settings: Settings, config: dict) -> None:
+    """Of a model that brings no code of its own: transformers must know it, as one that writes."""
+    import transformers
     from transformers.models.auto import modeling_auto
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    known = {
-        *modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(),
-        *modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values(),
-    }
-    architectures = config.get("architectures")
+    if config.get("auto_map") and settings[TRUST]:
+        return
+    kind, architectures = config.get("model_type"), config.get("architectures")
+    own = f", or set {TRUST}=True to run the code that it brings" * bool(config.get("auto_map"))
     settings.require(
-        isinstance(architectures, list) and len(architectures) == 1 and str(architectures[0]) in known,
+        isinstance(kind, str) and kind in CONFIG_MAPPING,
+        PATH,
+        f"config.json has the model_type {kind!r}, which transformers {transformers.__version__} does not know; name a "
+        f"model that it knows{own}",
+    )
+    causal = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    showing = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    named = architectures[0] if isinstance(architectures, list) and len(architectures) == 1 else None
+    settings.require(
+        named in [*causal.values(), *showing.values()],
         PATH,
         f"config.json has the architectures {architectures}, and a causal language model, which writes token by token, "
         "is needed; name one",
+    )
+    loaded = [names[kind] for names in (causal, showing) if kind in names]
+    settings.require(
+        named in loaded,
+        PATH,
+        f"config.json has the architectures {architectures} and the model_type {kind!r}, of which transformers makes "
+        f"{' or '.join(loaded) or 'no causal language model'}; copy config.json of the model again",
     )
 
 
 def check_computation(settings: Settings, config: dict) -> None:
     """Notes what of a model the engine would compute wrongly, or not at all."""
-    settings.run(*(partial(check, config=config) for check in (_check_attention, _check_heads, _check_images)))
+    settings.run(
+        *(partial(check, config=config) for check in (_check_numbers, _check_attention, _check_heads, _check_images))
+    )
+
+
+def _check_numbers(settings: Settings, config: dict) -> None:
+    """Weights of less than 16 bits get no gradients, and vLLM and the reference take them as they are trained."""
+    quantized = config.get("quantization_config") or config.get("compression_config")
+    method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+    settings.require(
+        not quantized,
+        PATH,
+        f"config.json has a quantization_config ({method}), and quantized weights cannot be trained; take the model "
+        "that it was made from, in bf16 or fp32",
+    )
 
 
 def _check_attention(settings: Settings, config: dict) -> None:

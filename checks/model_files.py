@@ -15,7 +15,16 @@ from safetensors import SafetensorError, safe_open
 from recipe.spin.checks.derived import source_of
 from recipe.spin.checks.fit import compute_bytes
 from recipe.spin.checks.hub import cannot_be_asked, does_not_answer
-from recipe.spin.checks.model_config import PATH, check_architecture, check_computation, language_model, text_part
+from recipe.spin.checks.model_config import (
+    OVERRIDES,
+    PATH,
+    TRUST,
+    check_architecture,
+    check_computation,
+    language_model,
+    text_part,
+)
+from recipe.spin.checks.tensors import missing_tensors
 from recipe.spin.common.settings import MODEL_LENGTH, ConfigError, Settings
 
 TOKENIZER_PATH = "actor_rollout_ref.model.tokenizer_path"
@@ -31,6 +40,7 @@ OF_AN_ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
 SAVE = "save model and tokenizer there with save_pretrained"
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 HUB_SECONDS = 5
+NAMED = 3  # of tensors that are missing
 
 
 def check_model(settings: Settings) -> None:
@@ -39,8 +49,7 @@ def check_model(settings: Settings) -> None:
     if folder := _folder(settings, PATH):
         config = _check_folder(settings, PATH, folder)
         _check_sizes(settings, text_part(config))
-        if not settings["actor_rollout_ref.model.trust_remote_code"]:
-            check_architecture(settings, config)
+        check_architecture(settings, config)
         positions, length = text_part(config).get("max_position_embeddings"), settings[MODEL_LENGTH]
         settings.require(
             not isinstance(positions, int) or length is None or length <= positions,
@@ -49,9 +58,10 @@ def check_model(settings: Settings) -> None:
         )
         check_computation(settings, config)
         _check_weights(settings, PATH, folder)
-        settings.run(_check_language_model)
+        settings.run(_check_language_model, partial(_check_tensors, folder=folder))
     elif file := _cached_file(settings[PATH], "config.json"):
         config = _read_json(settings, PATH, file)
+        check_architecture(settings, config)
         check_computation(settings, config)
 
 
@@ -157,6 +167,19 @@ def _check_weights(settings: Settings, key: str, folder: Path) -> None:
     for file in _shards(settings, key, folder):
         fault = weights_fault(file)
         settings.require(not fault, key, f"{file.name} {fault}; copy or save the model again")
+
+
+def _check_tensors(settings: Settings, folder: Path) -> None:
+    if settings[TRUST] or not settings.is_usable(PATH):
+        return
+    missing = missing_tensors(folder, _shards(settings, PATH, folder), settings[OVERRIDES] or {})
+    more = f" and {len(missing) - NAMED} more" * (len(missing) > NAMED)
+    settings.require(
+        not missing,
+        PATH,
+        f"the weights lack {', '.join(missing[:NAMED])}{more}, which transformers would fill with random numbers; copy "
+        "or save the model again",
+    )
 
 
 def _read_json(settings: Settings, key: str, file: Path) -> dict:

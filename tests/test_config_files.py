@@ -155,6 +155,11 @@ def test_faulty_row_is_named(run, tmp_path, bad, words):
     assert [word for word in words if word not in message] == [], message
 
 
+def train_and_test(folder: Path, rows: list[dict]) -> list[str]:
+    """Files with the same rows but one: a copy would be refused."""
+    return [write_rows(folder / "train.jsonl", rows), write_rows(folder / "test.jsonl", rows[1:])]
+
+
 REWARD = "reward.custom_reward_function.path"
 REWARD_MODEL = ["reward.reward_model.enable=True"]
 
@@ -171,7 +176,7 @@ def test_a_ground_truth_of_null_is_for_ones_own_reward(run, tmp_path):
 def test_ground_truth_is_not_asked_for_with_a_reward_model(run, tmp_path, tiny_llama):
     reward_model = write_classifier(tiny_llama, tmp_path / "classifier")
     rows = [{"data_source": "sums", "prompt": row(number)["prompt"]} for number in range(4)]
-    train, held_out = (write_rows(tmp_path / name, rows) for name in ("train.jsonl", "test.jsonl"))
+    train, held_out = train_and_test(tmp_path, rows)
     files = [f"data.train_files={train}", f"data.val_files={held_out}"]
     run.check(*files, *REWARD_MODEL, f"reward.reward_model.model_path={reward_model}", f"{REWARD}=null")
     message = run.refusal(*files, *REWARD_MODEL, f"reward.reward_model.model_path={reward_model}")
@@ -190,7 +195,7 @@ UNANSWERED = ["trainer.val_before_train=False", "trainer.test_freq=-1"]
 
 def test_a_judge_without_a_reward_takes_prompts_alone(run, tmp_path):
     rows = [{"prompt": row(number)["prompt"]} for number in range(4)]
-    train, held_out = (write_rows(tmp_path / name, rows) for name in ("train.jsonl", "test.jsonl"))
+    train, held_out = train_and_test(tmp_path, rows)
     files = [f"data.train_files={train}", f"data.val_files={held_out}"]
     run.check(*files, *JUDGE, *UNANSWERED, f"{REWARD}=null")
     message = run.refusal(*files, *JUDGE, f"{REWARD}=null")
@@ -206,7 +211,7 @@ def test_a_judge_without_a_reward_takes_prompts_alone(run, tmp_path):
 # ---- The reward that verl has for the data source --------------------------------------------------------------------
 def named(tmp_path: Path, source) -> list[str]:
     rows = [row(number) | {"data_source": source} for number in range(4)]
-    train, held_out = (write_rows(tmp_path / name, rows) for name in ("train.jsonl", "test.jsonl"))
+    train, held_out = train_and_test(tmp_path, rows)
     return [f"data.train_files={train}", f"data.val_files={held_out}"]
 
 
@@ -257,10 +262,12 @@ def test_fewer_rows_than_a_batch(run):
     ("name", "write"),
     [
         ("array.json", lambda lines: b"[" + b",\n".join(lines) + b"]"),
+        ("late.json", lambda lines: b"\n \t\r\n[" + b",\n".join(lines) + b"]\n"),
+        ("twice.json", lambda lines: b"[" + b",\n".join(lines).replace(b"{", b'{"a": 1, "a": 2, ', 1) + b"]"),
         ("mark.jsonl", lambda lines: b"\xef\xbb\xbf" + b"\n".join(lines)),
         ("blank.jsonl", lambda lines: b"\n\n" + b"\n\n".join(lines) + b"\n\n"),
     ],
-    ids=["array", "byte order mark", "blank lines"],
+    ids=["array", "array after space", "key twice in an array", "byte order mark", "blank lines"],
 )
 def test_json_as_verl_reads_it(run, tmp_path, name, write):
     lines = [json.dumps(row(number)).encode() for number in range(4)]
@@ -288,6 +295,70 @@ def test_broken_json_array(run, tmp_path, content):
     path.write_bytes(content)
     message = run.refusal(f"data.train_files={path}")
     assert message.startswith(f"data.train_files='{path}'") and "not JSON in UTF-8" in message
+
+
+@pytest.mark.parametrize("old", ['{"data_source"', '{"role"', '{"style"'])
+def test_a_key_that_stands_twice_in_a_line_is_refused(run, tmp_path, old):
+    path = Path(write_rows(tmp_path / "data.jsonl", [row(number) for number in range(4)]))
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(["", *lines[:2], lines[2].replace(old, f'{{"a": 1, "a": 2, {old[1:]}'), lines[3]]))
+    message = run.refusal(f"data.train_files={path}")
+    assert message.startswith(f"data.train_files='{path}', line 4 (row 2): the key 'a' stands twice in an object")
+    with pytest.raises(datasets.exceptions.DatasetGenerationError):
+        datasets.load_dataset("json", data_files=str(path), cache_dir=tmp_path / "cache")
+
+
+# ---- Several files ---------------------------------------------------------------------------------------------------
+def parts(folder: Path, *columns: dict) -> list[str]:
+    """Files with these columns beside a prompt's, the first parquet, the others JSON lines and an array."""
+    rows = [[row(number) | more] * 4 for number, more in enumerate(columns)]
+    found = [
+        write_rows(folder / f"part{number}.{'jsonl' if number else 'parquet'}", r) for number, r in enumerate(rows)
+    ]
+    if len(rows) > 2:
+        found[2] = str(folder / "part2.json")
+        Path(found[2]).write_text(json.dumps(rows[2]))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("columns", "types"),
+    [
+        ([{"a": "x"}, {"a": "x"}, {"a": "x"}], None),
+        ([{}, {"a": 1}, {}], None),
+        ([{"a": 1}, {"a": None}, {"a": 2}], None),
+        ([{"a": None}, {"a": 1}], None),
+        ([{"a": {"b": None}}, {"a": {"b": 1}}], None),
+        ([{"a": {"b": 1}}, {"a": {"c": "x"}}], None),
+        ([{"a": {"b": 1, "c": 2}}, {"a": {"c": 1, "b": 2}}], None),
+        ([{}, {"a": [{"b": 1}, {"b": "x"}]}, {"a": [{"b": 2}, {"b": "y"}]}], None),
+        ([{"a": "x"}, {"a": 1}], ("string", 0, "int64", 1)),
+        ([{"a": 1}, {"a": 1.5}], ("int64", 0, "double", 1)),
+        ([{"a": True}, {"a": 1}], ("bool", 0, "int64", 1)),
+        ([{"a": None}, {"a": 1}, {"a": "x"}], ("int64", 1, "string", 2)),
+        ([{"a": ["x"]}, {"a": [1]}], ("list<item: string>", 0, "list<item: int64>", 1)),
+        ([{"a": {"b": "x"}}, {"a": {"b": 1}}], ("struct<b: string>", 0, "struct<b: int64>", 1)),
+        ([{"a": None}, {"a": {"b": 1}}], ("null", 0, "struct<b: int64>", 1)),
+    ],
+)
+def test_files_are_joined_that_datasets_joins(run, tmp_path, columns, types):
+    files = parts(tmp_path, *columns)
+    override = f"data.train_files=[{','.join(files)}]"
+    kinds = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
+    loaded = [
+        datasets.load_dataset(kinds[Path(file).suffix], data_files=file, cache_dir=tmp_path / "cache")["train"]
+        for file in files
+    ]
+    if types is None:
+        run.check(override)
+        datasets.concatenate_datasets(loaded)
+        return
+    one, first, other, second = types
+    message = run.refusal(override)
+    assert message.startswith("data.train_files=[") and "write them alike" in message
+    assert f"the column 'a' is {one} in '{files[first]}' and {other} in '{files[second]}', and verl joins" in message
+    with pytest.raises((ValueError, AttributeError)):
+        datasets.concatenate_datasets(loaded)
 
 
 @pytest.mark.parametrize("column", ["session_id", "responses", "output"])
@@ -347,15 +418,23 @@ def test_a_message_without_text_is_refused(run, tmp_path, content):
 def test_a_message_in_parts_passes(run, tmp_path):
     template = "actor_rollout_ref.model.custom_chat_template='{{ messages[0].content[0].text }}'"
     prompt = [{"role": "user", "content": [{"type": "text", "text": "What is 1 + 1?"}]}]
-    files = [
-        write_rows(tmp_path / name, [row(n) | {"prompt": prompt} for n in range(4)]) for name in ("a.json", "b.json")
-    ]
+    rows = [row(number) | {"prompt": prompt} for number in range(5)]
+    files = [write_rows(tmp_path / "a.json", rows[:4]), write_rows(tmp_path / "b.json", rows[4:])]
     run.check(f"data.train_files={files[0]}", f"data.val_files={files[1]}", template)
 
 
 def test_the_training_file_is_not_held_out(run):
     message = run.refusal(f"data.val_files={run.settings['data.train_files']}")
     assert message.startswith("data.val_files=") and "must not be trained on" in message
+
+
+@pytest.mark.parametrize("name", ["copy.parquet", "link.parquet"])
+def test_a_copy_of_the_training_file_is_not_held_out(run, tmp_path, name):
+    train, path = Path(run.settings["data.train_files"]), tmp_path / name
+    path.symlink_to(train) if name == "link.parquet" else path.write_bytes(train.read_bytes())
+    message = run.refusal(f"data.val_files=[{run.settings['data.val_files']},{path}]")
+    assert message.startswith("data.val_files=[") and "must not be trained on" in message
+    assert (f"copy.parquet is a copy of {train}; " in message) == (name == "copy.parquet")
 
 
 # ---- Lengths and numbers ---------------------------------------------------------------------------------------------

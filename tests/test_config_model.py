@@ -14,13 +14,17 @@ import torch
 from checkable_run import composed, override
 from huggingface_hub.errors import OfflineModeIsEnabled
 from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, MixtralConfig
 from verl.models.transformers import monkey_patch
 
 from recipe.spin import main_spin
 from recipe.spin.checks import check, model_config, model_files
 from recipe.spin.checks.model_files import BUCKET, fit_weight_bucket
+from recipe.spin.checks.tensors import missing_tensors
 
 PATH = "actor_rollout_ref.model.path"
+TRUST = "actor_rollout_ref.model.trust_remote_code"
 
 
 @pytest.mark.parametrize(
@@ -72,6 +76,12 @@ def cut_shard(folder: Path) -> None:
     cut(first)
 
 
+def drop(folder: Path, part: str) -> None:
+    """Leaves tensors out, by a part of their names."""
+    file = folder / "model.safetensors"
+    save_file({name: tensor for name, tensor in load_file(file).items() if part not in name}, file)
+
+
 DAMAGES = {
     "missing shard": (shard, ["model-00002-of-00002.safetensors is missing"]),
     "cut shard": (cut_shard, ["model-00001-of-00002.safetensors is cut off", "bytes"]),
@@ -117,6 +127,38 @@ DAMAGES = {
         ),
         ["of a qwen3_vl verl replaces the forward pass", "name a model of text"],
     ),
+    "a type that nobody knows": (
+        lambda folder: change(folder / "config.json", model_type="nope"),
+        ["model_type 'nope', which transformers", "name a model that it knows"],
+    ),
+    "no type": (lambda folder: change(folder / "config.json", model_type=None), ["has the model_type None"]),
+    "code of its own": (
+        lambda folder: change(folder / "config.json", model_type="nope", auto_map={"AutoConfig": "a.B"}),
+        ["model_type 'nope'", f"or set {TRUST}=True"],
+    ),
+    "another's type": (
+        lambda folder: change(folder / "config.json", model_type="bert"),
+        ["['LlamaForCausalLM'] and the model_type 'bert', of which transformers makes BertLMHeadModel"],
+    ),
+    "no writer's type": (
+        lambda folder: change(folder / "config.json", model_type="vit"),
+        ["the model_type 'vit', of which transformers makes no causal language model"],
+    ),
+    "quantized": (
+        lambda folder: change(folder / "config.json", quantization_config={"quant_method": "gptq", "bits": 4}),
+        ["quantization_config (gptq)", "cannot be trained; take the model that it was made from"],
+    ),
+    "quantized as it is loaded": (
+        lambda folder: change(
+            folder / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}
+        ),
+        ["quantization_config (bitsandbytes)"],
+    ),
+    "no layer 1": (
+        lambda folder: drop(folder, "layers.1."),
+        ["the weights lack model.layers.1.self_attn.q_proj.weight, ", " and 6 more, which transformers would fill"],
+    ),
+    "no output": (lambda folder: drop(folder, "lm_head"), ["the weights lack lm_head.weight, which transformers"]),
     "no architecture": (lambda folder: change(folder / "config.json", architectures=None), ["a causal language model"]),
     "no vocabulary": (lambda folder: change(folder / "config.json", vocab_size=None), ["vocab_size must be a whole"]),
     "sizes in words": (
@@ -134,6 +176,62 @@ def test_damaged_model_folder(run, folder, damage):
     message = run.refusal(f"{PATH}={folder}")
     assert message.startswith(f"{PATH}='{folder}': "), message
     assert [word for word in words if word not in message] == [], message
+
+
+@pytest.mark.parametrize("changes", [{}, {"auto_map": {"AutoConfig": "a.B"}}])
+def test_a_model_may_bring_code_of_its_own(run, folder, monkeypatch, changes):
+    """Where it is trusted, nothing is said of its type and its tensors."""
+    monkeypatch.setattr(model_files, "load_tokenizer", lambda settings: None)
+    monkeypatch.setattr(check, "machine_faults", lambda settings: [])  # AutoConfig would look for the code
+    change(folder / "config.json", model_type="nope", **changes)
+    drop(folder, "layers.1.")
+    overrides = [f"{PATH}={folder}", f"{TRUST}=True"]
+    if changes:
+        run.check(*overrides)
+    else:
+        assert "model_type 'nope'" in run.refusal(*overrides)
+
+
+# ---- The tensors of a folder -----------------------------------------------------------------------------------------
+def rename(folder: Path, old: str, new: str) -> None:
+    file = folder / "model.safetensors"
+    save_file({name.replace(old, new, 1): tensor for name, tensor in load_file(file).items()}, file)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("model.", ""), ("model.layers", "model.h")], ids=["no prefix", "other names"]
+)
+def test_tensors_may_have_other_names(run, folder, old, new):
+    """transformers adds a prefix that is missing; where most names are others, a check of names knows nothing."""
+    rename(folder, old, new)
+    run.check(f"{PATH}={folder}")
+
+
+def test_an_output_that_is_the_embedding_is_in_no_file(run, tiny_models, folder):
+    names = set(load_file(Path(tiny_models["qwen2"]) / "model.safetensors"))
+    assert "model.embed_tokens.weight" in names and "lm_head.weight" not in names
+    run.check(f"{PATH}={tiny_models['qwen2']}")
+    drop(folder, "lm_head")
+    run.check(f"{PATH}={folder}", "+actor_rollout_ref.model.override_config.tie_word_embeddings=True")
+
+
+def test_tensors_that_transformers_merges_are_there(tmp_path):
+    """The experts of a mixture are files' tensors one by one, and one in the model."""
+    config = MixtralConfig(
+        vocab_size=32,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=2,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    assert "model.layers.0.block_sparse_moe.experts.1.w2.weight" in load_file(file)
+    assert missing_tensors(tmp_path, [file], {}) == []
+    drop(tmp_path, "layers.1.block_sparse_moe.gate")
+    assert missing_tensors(tmp_path, [file], {}) == ["model.layers.1.mlp.gate.weight"]
 
 
 def test_an_index_of_files_that_are_not_loaded_is_passed_over(run, folder):
