@@ -39,7 +39,6 @@ def language_model(path: str, trust_remote_code: bool, local_files_only: bool):
 def check_architecture(settings: Settings, config: dict) -> None:
     """Of a model that brings no code of its own: transformers must know it, as one that writes."""
     import transformers
-    from transformers.models.auto import modeling_auto
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     if config.get("auto_map") and settings[TRUST]:
@@ -52,6 +51,13 @@ def check_architecture(settings: Settings, config: dict) -> None:
         f"config.json has the model_type {kind!r}, which transformers {transformers.__version__} does not know; name a "
         f"model that it knows{own}",
     )
+    _check_class(settings, str(kind), architectures)
+
+
+def _check_class(settings: Settings, kind: str, architectures: object) -> None:
+    """The class that transformers makes of the type, and that verl asks it for."""
+    from transformers.models.auto import modeling_auto
+
     causal = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     showing = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
     named = architectures[0] if isinstance(architectures, list) and len(architectures) == 1 else None
@@ -67,6 +73,12 @@ def check_architecture(settings: Settings, config: dict) -> None:
         PATH,
         f"config.json has the architectures {architectures} and the model_type {kind!r}, of which transformers makes "
         f"{' or '.join(loaded) or 'no causal language model'}; copy config.json of the model again",
+    )
+    settings.require(
+        kind in showing or "ForCausalLM" in str(named),
+        PATH,
+        f"verl knows a causal model by ForCausalLM in its architecture's name, and would load a {named} without its "
+        "output layer; name another model",
     )
 
 

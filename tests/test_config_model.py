@@ -140,6 +140,10 @@ DAMAGES = {
         lambda folder: change(folder / "config.json", model_type="bert"),
         ["['LlamaForCausalLM'] and the model_type 'bert', of which transformers makes BertLMHeadModel"],
     ),
+    "no output layer in verl": (
+        lambda folder: change(folder / "config.json", model_type="gpt2", architectures=["GPT2LMHeadModel"]),
+        ["would load a GPT2LMHeadModel without its output layer"],
+    ),
     "no writer's type": (
         lambda folder: change(folder / "config.json", model_type="vit"),
         ["the model_type 'vit', of which transformers makes no causal language model"],
