@@ -73,9 +73,8 @@ def _check_sizes(settings: Settings, model: dict) -> None:
 
 def _check_language_model(settings: Settings) -> None:
     """What transformers makes of config.json, which is what the engine loads."""
-    path, trust = settings[PATH], settings["actor_rollout_ref.model.trust_remote_code"]
     try:
-        language_model(path, trust, local_files_only=True)
+        language_model(settings[PATH], settings[TRUST], local_files_only=True)
     except ValueError as error:
         settings.require(False, PATH, f"transformers cannot read config.json ({error}); {SAVE}")
 

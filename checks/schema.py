@@ -445,7 +445,7 @@ class RewardFunction(Section):
 
 
 class RewardRollout(Section):
-    name: Text
+    name: str  # ??? in verl's own config, where no reward model is served
     dtype: RolloutPrecision
     tensor_model_parallel_size: Count
     data_parallel_size: Count

@@ -186,7 +186,8 @@ def test_damaged_model_folder(run, folder, damage):
 def test_a_model_may_bring_code_of_its_own(run, folder, monkeypatch, changes):
     """Where it is trusted, nothing is said of its type and its tensors."""
     monkeypatch.setattr(model_files, "load_tokenizer", lambda settings: None)
-    monkeypatch.setattr(check, "machine_faults", lambda settings: [])  # AutoConfig would look for the code
+    monkeypatch.setattr(check, "machine_faults", lambda settings: [])  # it and the other would look for the code
+    monkeypatch.setattr(model_files, "_check_language_model", lambda settings: None)
     change(folder / "config.json", model_type="nope", **changes)
     drop(folder, "layers.1.")
     overrides = [f"{PATH}={folder}", f"{TRUST}=True"]
