@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -318,17 +319,23 @@ def test_every_constraint_is_one_exact_version(profile: str) -> None:
     assert set(pinned.values()) == {1}
 
 
-def listed(text: str, python: str, machine: str) -> dict[str, list[str]]:
-    """What a list or a lock names for such a machine, each version with its hashes."""
+@lru_cache
+def requirements(file: str) -> list[tuple]:
+    """Of a list or a lock, each version with its hashes."""
     packaging = pytest.importorskip("packaging.requirements")
+    text = re.sub(r"^#.*\n", "", (ROOT / "constraints" / file).read_text(), flags=re.MULTILINE).replace("\\\n", "")
+    parts = [[part.strip() for part in line.split(" --hash=")] for line in text.splitlines()]
+    return [(packaging.Requirement(version), hashes) for version, *hashes in parts]
+
+
+def listed(file: str, python: str, machine: str) -> dict[str, list[str]]:
+    """What it names for such a machine."""
     environment = {"python_version": python, "python_full_version": f"{python}.7", "platform_machine": machine}
-    found = {}
-    for line in re.sub(r"^#.*\n", "", text, flags=re.MULTILINE).replace("\\\n", "").splitlines():
-        requirement, *hashes = line.split(" --hash=")
-        requirement = packaging.Requirement(requirement.strip())
-        if requirement.marker is None or requirement.marker.evaluate(environment):
-            found[f"{requirement.name}{requirement.specifier}".replace("+cpu", "")] = [one.strip() for one in hashes]
-    return found
+    return {
+        f"{requirement.name}{requirement.specifier}".replace("+cpu", ""): hashes
+        for requirement, hashes in requirements(file)
+        if requirement.marker is None or requirement.marker.evaluate(environment)
+    }
 
 
 @pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
@@ -336,16 +343,14 @@ def listed(text: str, python: str, machine: str) -> dict[str, list[str]]:
 @pytest.mark.parametrize("profile", ["cpu", "cpu_cuda", "gpu"])
 def test_every_version_has_hashes_in_the_lock(profile: str, python: str, machine: str) -> None:
     """The lock is made of the list (scripts/lock.sh), and what is installed comes from the lock alone."""
-    versions = listed((ROOT / f"constraints/{profile}.txt").read_text(), python, machine)
-    locked = listed((ROOT / f"constraints/{profile}.lock").read_text(), python, machine)
+    versions, locked = (listed(f"{profile}.{kind}", python, machine) for kind in ("txt", "lock"))
     assert set(locked) == set(versions) and len(versions) > 15
     for version, hashes in locked.items():
         assert hashes and all(re.fullmatch("sha256:[0-9a-f]{64}", one) for one in hashes), version
 
 
 def test_what_is_built_for_one_kind_of_machine_is_asked_for_there_alone() -> None:
-    text = (ROOT / "constraints/cpu.lock").read_text()
-    assert set(listed(text, "3.11", "x86_64")) - set(listed(text, "3.11", "aarch64")) == {
+    assert set(listed("cpu.lock", "3.11", "x86_64")) - set(listed("cpu.lock", "3.11", "aarch64")) == {
         "intel-cmplr-lib-ur==2024.2.1",
         "intel-openmp==2024.2.1",
     }
