@@ -222,8 +222,17 @@ def main(config: DictConfig) -> None:
     except (ConfigError, RunFailed) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.stderr.write(f"stopped; the same command {same_command(config.trainer.resume_mode)}\n")
+        _say(f"stopped; the same command {same_command(config.trainer.resume_mode)}\n")
         sys.exit(128 + (signals.received or [signal.SIGINT])[0])
+
+
+def _say(text: str) -> None:
+    """To stderr; where its terminal or pipe was closed to nobody, and so what Python itself still has to write."""
+    try:
+        sys.stderr.write(text)
+        sys.stderr.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 if __name__ == "__main__":
