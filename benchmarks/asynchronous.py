@@ -35,7 +35,6 @@ def every(steps: int) -> list[str]:
 ARMS = {
     "colocate_async": ahead(1),
     "colocate_async, a quarter of a batch ahead": ahead(0.25),
-    "sync, weights every 2 steps": every(2),
     "sync, weights every 4 steps": every(4),
     "colocate_async, weights every 4 steps": ahead(1) + every(4),
 }
