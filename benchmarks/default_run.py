@@ -58,14 +58,16 @@ def recorded(overrides: list[str], folder: Path) -> dict:
 
 def summarize(history: list[dict]) -> dict:
     """Held-out accuracy before and after, and what the last step looked like, from the lines of a metrics.jsonl."""
-    held_out = [accuracy for one in history if (accuracy := held_out_accuracy(one))]
+    held_out = {str(one["step"]): accuracy for one in history if (accuracy := held_out_accuracy(one))}
+    accuracies = list(held_out.values())
     trained = [one for one in history if "logps/chosen_token" in one]
     last = trained[-1]
     warned = {kind for number in range(len(trained) + 1) for kind in find_drift(trained[:number])}
     return {
         "steps": history[-1]["step"],
-        "before": held_out[0],
-        "after": held_out[-1],
+        "held_out": held_out,
+        "before": accuracies[0],
+        "after": accuracies[-1],
         "training_accuracy": {str(one["step"]): one["score/accuracy"] for one in history if "score/accuracy" in one},
         "pairs": statistics.mean(one["pairs/used"] for one in trained),
         "logp_per_chosen_token": [trained[0]["logps/chosen_token"], last["logps/chosen_token"]],

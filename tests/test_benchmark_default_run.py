@@ -24,7 +24,8 @@ def history(sampled: float) -> list[dict]:
 
 def test_a_run_is_summed_up():
     found = summarize(history(0.7))
-    assert found["before"] == {"greedy": 0.05, "sampled": 0.1} and found["after"] == {"greedy": 0.35, "sampled": 0.7}
+    before, after = {"greedy": 0.05, "sampled": 0.1}, {"greedy": 0.35, "sampled": 0.7}
+    assert found["held_out"] == {"0": before, "2": after} and found["before"] == before and found["after"] == after
     assert found["steps"] == 2 and found["training_accuracy"] == {"1": 0.2, "2": 0.3} and found["pairs"] == 16
     assert found["logp_per_chosen_token"] == [-1.0, -0.5] and found["response_length"] == [14.0, 11.0]
     assert found["step_seconds"] == 15 and found["warnings"] == []
