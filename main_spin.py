@@ -40,6 +40,7 @@ OmegaConf.register_new_resolver("spin_by_lora", lambda rank, lora, full: lora if
 OmegaConf.register_new_resolver(
     "spin_by_gpus", lambda nodes, gpus, one, several: one if (nodes, gpus) == (1, 1) else several, replace=True
 )
+OmegaConf.register_new_resolver("spin_executor", lambda ranks: "uni" if ranks == 1 else "mp", replace=True)
 
 # What the processes of a run need, to be imported once (run/worker_forks.py); the first of these do without Ray, and of
 # those with it forked_ids comes before all classes

@@ -22,6 +22,7 @@ from recipe.spin.run.liveness import _actors_of_this_job, class_of
 
 FILLER = "filler"
 STRUCK = "struck"
+VLLM = {"engine": "EngineCore", "model": "Worker"}  # by the titles of its processes; the model has one with mp alone
 ACTORS = {  # by the classes of the actors
     "server": "RolloutServer",
     "rank": "WorkerDict",
@@ -35,9 +36,9 @@ ACTORS = {  # by the classes of the actors
 def process_of(component: str) -> int:
     if component in ACTORS:
         return next(row["Pid"] for row in _actors_of_this_job() if class_of(row) == ACTORS[component])
-    if component == "engine":
+    if component in VLLM:
         children = psutil.Process(process_of("server")).children(recursive=True)
-        return next(child.pid for child in children if "EngineCore" in " ".join(child.cmdline()))
+        return next(child.pid for child in children if VLLM[component] in " ".join(child.cmdline()))
     runner = psutil.Process()
     forks, driver, *_ = runner.parents()
     if component in ("raylet", "gcs_server"):

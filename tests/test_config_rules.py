@@ -11,6 +11,7 @@ from recipe.spin.core_algos import LOSSES
 ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
 SCORED_BY_REFERENCE = "algorithm.preference_source=reference_source:ReferenceSays"
 EXTERNAL = "actor_rollout_ref.model.external_lib"
+EXECUTOR = f"{ROLLOUT}.engine_kwargs.vllm.distributed_executor_backend"
 QUEUE = "transfer_queue.backend.SimpleStorage.total_storage_size"
 
 BAD = [
@@ -48,6 +49,10 @@ BAD = [
     ),
     (f"{ROLLOUT}.max_model_len=1000", [f"{ROLLOUT}.max_model_len=1000", "512 tokens at most"]),
     (f"{ROLLOUT}.tensor_model_parallel_size=2", [f"{ROLLOUT}.tensor_model_parallel_size=2", "the 1 ranks"]),
+    (
+        f"trainer.n_gpus_per_node=2 {ROLLOUT}.tensor_model_parallel_size=2 {EXECUTOR}=uni",
+        [f"{EXECUTOR}='uni'", f"{ROLLOUT}.tensor_model_parallel_size is 2", "set mp"],
+    ),
     (f"{ROLLOUT}.data_parallel_size=2", [f"{ROLLOUT}.data_parallel_size=2", "groups of 2"]),
     (f"{ROLLOUT}.expert_parallel_size=2", [f"{ROLLOUT}.expert_parallel_size=2", "or none; set it to 1"]),
     (

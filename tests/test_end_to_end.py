@@ -140,7 +140,9 @@ def test_a_last_validation_that_was_cut_off_is_made_up_for(one_rank, task, tiny_
 
 
 def test_two_ranks_do_what_one_does(one_rank, task, tiny_llama, tmp_path):
-    succeed(task, tiny_llama, tmp_path / "run", "trainer.n_gpus_per_node=2", "trainer.val_before_train=False")
+    """With one vLLM on both; in test_gpu_profile.py each has its own."""
+    together = ["trainer.n_gpus_per_node=2", "actor_rollout_ref.rollout.tensor_model_parallel_size=2"]
+    succeed(task, tiny_llama, tmp_path / "run", *together, "trainer.val_before_train=False")
     one, two = metrics(one_rank), metrics(tmp_path / "run")
     for step in (1, 2, 3, 4):
         assert two[step]["rollout/logp_gap_max"] < 1e-3

@@ -73,6 +73,7 @@ FAILING_REWARDS = {
 }
 NAMES = {
     "engine": "vLLM's server 0",  # which ends with its engine
+    "model": "vLLM's server 0",  # which ends with it, by way of the engine
     "server": "vLLM's server 0",
     "rank": "the trainer's rank 0",
     "agent": "agent loop worker 0",
@@ -84,6 +85,8 @@ NAMES = {
     "raylet": "Ray's node manager (raylet)",
     "gcs_server": "Ray's control service (gcs_server)",
 }
+# By component, what a run needs to have it: as on GPUs, a process of its own for vLLM's model
+APART = {"model": ["actor_rollout_ref.rollout.engine_kwargs.vllm.distributed_executor_backend=mp"]}
 # In which a run has named a process that died, and ended. A bound against hangs: it is not measured here
 SECONDS_TO_END = 60
 MOMENTS = ("generation", "scoring", "update", "refresh", "push", "validation", "checkpoint")
@@ -112,11 +115,11 @@ class Chain:
         settings += ["trainer.val_before_train=False", "actor_rollout_ref.actor.optim.lr=1e-6"]
         return self._start(self.run, *settings, "trainer.total_training_steps=1000", *overrides, **options)
 
-    def start_faulty(self, moment: str):
+    def start_faulty(self, moment: str, *overrides: str):
         """The same, with the fault of the environment's SPIN_FAULT at that moment."""
         validates = ["trainer.test_freq=1", "trainer.val_before_train=True"] if moment == "validation" else []
         reward = "slow" if moment == "scoring" else "in_order"
-        return self.start(*validates, reward=reward, program=["-m", "faulty_run"])
+        return self.start(*validates, *overrides, reward=reward, program=["-m", "faulty_run"])
 
     @property
     def step(self) -> int:
@@ -196,7 +199,7 @@ def chain(a_chain) -> Chain:
 def test_a_killed_process_is_named_and_ends_the_run(component, moment, chain, monkeypatch):
     monkeypatch.setenv("SPIN_FAULT", f"{component}:{moment}")
     begun_at = chain.step
-    error = chain.failure(chain.start_faulty(moment), begun_at)
+    error = chain.failure(chain.start_faulty(moment, *APART.get(component, [])), begun_at)
     assert chain.seconds_since_the_kill < SECONDS_TO_END
     assert error.startswith(f"error: {NAMES[component]} (process ")
     assert chain.step > begun_at or moment == "validation"
@@ -205,14 +208,15 @@ def test_a_killed_process_is_named_and_ends_the_run(component, moment, chain, mo
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("component", "moment"),
-    [("engine", "generation"), ("rank", "update"), ("controller", "push"), ("runner", "update")],
+    [("engine", "generation"), ("model", "push"), ("rank", "update"), ("controller", "push"), ("runner", "update")],
 )
 def test_a_stopped_process_is_named_and_ends_the_run(component, moment, chain, monkeypatch):
     """It lives, and all others wait for it."""
     monkeypatch.setenv("SPIN_FAULT", f"{component}:{moment}")
     monkeypatch.setenv("SPIN_SIGNAL", "SIGSTOP")
     begun_at = chain.step
-    error = chain.failure(chain.start("trainer.stall_timeout_s=45", program=["-m", "faulty_run"]), begun_at)
+    settings = ["trainer.stall_timeout_s=45", *APART.get(component, [])]
+    error = chain.failure(chain.start(*settings, program=["-m", "faulty_run"]), begun_at)
     assert chain.seconds_since_the_kill < 45 + SECONDS_TO_END
     assert error.startswith("error: the run has not got on for ") and "is stopped" in error
     assert chain.step > begun_at

@@ -23,14 +23,13 @@ from recipe.spin.engine.row_engine import RowEngine
 ROLLOUT = "actor_rollout_ref.rollout"
 CPU = [
     "trainer.device=cpu",
-    "trainer.n_gpus_per_node=1",
-    "++ray_kwargs.ray_init.num_gpus=1",  # logical ones
+    "trainer.n_gpus_per_node=2",
+    "++ray_kwargs.ray_init.num_gpus=2",  # logical ones
     "++ray_kwargs.ray_init.num_cpus=24",
     "++ray_kwargs.ray_init.object_store_memory=500000000",
     # no CUDA graphs, and no allocator of vLLM's that hands device memory back
     f"{ROLLOUT}.enforce_eager=True",
     f"++{ROLLOUT}.enable_sleep_mode=False",
-    f"++{ROLLOUT}.engine_kwargs.vllm.distributed_executor_backend=uni",
 ]
 SIZES = [
     # That a step's rows, of 50 tokens or so, make micro-batches
@@ -180,8 +179,9 @@ def test_nothing_stays_gathered_after_log_probs(two_ranks, ask):
 
 @pytest.mark.slow
 def test_a_run_with_the_profiles_own_settings(task, tiny_llama, tmp_path):
-    """bf16 arithmetic over fp32 masters, a bf16 reference, n=8, the best against the worst, dynamic micro-batches,
-    recomputed activations, greedy validation: two steps with a refresh, a checkpoint, and two more after a resume."""
+    """Two ranks with a vLLM each, whose model has a process of its own; bf16 arithmetic over fp32 masters, a bf16
+    reference, n=8, the best against the worst, dynamic micro-batches, recomputed activations, greedy validation: two
+    steps with a refresh, a checkpoint, and two more after a resume."""
     run = tmp_path / "run"
     for steps in (2, 4):
         overrides = [*CPU, *SIZES, *SETTINGS, f"trainer.total_training_steps={steps}"]

@@ -20,6 +20,12 @@ import pyarrow.parquet as pq
 
 MARK = "SPIN_TEST_RUN"  # set in the environment of a run
 ROOT = Path(__file__).resolve().parent.parent
+# Where the GPU profile's versions are rehearsed (tests/run.sh), vLLM's model has a process of its own, as on GPUs
+EXECUTORS = [
+    f"++{engine}.engine_kwargs.vllm.distributed_executor_backend=mp"
+    for engine in ("actor_rollout_ref.rollout", "reward.reward_model.rollout")
+    if Path(sys.prefix).name == ".venv-rehearsal"
+]
 REWARD = """
 import asyncio
 
@@ -86,6 +92,7 @@ def start(
         "trainer.ref_update_freq=2",
         "trainer.save_freq=2",
         "trainer.test_freq=100",
+        *EXECUTORS,
         *overrides,
     ]
     variables = {MARK: str(run), "VERL_FILE_LOGGER_PATH": str(run.parent / "verl.jsonl")}

@@ -127,6 +127,14 @@ def a_reward_model_has_devices(settings: Settings) -> None:
         )
 
 
+def several_ranks_take_several_processes(settings: Settings) -> None:
+    """vLLM's executor of one process would wait for ever for the ranks that it does not start."""
+    for engine in (ROLLOUT, "reward.reward_model.rollout"):
+        size, key = f"{engine}.tensor_model_parallel_size", f"{engine}.engine_kwargs.vllm.distributed_executor_backend"
+        alone = settings[key] == "uni" and settings[size] > 1
+        settings.require(not alone, key, f"it is for one rank, and {size} is {settings[size]}; set mp")
+
+
 def a_source_that_scores_is_not_overruled(settings: Settings) -> None:
     """verl writes the scores of a reward model in the trainer's pool over those that a source gave before.
 
@@ -149,5 +157,6 @@ RULES = (
     weights_stay_where_they_are_not_sent,
     an_asynchronous_run_shares_its_engine_with_nobody,
     a_reward_model_has_devices,
+    several_ranks_take_several_processes,
     a_source_that_scores_is_not_overruled,
 )
