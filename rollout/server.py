@@ -13,6 +13,7 @@ from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, 
 from vllm.sampling_params import RequestOutputKind
 
 from recipe.spin.common import heap
+from recipe.spin.rollout.orphans import SERVER_PID
 from recipe.spin.rollout.rounds import ADMISSION_POLL_SECONDS, RoundServing
 
 ENGINE_POLL_SECONDS = 1.0
@@ -25,6 +26,7 @@ class ModelServer(vLLMHttpServer):
         return "recipe.spin.rollout.vllm_worker.RolloutWorkerExtension"
 
     async def run_server(self, args) -> None:
+        os.environ[SERVER_PID] = str(os.getpid())
         await super().run_server(args)
         heap.hand_back()
         threading.Thread(target=self._end_with_engine, name="end-with-engine", daemon=True).start()
@@ -42,10 +44,17 @@ class RolloutServer(RoundServing, ModelServer):
     """The policy's, with a call for a whole round."""
 
     def __init__(self, *args, **kwargs):
-        # Requests come through Ray; the HTTP server that verl starts beside it answers nobody without the key
-        os.environ.setdefault("VLLM_API_KEY", secrets.token_hex(16))
         self._passed: set[str] = set()  # the names of requests that are through verl's gate
         super().__init__(*args, **kwargs)
+
+    async def run_server(self, args) -> None:
+        """As verl's, whose HTTP server answers nobody without the key: requests come through Ray.
+
+        The key is in no variable while vLLM starts: it keeps what it compiled under a name made of its variables, in
+        each start another one then, and writes them beside it.
+        """
+        args.api_key = args.api_key or [os.environ.pop("VLLM_API_KEY", None) or secrets.token_hex(16)]
+        await super().run_server(args)
 
     async def generate(self, prompt_ids, sampling_params, request_id, **options) -> TokenOutput:
         """As verl's. vLLM reports each answer once, complete and as tokens: verl asks for neither parts nor text."""

@@ -7,9 +7,11 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import ray
 import torch
@@ -164,16 +166,33 @@ def test_vllms_worker_receives_on_the_runs_socket(monkeypatch, tmp_path):
     assert worker._get_zmq_handle() == expected
 
 
-def test_vllms_http_server_has_a_key_that_nobody_knows(monkeypatch):
+async def started(monkeypatch, server_class: type, **variables: str) -> SimpleNamespace:
+    """The arguments that vLLM's server has when verl starts it, and the environment at that moment."""
     from recipe.spin.rollout import server
 
-    monkeypatch.setattr(os, "environ", {})
-    monkeypatch.setattr(server.vLLMHttpServer, "__init__", lambda self: None)
-    keys = set()
-    for _ in range(2):
-        server.RolloutServer()
-        keys.add(os.environ.pop("VLLM_API_KEY"))
-    assert len(keys) == 2 and all(len(key) == 32 for key in keys)
+    seen = SimpleNamespace()
+
+    async def run_server(self, args) -> None:
+        seen.keys, seen.environment = args.api_key, dict(os.environ)
+
+    monkeypatch.setattr(os, "environ", dict(variables))
+    monkeypatch.setattr(server.vLLMHttpServer, "run_server", run_server)
+    monkeypatch.setattr(server.ModelServer, "_end_with_engine", lambda self: None)
+    await object.__new__(server_class).run_server(SimpleNamespace(api_key=None))
+    assert seen.environment.pop("SPIN_SERVER_PID") == str(os.getpid())
+    return seen
+
+
+def test_vllms_http_server_has_a_key_that_nobody_knows(monkeypatch):
+    """Nor does vLLM's engine, which keeps what it compiles under a name made of the variables."""
+    from recipe.spin.rollout.server import RolloutServer
+
+    starts = [asyncio.run(started(monkeypatch, RolloutServer)) for _ in range(2)]
+    ([first], [second]) = (one.keys for one in starts)
+    assert first != second and len(first) == len(second) == 32
+    assert starts[0].environment == starts[1].environment == {}
+    named = asyncio.run(started(monkeypatch, RolloutServer, VLLM_API_KEY="mine"))
+    assert named.keys == ["mine"] and named.environment == {}
 
 
 @pytest.mark.parametrize(("is_reward_model", "has_key"), [(False, True), (True, False)])
@@ -181,12 +200,45 @@ def test_a_reward_models_http_server_answers_its_reward_function(monkeypatch, is
     """The function asks it over HTTP, and knows no key: vLLM would answer /v1/chat/completions with 401."""
     from recipe.spin.rollout import server
 
-    monkeypatch.setattr(os, "environ", {})
-    monkeypatch.setattr(server.vLLMHttpServer, "__init__", lambda self: None)
     monkeypatch.setattr(server.vLLMReplica, "__init__", lambda self: setattr(self, "is_reward_model", is_reward_model))
     monkeypatch.setattr(server.ray, "remote", lambda actor: actor)
-    server.RolloutReplica().server_class()
-    assert ("VLLM_API_KEY" in os.environ) is has_key
+    keys = asyncio.run(started(monkeypatch, server.RolloutReplica().server_class)).keys
+    assert (keys is not None) is has_key
+
+
+# ---- vLLM's processes ------------------------------------------------------------------------------------------------
+MODEL = """
+import os, sys, time
+from recipe.spin.rollout.orphans import end_engine_with_server
+end_engine_with_server(os.environ)
+print(os.getpid(), flush=True)
+time.sleep(60)
+"""
+ENGINE = """
+import os, subprocess, sys
+print(os.getpid(), flush=True)
+subprocess.run([sys.executable, "-c", sys.argv[1]])
+"""
+SERVER = """
+import os, subprocess, sys
+os.environ["SPIN_SERVER_PID"] = str(os.getpid())
+subprocess.run([sys.executable, "-c", *sys.argv[1:]])
+"""
+
+
+def test_vllms_engine_ends_with_a_server_that_is_killed():
+    command = [sys.executable, "-c", SERVER, ENGINE, MODEL]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    engine, model = (psutil.Process(int(server.stdout.readline())) for _ in range(2))
+    try:
+        server.kill()
+        server.wait()
+        engine.wait(timeout=20)
+        assert model.is_running()  # verl ties it to the engine
+    finally:
+        for process in (engine, model):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
 # ---- TransferQueue ---------------------------------------------------------------------------------------------------
