@@ -13,12 +13,13 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from recipe.spin import verl_patches
 from recipe.spin.checks.check import check_config
+from recipe.spin.checks.cluster import check_cluster, check_files
 from recipe.spin.checks.finding import FAIL
-from recipe.spin.checks.machine import check_cluster
 from recipe.spin.checks.model_files import fit_weight_bucket
 from recipe.spin.checks.paths import make_absolute
 from recipe.spin.checks.pinned_model import fetch_pinned_model
 from recipe.spin.common import heap
+from recipe.spin.common.ray_address import joins_cluster
 from recipe.spin.common.settings import ConfigError
 from recipe.spin.engine.kernels import has_flash_attention_2
 from recipe.spin.run import resume, signals
@@ -170,12 +171,19 @@ class TaskRunnerClass:
 
         signals.raise_received()
         signals.honor()  # again: the C++ part of Ray has set a handler that aborts the process
-        cluster = check_cluster(self._config)
-        if cluster.verdict == FAIL:
-            raise ConfigError(cluster.text)
+        _require_of_cluster(self._config)
         environment = logging_settings(dict(os.environ), Path(self._config.trainer.default_local_dir))
         self._actor = ray.remote(TaskRunner).options(**self._options).remote(environment)
         return self._actor
+
+
+def _require_of_cluster(config: DictConfig) -> None:
+    """Raises ConfigError where the cluster that Ray is connected to cannot carry the run."""
+    finding = check_cluster(config)
+    if finding.verdict != FAIL and joins_cluster(config):
+        finding = check_files(config, resume.SETTINGS)
+    if finding.verdict == FAIL:
+        raise ConfigError(finding.text)
 
 
 def _resolve(config: DictConfig) -> None:

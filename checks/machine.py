@@ -6,7 +6,6 @@ and compiler, fit.py at the memory of GPUs, host.py at that of the host and at t
 
 import sys
 from collections.abc import Iterator
-from math import ceil
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -113,45 +112,16 @@ def cpus_needed(config: DictConfig) -> int:
     return 1 + OmegaConf.select(config, UNITS) + 1 + CPUS_A_RANK * ranks + 1
 
 
-def cpus_of_a_node(config: DictConfig, nodes: int) -> int:
-    """The CPUs that a node with ranks is asked for, of so many nodes.
-
-    Its ranks', its share of TransferQueue's storage units, which are dealt out over all nodes, and 1 that is free: verl
-    places a vLLM server on its ranks' node and no other.
-    """
-    return CPUS_A_RANK * config.trainer.n_gpus_per_node + ceil(OmegaConf.select(config, UNITS) / nodes) + 1
-
-
 def check_cores(config: DictConfig) -> Finding:
     """Of the Ray cluster that the run will start."""
     from ray._private.utils import get_num_cpus  # heeds a container's quota
 
     there = config.ray_kwargs.ray_init.num_cpus or get_num_cpus(override_docker_cpu_warning=True)
-    return _cores(config, there, "this machine's Ray will have")
+    return judge_cores(config, there, "this machine's Ray will have")
 
 
-def check_cluster(config: DictConfig) -> Finding:
-    """The same of the cluster that Ray is connected to, and that each node has what its ranks take."""
-    import ray
-
-    ranks = config.trainer.n_gpus_per_node
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    cpus = cpus_of_a_node(config, len(nodes))
-    fit = sum(node.get("CPU", 0) >= cpus and node.get("GPU", 0) >= ranks for node in nodes)
-    if fit < config.trainer.nnodes:
-        have = ", ".join(f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in nodes)
-        return Finding(
-            "nodes",
-            FAIL,
-            f"trainer.nnodes={config.trainer.nnodes}, trainer.n_gpus_per_node={ranks}: so many nodes with {ranks} GPUs "
-            f"and {cpus} CPUs are needed ({CPUS_A_RANK} a rank, 1 for each of TransferQueue's storage units there, 1 "
-            f"to place vLLM's servers), and the Ray cluster has nodes with {have}: the run would wait for ever; start "
-            "Ray on more machines, lower the two keys, or give `ray start` a larger --num-cpus",
-        )
-    return _cores(config, int(ray.cluster_resources().get("CPU", 0)), "the Ray cluster has")
-
-
-def _cores(config: DictConfig, there: int, who: str) -> Finding:
+def judge_cores(config: DictConfig, there: int, who: str) -> Finding:
+    """Whether so many CPUs are enough; `who` begins a sentence that goes on with their number."""
     needed = cpus_needed(config)
     figures = {"needed": needed, "there": there}
     if there >= needed:

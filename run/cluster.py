@@ -31,6 +31,10 @@ ON_LOOPBACK = {
     "VLLM_HOST_IP": "127.0.0.1",
 }
 
+# Set by Ray for a job that is handed in (ray job submit, RayJob). Its variables are in this process, and so among those
+# passed on, which Ray refuses to be told twice
+SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+
 # Ray's control service keeps an entry for each of so many task and actor calls, for a dashboard that no run has:
 # 100,000 of its own accord, with which it gains 0.17 MB in each step of a tiny model
 CALLS_KEPT, CALLS_KEPT_BY_A_RUN = "RAY_task_events_max_num_task_in_gcs", "1000"
@@ -52,6 +56,8 @@ def prepare(config: DictConfig) -> bool:
             for key in ("num_cpus", "num_gpus", "object_store_memory"):  # the cluster's own, which a joiner cannot set
                 ray_init.pop(key, None)
             variables |= passed_on(dict(os.environ), judges_keys(config.algorithm.judge.api_key_env))
+            if SUBMITTED in os.environ:
+                os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
             _warn_where_nobody_is_kept_out(ray_init.address)
         else:
             keep_to_loopback()

@@ -75,49 +75,6 @@ def test_a_cluster_that_is_joined_is_asked_once_ray_is_connected(run, monkeypatc
     assert "1 CPUs" in run.refusal("ray_kwargs.ray_init.num_cpus=null")
 
 
-def cluster(monkeypatch, *nodes: tuple[int, int]) -> None:
-    """A Ray cluster with so many CPUs and GPUs a node."""
-    resources = [{"CPU": float(cpus), "GPU": float(gpus)} for cpus, gpus in nodes]
-    total = {"CPU": sum(node["CPU"] for node in resources)}
-    ray = types.SimpleNamespace(
-        nodes=lambda: [{"Alive": True, "Resources": node} for node in resources] + [{"Alive": False, "Resources": {}}],
-        cluster_resources=lambda: total,
-    )
-    monkeypatch.setitem(sys.modules, "ray", ray)
-
-
-@pytest.mark.parametrize(
-    ("nodes", "overrides", "words"),
-    [
-        ([(29, 8)], [EIGHT], None),
-        ([(28, 8)], [EIGHT], "the Ray cluster has 28 CPUs, and the run asks for 29"),
-        ([(32, 8), (32, 8)], [EIGHT, "trainer.nnodes=2"], None),
-        ([(96, 8), (8, 8)], [EIGHT, "trainer.nnodes=2"], "nodes with 96 CPUs and 8 GPUs, 8 CPUs and 8 GPUs"),
-        ([(96, 4), (96, 4)], [EIGHT], "96 CPUs and 4 GPUs"),
-        # Beside its ranks' 24 a node has a storage unit or more, and vLLM's servers want 1 that is free there
-        ([(80, 8), (25, 8)], [EIGHT, "trainer.nnodes=2"], "8 GPUs and 26 CPUs are needed"),
-        ([(80, 8), (26, 8)], [EIGHT, "trainer.nnodes=2"], None),
-        ([(80, 8), (28, 8)], [EIGHT, "trainer.nnodes=2", f"{UNITS}=7"], "29 CPUs are needed"),
-        ([(80, 0), (27, 8), (27, 8)], [EIGHT, "trainer.nnodes=2", f"{UNITS}=6"], None),  # a head without GPUs has two
-    ],
-)
-def test_what_a_cluster_has(monkeypatch, nodes, overrides, words):
-    config = settings(*overrides)  # first: composing may import what imports ray
-    cluster(monkeypatch, *nodes)
-    finding = machine.check_cluster(config)
-    assert finding.verdict == (FAIL if words else OK) and (words or "") in finding.text
-
-
-def test_a_run_on_a_cluster_with_too_little_ends_before_its_task_runner_starts(monkeypatch):
-    from recipe.spin.common.settings import ConfigError
-    from recipe.spin.main_spin import TaskRunnerClass
-
-    cluster(monkeypatch, (4, 8))
-    monkeypatch.setattr("signal.signal", lambda *args: None)
-    with pytest.raises(ConfigError, match="nodes with 4 CPUs"):
-        TaskRunnerClass(settings(EIGHT), num_cpus=1).options(name="x").remote()
-
-
 # ---- Driver and compiler ---------------------------------------------------------------------------------------------
 NVIDIA_SMI = """#!/bin/bash
 if [[ "$*" == *compute_cap* ]]; then
