@@ -51,6 +51,17 @@ def test_every_cluster_asks_for_a_token():
     assert "\nRAY_AUTH_MODE=token\n" in shell("slurm.sbatch")[0]
 
 
+def test_kuberays_policy_is_for_this_runs_pods_alone():
+    """Those of another Ray cluster in the namespace carry Ray's labels too."""
+    job, policy = documents("kuberay.yaml")
+    cluster = job["spec"]["rayClusterSpec"]
+    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    of_the_run = {"matchLabels": groups[0]["template"]["metadata"]["labels"]}
+    assert all(group["template"]["metadata"]["labels"] == of_the_run["matchLabels"] for group in groups)
+    assert policy["spec"]["podSelector"] == of_the_run
+    assert policy["spec"]["ingress"][0]["from"] == [{"podSelector": of_the_run}]
+
+
 def test_both_of_kuberays_nodes_are_alike_and_as_many_as_the_run_takes():
     job, _ = documents("kuberay.yaml")
     cluster = job["spec"]["rayClusterSpec"]
@@ -76,15 +87,27 @@ status*) [[ -e up ]] || exit 1; echo " 1 node_a"; if [[ -e joined ]]; then echo 
 esac
 exit 1
 """
+RAY_OF_PYTHON = "env 1/bin/ray"  # of an active Python that has verl
 STANDINS = {
-    ".venv/bin/ray": RAY,
-    "run_spin.sh": '[[ "$*" == --install ]] || echo "$NNODES $N_GPUS_PER_NODE $RAY_ADDRESS $*" >run',
+    RAY_OF_PYTHON: RAY,
+    "run_spin.sh": """
+if [[ "$*" == --install ]]; then
+    echo "[spin] ready: $PWD/env 1/bin/python; start Ray with it on each node: $PWD/env 1/bin/ray start ..."
+else
+    echo "$NNODES $N_GPUS_PER_NODE $RAY_ADDRESS $*" >run
+fi""",
     "bin/sleep": "exec /bin/sleep 0.01",
     "bin/scontrol": "echo first; echo second",
     "bin/hostname": "echo 10.0.0.1",
     "bin/srun": 'echo "$SRUN_CPUS_PER_TASK" >>cpus; while [[ "$1" == --* ]]; do shift; done; exec "$@"',
 }
-SLURM = {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NNODES": "2", "SLURM_CPUS_PER_TASK": "64", "SLURM_GPUS_PER_NODE": "8"}
+SLURM = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_JOB_NODELIST": "n[1-2]",
+    "SLURM_NNODES": "2",
+    "SLURM_CPUS_PER_TASK": "64",
+    "SLURM_GPUS_PER_NODE": "8",
+}
 SKYPILOT = {"SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2", "SKYPILOT_NUM_NODES": "2", "SKYPILOT_NUM_GPUS_PER_NODE": "8"}
 
 
@@ -148,7 +171,7 @@ def test_skypilots_job_fails_as_the_run_does(job, tmp_path):
 
 @pytest.mark.parametrize("node", ["--head", "--address"])
 def test_skypilots_job_ends_when_ray_does_not_start(job, tmp_path, node):
-    replace(tmp_path, ".venv/bin/ray", '"start ' + node, '"start BROKEN' + node)
+    replace(tmp_path, RAY_OF_PYTHON, '"start ' + node, '"start BROKEN' + node)
     head, worker = start_skypilots_nodes(job)
     message = ended(head, 1)
     assert ("ray start has ended" if node == "--head" else "all_joined still fails") in message
@@ -164,13 +187,13 @@ def test_slurms_job_runs_with_all_cpus_in_every_step(job, tmp_path):
 
 @pytest.mark.parametrize("node", ["--head", "--address"])
 def test_slurms_job_ends_when_ray_does_not_start(job, tmp_path, node):
-    replace(tmp_path, ".venv/bin/ray", '"start ' + node, '"start BROKEN' + node)
+    replace(tmp_path, RAY_OF_PYTHON, '"start ' + node, '"start BROKEN' + node)
     assert "ray start has ended" in ended(job(shell("slurm.sbatch")[0], SLURM), 1)
     assert not (tmp_path / "run").exists()
 
 
 def test_slurms_job_ends_when_the_others_do_not_join(job, tmp_path):
-    replace(tmp_path, ".venv/bin/ray", "touch joined;", "")
+    replace(tmp_path, RAY_OF_PYTHON, "touch joined;", "")
     assert "all_joined still fails" in ended(job(shell("slurm.sbatch")[0], SLURM), 1)
 
 

@@ -114,6 +114,7 @@ def test_install_makes_the_environment_and_nothing_else(install: Installation) -
     root = install.checkout.root
     code, output, calls = install("--install")
     assert code == 0 and calls, output
+    assert f"\n[spin] ready: {root}/.venv/bin/python; start Ray" in output  # examples/cluster read it
     assert f"{root}/.venv/bin/ray start" in output
     assert not (root / "data").exists() and not (root / ".cache/models").exists() and not (root / "outputs").exists()
     assert install("--install")[2] == []
