@@ -1,6 +1,7 @@
 """The Ray worker: FSDP actor and FSDP reference in one process, what sends their weights to vLLM's, and the copy of the
 actor into the reference."""
 
+import asyncio
 import os
 import tempfile
 from collections.abc import MutableMapping
@@ -82,6 +83,9 @@ class SpinWorker(ActorRolloutRefWorker):
     @register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False)
     async def update_weights(self, global_steps: int = None, mode: str = "auto"):
         """Pushes weights to vLLM as verl does, those of the model that `choose_rollout_model` named."""
+        if self._wakes_others_devices():
+            get_torch_device().empty_cache()
+            await asyncio.to_thread(torch.distributed.barrier)
         actor = self.actor
         if self.rollout_model == "reference":
             self.actor = self.ref
@@ -89,6 +93,14 @@ class SpinWorker(ActorRolloutRefWorker):
             return await super().update_weights(global_steps=global_steps, mode=mode)
         finally:
             self.actor = actor
+
+    def _wakes_others_devices(self) -> bool:
+        """Whether the first of several ranks makes room for vLLM's weights on the devices of all of them.
+
+        verl has it wait for what the others still hold before the cache alone.
+        """
+        rollout = self.config.rollout
+        return rollout.free_cache_engine and rollout.tensor_model_parallel_size * rollout.data_parallel_size > 1
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def refresh_reference(self, alpha: float = 1.0) -> None:

@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 from recipe.spin.common.secrets import shown_address
 from recipe.spin.common.settings import MODEL_LENGTH, Settings, Unusable
-from recipe.spin.preferences.judge_server import SHOWN, Answer, Judge, JudgeFailed, extra_body, is_address
+from recipe.spin.preferences.judge_server import SHOWN, Answer, Judge, JudgeFailed, extra_body, is_address, is_local
 
 # As a server's address: the policy's own vLLM server, with the policy's weights or the reference's
 REFERENCE = "reference"
@@ -106,6 +106,17 @@ def check_settings(settings: DictConfig) -> None:
     if len(key_variables(settings)) != len(servers):
         raise ValueError(
             f"algorithm.judge.api_key_env={settings.api_key_env!r}: give one name, a name or null a server, or null"
+        )
+
+
+def check_reach(config: DictConfig) -> None:
+    """Raises ValueError where workers on several machines would each ask a judge of their own machine."""
+    alone = [shown_address(address) for address in config.algorithm.judge.servers if is_local(address)]
+    if alone and config.trainer.nnodes > 1:
+        raise ValueError(
+            f"algorithm.judge.servers: {', '.join(alone)} is the machine itself to each of the "
+            f"trainer.nnodes={config.trainer.nnodes}, whose workers all ask; name the judge's machine by an address "
+            "that they reach, and let the judge listen there"
         )
 
 

@@ -170,6 +170,15 @@ def test_a_reward_model_in_the_policys_pool_scores_too_late_for_dynamic_sampling
     run.check(*classifier, *own, "ray_kwargs.ray_init.num_gpus=2", "algorithm.filter_groups.enable=True")
 
 
+def test_a_reward_model_in_the_policys_pool_has_weights_sent_in_every_step(run, classifier):
+    """verl frees what an update keeps of the GPU with them alone, and the reward model wakes there."""
+    seldom = ["trainer.rollout_sync_freq=2", "actor_rollout_ref.rollout.free_cache_engine=False"]
+    message = run.refusal(*classifier, *seldom)
+    assert message.startswith("trainer.rollout_sync_freq=2: the reward model takes turns")
+    own = [f"{MODEL}.enable_resource_pool=True", f"{MODEL}.nnodes=1", f"{MODEL}.n_gpus_per_node=1"]
+    run.check(*classifier, *own, *seldom, "ray_kwargs.ray_init.num_gpus=2")
+
+
 def test_a_reward_models_own_pool_needs_devices_beside_the_trainers(run, classifier, monkeypatch):
     """verl would refuse them when Ray has started: 8 < 10."""
     pool = [f"{MODEL}.enable_resource_pool=True", f"{MODEL}.nnodes=1", f"{MODEL}.n_gpus_per_node=2"]

@@ -1,5 +1,6 @@
 """The GPU profile without a GPU: its own settings, but for what a CPU cannot do and for sizes."""
 
+import asyncio
 import json
 import math
 import types
@@ -161,6 +162,26 @@ def test_ranks_wait_for_each_other_as_long_as_the_settings_say(monkeypatch):
     worker.config, worker.role = compose("actor_rollout_ref.nccl_timeout=1234").actor_rollout_ref, "actor"
     worker.init_model()
     assert given == [1234]
+
+
+@pytest.mark.parametrize(("size", "cleared"), [(1, []), (2, ["cache", "barrier"])])
+def test_no_rank_holds_what_vllms_weights_need_when_they_wake(monkeypatch, size, cleared):
+    """Of several ranks with one vLLM the first wakes it on the devices of all."""
+    from recipe.spin import fsdp_workers
+
+    seen = []
+
+    async def push(self, **options):
+        seen.append("push")
+
+    monkeypatch.setattr(fsdp_workers.ActorRolloutRefWorker, "update_weights", push)
+    monkeypatch.setattr(torch.distributed, "barrier", lambda: seen.append("barrier"))
+    device = types.SimpleNamespace(empty_cache=lambda: seen.append("cache"))
+    monkeypatch.setattr(fsdp_workers, "get_torch_device", lambda: device)
+    worker = fsdp_workers.SpinWorker.__new__(fsdp_workers.SpinWorker)
+    worker.config, worker.actor = compose(f"{ROLLOUT}.tensor_model_parallel_size={size}").actor_rollout_ref, None
+    asyncio.run(worker.update_weights())
+    assert seen == [*cleared, "push"]
 
 
 @pytest.mark.parametrize("ask", ["compute_actor_logps", "compute_ref_logps"])

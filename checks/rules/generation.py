@@ -74,6 +74,12 @@ def weights_stay_where_they_are_not_sent(settings: Settings) -> None:
     settings.require(
         frequency == 1 or not takes_reference(settings), key, "vLLM has the reference's weights at times; set 1"
     )
+    settings.require(
+        frequency == 1 or not has_late_reward_model(settings),
+        key,
+        "the reward model takes turns with vLLM on its GPUs, which are cleared of the update's memory when weights are "
+        "sent; set 1, or give it its own, reward.reward_model.enable_resource_pool=True",
+    )
     save, test = settings["trainer.save_freq"], settings["trainer.test_freq"]
     settings.require(
         save <= 0 or save % frequency == 0 or (test > 0 and save % test == 0),
