@@ -1,5 +1,6 @@
 """What a check of the machine finds."""
 
+import math
 from dataclasses import dataclass, field
 
 OK, HINT, WARN, FAIL = "ok", "hint", "warn", "FAIL"
@@ -13,6 +14,11 @@ class Finding:
     verdict: str
     text: str
     figures: dict = field(default_factory=dict)
+
+
+def not_finite(figures: dict[str, float]) -> str:
+    """Names of the figures that are NaN or infinite, as `max` and comparisons pass over a NaN; empty for none."""
+    return ", ".join(name for name, value in figures.items() if not math.isfinite(value))
 
 
 def gigabytes(value: float) -> str:

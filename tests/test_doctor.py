@@ -1,6 +1,7 @@
 """The doctor on this machine: what it finds, what it says of faults, and a report that tells no names."""
 
 import json
+import math
 import os
 import re
 import socket
@@ -119,10 +120,51 @@ def test_what_tensors_took_is_compared_with_the_estimate_less_processes(measured
         ([1e-6, 2e-6], OK, "1.0e-06, then 2.0e-06"),
         ([1e-6, 0.2], FAIL, "weights do not reach vLLM"),
         ([0.2, 0.2], FAIL, "the model is not the same in both"),
+        ([1e-6, math.nan], FAIL, "not finite (step 2)"),
+        ([math.nan, math.nan], FAIL, "not finite (step 1, step 2)"),
     ],
 )
 def test_a_gap_between_vllm_and_the_policy_fails(gaps, verdict, words):
     finding = doctor.judge_gap(gaps, limit=1e-3)
+    assert finding.verdict == verdict and words in finding.text
+
+
+@pytest.mark.parametrize(
+    ("plain", "verdict", "words"),
+    [
+        ({"loss": 0.7, "gradient norm": 2.00001}, OK, "gradient norm 2 (plain PyTorch in fp32: 2.00001)"),
+        ({"loss": 0.7, "gradient norm": 2.1}, FAIL, "2.1); report it"),
+        ({"loss": 0.7, "gradient norm": math.nan}, FAIL, "not finite: gradient norm"),
+        ({"loss": math.nan, "gradient norm": 2.0}, FAIL, "not finite: loss"),
+    ],
+)
+def test_an_update_beside_plain_pytorch(plain, verdict, words):
+    finding = device_probe.judge_update({"loss": 0.7, "gradient norm": 2.0}, plain, tolerance=1e-4)
+    assert finding.verdict == verdict and words in finding.text
+
+
+def test_an_update_that_was_skipped_is_told():
+    """It has neither loss nor gradient norm."""
+    worker = device_probe.Worker.__new__(device_probe.Worker)
+    worker.rows = lambda **sizes: ({}, [], [])
+    worker.update = lambda rows: {"actor/skipped_steps": 1}
+    finding = worker.update_beside_plain_pytorch()
+    assert finding.verdict == FAIL and "was skipped" in finding.text
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "verdict", "words"),
+    [
+        (0.5, 0.0, OK, "0.5 before it"),
+        (0.5, 1e-4, WARN, "it should be 0"),
+        (0.5, 0.5, FAIL, "does not follow"),
+        (0.0, 0.0, FAIL, "does not follow"),
+        (math.nan, math.nan, FAIL, "not finite"),
+        (0.5, math.nan, FAIL, "not finite"),
+    ],
+)
+def test_a_refresh_that_leaves_a_difference_or_none_that_is_a_number(before, after, verdict, words):
+    finding = device_probe.judge_refresh(before, after, seconds=0.1)
     assert finding.verdict == verdict and words in finding.text
 
 
@@ -146,6 +188,17 @@ def test_a_run_that_is_refused_is_told_by_its_error(monkeypatch, tmp_path):
     monkeypatch.setattr(doctor, "command_of", lambda *arguments: [sys.executable, "-c", script])
     (finding,) = doctor.tiny_run("cpu", tmp_path)
     assert finding.verdict == FAIL and "ended with 1: error: data.train_files is missing" in finding.text
+
+
+def test_a_step_of_the_tiny_run_that_was_skipped_is_told(monkeypatch, tmp_path):
+    """It has no gap."""
+    steps = [{"rollout/logp_gap_max": 1e-6}, {"actor/skipped_steps": 1}]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(f"{json.dumps(step)}\n" for step in steps))
+    (tmp_path / "run" / "summary.json").write_text('{"seconds": 1, "peak_memory_gb": 1}')
+    monkeypatch.setattr(doctor, "command_of", lambda *arguments: ["true"])
+    _, finding = doctor.tiny_run("cpu", tmp_path)
+    assert finding.verdict == FAIL and "not finite (step 2)" in finding.text
 
 
 def test_nothing_is_measured_with_another_verl(monkeypatch):
@@ -199,6 +252,22 @@ def test_wrong_gradients_of_attention_are_found(monkeypatch):
     monkeypatch.setattr(attention, "attend_by_row", wrong_for_keys)
     finding = device_probe.attention("cpu", device_probe.PROBES["cpu"])
     assert finding.verdict == FAIL and finding.figures["output"] < 1e-5 < finding.figures["key"]
+
+
+def test_attention_that_is_not_finite_is_found(monkeypatch):
+    """The largest of differences passes over a NaN that is not the first."""
+    from recipe.spin.engine import attention
+
+    right = attention.attend_by_row
+
+    def not_finite_for_keys(query, key, *others):
+        key = key.clone()
+        key.register_hook(lambda gradient: gradient * math.nan)
+        return right(query, key, *others)
+
+    monkeypatch.setattr(attention, "attend_by_row", not_finite_for_keys)
+    finding = device_probe.attention("cpu", device_probe.PROBES["cpu"])
+    assert finding.verdict == FAIL and "not finite: key" in finding.text
 
 
 def test_wrong_attention_is_found(monkeypatch):

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from recipe.spin.checks import memory
-from recipe.spin.checks.finding import FAIL, OK, WARN, Finding, gigabytes
+from recipe.spin.checks.finding import FAIL, OK, WARN, Finding, gigabytes, not_finite
 from recipe.spin.tools.probe_model import HALF_BILLION, TINY, save_probe_model
 
 TEMPERATURE, BETA = 0.7, 0.5
@@ -131,9 +131,11 @@ def attention(device: str, probe: Probe) -> Finding:
     ]
     figures = dict(zip(("output", "query", "key", "value"), gaps, strict=True))
     text = f"differs from plain attention by at most {max(gaps):.1e} of its largest value, gradients included"
-    verdict = OK if max(gaps) < probe.attention_tolerance else FAIL
-    remedy = "" if verdict == OK else "; set actor_rollout_ref.share_prompt=False and report it"
-    return Finding("attention", verdict, text + remedy, figures)
+    wrong = not_finite(figures)
+    if not wrong and max(gaps) < probe.attention_tolerance:
+        return Finding("attention", OK, text, figures)
+    text = f"not finite: {wrong}" if wrong else text
+    return Finding("attention", FAIL, f"{text}; set actor_rollout_ref.share_prompt=False and report it", figures)
 
 
 def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -201,25 +203,19 @@ class Worker:
         """Loss and gradient norm of the first update, and of plain PyTorch on one sequence at a time in fp32."""
         rows, questions, answers = self.rows(prompts=6, prompt=12, response=10)
         found = self.update(rows)
+        if found["actor/skipped_steps"]:
+            text = "the loss or its gradient is not finite, and the optimizer's step was skipped; report it"
+            return Finding("update", FAIL, text)
         ours = {"loss": found["actor/loss"], "gradient norm": found["actor/grad_norm"]}
         plain = plain_update(self.device, self.model, questions, answers)
-        gaps = {name: abs(ours[name] - plain[name]) / plain[name] for name in ours}
-        text = ", ".join(f"{name} {ours[name]:.6g} (plain PyTorch in fp32: {plain[name]:.6g})" for name in ours)
-        good = max(gaps.values()) < self.probe.update_tolerance
-        return Finding("update", OK if good else FAIL, text + ("" if good else "; report it"), gaps)
+        return judge_update(ours, plain, self.probe.update_tolerance)
 
     def refresh(self) -> Finding:
         """After an update actor and reference differ; after a refresh their log-probs must not, to the bit."""
         before = self.logp_gap()
         seconds = timed(self.device, self.worker.refresh_reference)
         after = self.logp_gap()
-        figures = {"gap_before": before, "gap_after": after, "seconds": seconds}
-        text = f"log-probs of responses differ by {before:.3g} before it and by {after:.3g} after it; {seconds:.3f} s"
-        if before == 0 or after > 0.01 * before:
-            return Finding("refresh", FAIL, f"{text}; the reference does not follow the actor, report it", figures)
-        if after > 0:
-            return Finding("refresh", WARN, f"{text}; it should be 0, report it", figures)
-        return Finding("refresh", OK, text, figures)
+        return judge_refresh(before, after, seconds)
 
     def logp_gap(self) -> float:
         from verl.utils import tensordict_utils as tu
@@ -262,6 +258,29 @@ class Worker:
         from transformers import AutoConfig
 
         return memory.Model.of(AutoConfig.from_pretrained(self.model))
+
+
+def judge_update(ours: dict[str, float], plain: dict[str, float], tolerance: float) -> Finding:
+    """Loss and gradient norm of the recipe beside those of plain PyTorch; the relative differences are its figures."""
+    gaps = {name: abs(ours[name] - plain[name]) / plain[name] for name in ours}
+    text = ", ".join(f"{name} {ours[name]:.6g} (plain PyTorch in fp32: {plain[name]:.6g})" for name in ours)
+    if wrong := not_finite(gaps):
+        return Finding("update", FAIL, f"{text}; not finite: {wrong}; report it", gaps)
+    good = max(gaps.values()) < tolerance
+    return Finding("update", OK if good else FAIL, text + ("" if good else "; report it"), gaps)
+
+
+def judge_refresh(before: float, after: float, seconds: float) -> Finding:
+    """Largest differences between the log-probs of actor and reference, before a refresh and after it."""
+    figures = {"gap_before": before, "gap_after": after, "seconds": seconds}
+    text = f"log-probs of responses differ by {before:.3g} before it and by {after:.3g} after it; {seconds:.3f} s"
+    if not_finite(figures):
+        return Finding("refresh", FAIL, f"{text}; the log-probs are not finite, report it", figures)
+    if before == 0 or after > 0.01 * before:
+        return Finding("refresh", FAIL, f"{text}; the reference does not follow the actor, report it", figures)
+    if after > 0:
+        return Finding("refresh", WARN, f"{text}; it should be 0, report it", figures)
+    return Finding("refresh", OK, text, figures)
 
 
 def judge_memory(measured: float, parts: dict[str, float]) -> Finding:

@@ -9,6 +9,7 @@ the tiny run out.
 
 import argparse
 import json
+import math
 import os
 import platform
 import re
@@ -28,7 +29,7 @@ import psutil
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from recipe.spin.checks.finding import FAIL, OK, WARN, Finding
+from recipe.spin.checks.finding import FAIL, OK, WARN, Finding, not_finite
 from recipe.spin.checks.gpu import devices
 from recipe.spin.checks.host import free_shared_memory
 from recipe.spin.checks.machine import findings
@@ -296,12 +297,16 @@ def tiny_run(profile: str, folder: Path) -> Iterator[Finding]:
     figures = {"seconds": seconds, "run_seconds": summary["seconds"], "peak_memory_gb": summary["peak_memory_gb"]}
     text = f"two steps in {summary['seconds']:.0f} s from start to end; the second: {told}"
     yield Finding("tiny run", OK, f"{text}; at most {summary['peak_memory_gb']:.1f} GB on the host", figures)
-    yield judge_gap([step["rollout/logp_gap_max"] for step in (first, second)], LOGP_GAP[profile])
+    # A step whose gradient is not finite is skipped, and has no gap
+    yield judge_gap([step.get("rollout/logp_gap_max", math.nan) for step in (first, second)], LOGP_GAP[profile])
 
 
 def judge_gap(gaps: list[float], limit: float) -> Finding:
     """Before and after a push of trained weights vLLM must agree with the policy on the tokens that it drew."""
     text = f"largest difference of a token's log-prob between vLLM and the policy: {gaps[0]:.1e}, then {gaps[1]:.1e}"
+    if wrong := not_finite(dict(zip(("step 1", "step 2"), gaps, strict=True))):
+        cause = f"log-probs, or the gradient of a step that was skipped, are not finite ({wrong})"
+        return Finding("vLLM and the policy", FAIL, f"{text}; {cause}; report it", {"gaps": gaps})
     if max(gaps) < limit:
         return Finding("vLLM and the policy", OK, text, {"gaps": gaps})
     cause = "the model is not the same in both" if gaps[0] >= limit else "weights do not reach vLLM"
