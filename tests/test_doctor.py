@@ -10,11 +10,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from worker_harness import ROOT, cpu_environment
+from as_on_gpus import segments_on_a_cpu
+from worker_harness import ROOT, Ranks, cpu_environment
+from worker_jobs import probe_update, run_within
+from wrong_attention import blind_beyond_a_tile, wrong_for_heads_above_64, wrong_with_a_common_beginning
 
 from recipe.spin.checks.finding import FAIL, OK, WARN, Finding
 from recipe.spin.checks.machine import cpus_needed
 from recipe.spin.tools import device_probe, doctor
+from recipe.spin.tools.probe_model import TINY, save_probe_model
 
 PROBED = ["matrix products", "attention", "update", "refresh", "update's speed", "memory"]
 
@@ -251,7 +255,8 @@ def test_wrong_gradients_of_attention_are_found(monkeypatch):
 
     monkeypatch.setattr(attention, "attend_by_row", wrong_for_keys)
     finding = device_probe.attention("cpu", device_probe.PROBES["cpu"])
-    assert finding.verdict == FAIL and finding.figures["output"] < 1e-5 < finding.figures["key"]
+    wrong = [name for name, gap in finding.figures.items() if gap > 1e-5]
+    assert finding.verdict == FAIL and wrong == ["key, heads of 64", "key, heads of 128"]
 
 
 def test_attention_that_is_not_finite_is_found(monkeypatch):
@@ -267,7 +272,7 @@ def test_attention_that_is_not_finite_is_found(monkeypatch):
 
     monkeypatch.setattr(attention, "attend_by_row", not_finite_for_keys)
     finding = device_probe.attention("cpu", device_probe.PROBES["cpu"])
-    assert finding.verdict == FAIL and "not finite: key" in finding.text
+    assert finding.verdict == FAIL and "not finite: key, heads of 64, key, heads of 128;" in finding.text
 
 
 def test_wrong_attention_is_found(monkeypatch):
@@ -278,6 +283,36 @@ def test_wrong_attention_is_found(monkeypatch):
     monkeypatch.setattr(attention, "attend_by_row", lambda *arguments: right(*arguments) * 1.01)
     finding = device_probe.attention("cpu", device_probe.PROBES["cpu"])
     assert finding.verdict == FAIL and "share_prompt=False" in finding.text
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("wrong", [blind_beyond_a_tile, wrong_with_a_common_beginning, wrong_for_heads_above_64])
+def test_attention_is_compared_beyond_what_a_short_sequence_shows(device, wrong):
+    """In the precision of either device."""
+    with wrong():
+        finding = device_probe.attention("cpu", device_probe.PROBES[device])
+    wrong_heads = {name.split(", ")[1] for name, gap in finding.figures.items() if gap > 0.1}
+    assert finding.verdict == FAIL
+    assert wrong_heads == {"heads of 128"} | ({"heads of 64"} if wrong is not wrong_for_heads_above_64 else set())
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_attention_as_gpus_compute_it_is_right(device):
+    with segments_on_a_cpu():
+        finding = device_probe.attention("cpu", device_probe.PROBES[device])
+    assert finding.verdict == OK, finding.text
+
+
+@pytest.mark.slow
+def test_an_update_is_compared_on_long_sequences_with_a_common_beginning(tmp_path):
+    ranks = Ranks(1)
+    folder = save_probe_model(tmp_path, **TINY)
+    contexts = ([], [blind_beyond_a_tile], [wrong_with_a_common_beginning])
+    try:
+        findings = [ranks.run(run_within, context, probe_update, folder)[0] for context in contexts]
+    finally:
+        ranks.stop()
+    assert [finding.verdict for finding in findings] == [OK, FAIL, FAIL], findings
 
 
 def test_the_probes_model_has_a_token_for_every_byte():
@@ -294,8 +329,6 @@ def test_the_probes_model_is_of_the_kind_of_the_gpu_profiles_own(tmp_path):
     import torch
     from safetensors.torch import load_file
     from transformers import AutoConfig
-
-    from recipe.spin.tools.probe_model import TINY, save_probe_model
 
     folders = [save_probe_model(tmp_path / name, **TINY) for name in "ab"]
     assert AutoConfig.from_pretrained(folders[0]).architectures == ["Qwen2ForCausalLM"]

@@ -375,3 +375,10 @@ def load_what_names_code(rank: int, overrides: list[str], batch: Batch, folder: 
         file.write_bytes(saved)
     players.worker.load_checkpoint(f"{folder}/actor")
     return said
+
+
+def probe_update(rank: int, folder: str):
+    """The doctor's finding of its update, on the CPU."""
+    from recipe.spin.tools.device_probe import PROBES, Worker
+
+    return Worker("cpu", folder, PROBES["cpu"]).update_beside_plain_pytorch()
