@@ -7,10 +7,13 @@ import re
 import socket
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
+import torch
 from as_on_gpus import segments_on_a_cpu
+from transformers import AutoConfig, AutoModelForCausalLM
 from worker_harness import ROOT, Ranks, cpu_environment
 from worker_jobs import probe_update, run_within
 from wrong_attention import blind_beyond_a_tile, wrong_for_heads_above_64, wrong_with_a_common_beginning
@@ -70,6 +73,31 @@ def test_the_whole_doctor(tmp_path):
 def test_the_tiny_run_has_as_many_cpus_as_are_counted(profile):
     config = doctor.compose(profile, *doctor.TINY_RUN, *doctor.TINY_RUN_ON[profile])
     assert config.ray_kwargs.ray_init.num_cpus == cpus_needed(config)
+
+
+def largest_change(model, optim) -> float:
+    """Of a token's log-prob in bf16, by a first step with an optimizer's settings."""
+    ids = torch.arange(200)[None]
+
+    def logps(model) -> torch.Tensor:
+        return model(ids).logits[0, :-1].float().log_softmax(-1)[range(199), ids[0, 1:]]
+
+    before = logps(deepcopy(model).bfloat16())
+    logps(model).sum().backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), optim.clip_grad)
+    torch.optim.AdamW(model.parameters(), lr=optim.lr, **optim.override_optimizer_config).step()
+    return (logps(deepcopy(model).bfloat16()) - before).abs().max().item()
+
+
+def test_on_gpus_the_tiny_run_would_show_weights_that_do_not_reach_vllm(tmp_path):
+    """One step must change log-probs by more than bf16 may; those of the profile's own do not."""
+    folder = save_probe_model(tmp_path, **TINY)
+    changes = []
+    for overrides in ([], doctor.TINY_RUN_ON["gpu"]):
+        optim = doctor.compose("gpu", *overrides).actor_rollout_ref.actor.optim
+        changes.append(largest_change(AutoModelForCausalLM.from_pretrained(folder), optim))
+    profiles, tiny_runs = changes
+    assert profiles < doctor.LOGP_GAP["gpu"] < tiny_runs / 2
 
 
 # ---- Versions --------------------------------------------------------------------------------------------------------
@@ -326,9 +354,7 @@ def test_the_probes_model_has_a_token_for_every_byte():
 
 def test_the_probes_model_is_of_the_kind_of_the_gpu_profiles_own(tmp_path):
     """vLLM takes another model runner for a Llama; and its weights are the same every time."""
-    import torch
     from safetensors.torch import load_file
-    from transformers import AutoConfig
 
     folders = [save_probe_model(tmp_path / name, **TINY) for name in "ab"]
     assert AutoConfig.from_pretrained(folders[0]).architectures == ["Qwen2ForCausalLM"]

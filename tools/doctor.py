@@ -63,7 +63,13 @@ TINY_RUN = [
 ]
 TINY_RUN_ON = {
     "cpu": ["actor_rollout_ref.rollout.engine_kwargs.vllm.kv_cache_memory_bytes=20000000"],
-    "gpu": ["actor_rollout_ref.rollout.gpu_memory_utilization=0.3", "actor_rollout_ref.rollout.enforce_eager=True"],
+    "gpu": [
+        "actor_rollout_ref.rollout.gpu_memory_utilization=0.3",
+        "actor_rollout_ref.rollout.enforce_eager=True",
+        # The profile's own would move weights by less than bf16 rounds: vLLM with the old ones would not be seen
+        "actor_rollout_ref.actor.optim.lr=1e-2",
+        "actor_rollout_ref.actor.optim.override_optimizer_config.eps=1e-8",
+    ],
 }
 LOGP_GAP = {"cpu": 1e-3, "gpu": 0.5}  # of a token; docs/metrics.md
 PHASES = {"gen": "generation", "update_actor": "update", "update_weights": "weight sync", "refresh_ref": "refresh"}
