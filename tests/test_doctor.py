@@ -18,6 +18,7 @@ from worker_harness import ROOT, Ranks, cpu_environment
 from worker_jobs import probe_update, run_within
 from wrong_attention import blind_beyond_a_tile, wrong_for_heads_above_64, wrong_with_a_common_beginning
 
+from recipe.spin.checks.check import check_settings
 from recipe.spin.checks.finding import FAIL, OK, WARN, Finding
 from recipe.spin.checks.machine import cpus_needed
 from recipe.spin.tools import device_probe, doctor
@@ -42,6 +43,19 @@ def run_doctor(folder: Path, *arguments: str, timeout: float) -> tuple[subproces
 
 def verdicts(report: dict) -> dict[str, str]:
     return {finding["name"]: finding["verdict"] for finding in report["findings"]}
+
+
+def finished_tiny_run(monkeypatch, folder: Path, profile: str, gpus: int, *steps: dict) -> list:
+    """The arguments that a tiny run gets on a machine with so many GPUs, and the findings from metrics of its steps."""
+    steps = steps or [{"rollout/logp_gap_max": 1e-6}] * 2
+    (folder / "run").mkdir()
+    (folder / "run" / "metrics.jsonl").write_text("".join(f"{json.dumps(step)}\n" for step in steps))
+    (folder / "run" / "summary.json").write_text('{"seconds": 1, "peak_memory_gb": 1}')
+    given = []
+    monkeypatch.setattr(doctor, "command_of", lambda *arguments: given.append(arguments) or ["true"])
+    monkeypatch.setattr(doctor.torch.cuda, "device_count", lambda: gpus)
+    findings = list(doctor.tiny_run(profile, folder))
+    return [given[0], *findings]
 
 
 @pytest.mark.slow
@@ -69,10 +83,26 @@ def test_the_whole_doctor(tmp_path):
     assert {"generation", "update", "weight sync", "refresh"} == set(report["findings"][-2]["figures"]["seconds"])
 
 
-@pytest.mark.parametrize("profile", ["cpu", "gpu"])
-def test_the_tiny_run_has_as_many_cpus_as_are_counted(profile):
-    config = doctor.compose(profile, *doctor.TINY_RUN, *doctor.TINY_RUN_ON[profile])
-    assert config.ray_kwargs.ray_init.num_cpus == cpus_needed(config)
+@pytest.mark.parametrize(
+    ("profile", "gpus", "ranks", "cpus"),
+    [("cpu", 0, 1, 7), ("cpu", 8, 1, 7), ("gpu", 1, 1, 7), ("gpu", 2, 2, 10), ("gpu", 8, 2, 10)],
+)
+def test_the_tiny_run_takes_two_gpus_where_there_are_two(profile, gpus, ranks, cpus, monkeypatch, tmp_path):
+    """With 4 CPUs and 3 a rank; and the rules for settings have nothing against it."""
+    arguments = finished_tiny_run(monkeypatch, tmp_path, profile, gpus)[0]
+    config = doctor.compose(profile, *[argument for argument in arguments if "=" in argument][1:])
+    assert (config.trainer.n_gpus_per_node, config.ray_kwargs.ray_init.num_cpus) == (ranks, cpus)
+    assert cpus_needed(config) == cpus
+    check_settings(config)
+
+
+@pytest.mark.parametrize(
+    ("profile", "gpus", "words"),
+    [("cpu", 0, "two steps in"), ("gpu", 1, "steps on 1 of 1 visible GPUs in"), ("gpu", 8, "steps on 2 of 8 visible")],
+)
+def test_the_tiny_run_says_how_many_gpus_it_took(profile, gpus, words, monkeypatch, tmp_path):
+    _, run, gap = finished_tiny_run(monkeypatch, tmp_path, profile, gpus)
+    assert (run.verdict, gap.verdict) == (OK, OK) and words in run.text
 
 
 def largest_change(model, optim) -> float:
@@ -224,12 +254,8 @@ def test_a_run_that_is_refused_is_told_by_its_error(monkeypatch, tmp_path):
 
 def test_a_step_of_the_tiny_run_that_was_skipped_is_told(monkeypatch, tmp_path):
     """It has no gap."""
-    steps = [{"rollout/logp_gap_max": 1e-6}, {"actor/skipped_steps": 1}]
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "metrics.jsonl").write_text("".join(f"{json.dumps(step)}\n" for step in steps))
-    (tmp_path / "run" / "summary.json").write_text('{"seconds": 1, "peak_memory_gb": 1}')
-    monkeypatch.setattr(doctor, "command_of", lambda *arguments: ["true"])
-    _, finding = doctor.tiny_run("cpu", tmp_path)
+    steps = {"rollout/logp_gap_max": 1e-6}, {"actor/skipped_steps": 1}
+    *_, finding = finished_tiny_run(monkeypatch, tmp_path, "cpu", 0, *steps)
     assert finding.verdict == FAIL and "not finite (step 2)" in finding.text
 
 

@@ -32,17 +32,15 @@ from omegaconf import DictConfig, OmegaConf
 from recipe.spin.checks.finding import FAIL, OK, WARN, Finding, not_finite
 from recipe.spin.checks.gpu import devices
 from recipe.spin.checks.host import free_shared_memory
-from recipe.spin.checks.machine import findings
+from recipe.spin.checks.machine import cpus_needed, findings
 from recipe.spin.checks.paths import make_absolute
 
 ROOT = Path(__file__).resolve().parents[1]
 REQUIRED = {"verl", "transferqueue"}  # of the constraints, what the recipe's code is made for
 PROBE_SECONDS, RUN_SECONDS = 200, 270  # with what stopping them takes below ten minutes
 PROMPTS = 4
-# A tiny model, two steps, the reference refreshed in the second; ties train, as its answers are all wrong. Ray has as
-# many CPUs as machine.cpus_needed counts: a run that ends shows the count to be enough
+# A tiny model, two steps, the reference refreshed in the second; ties train, as its answers are all wrong
 TINY_RUN = [
-    "ray_kwargs.ray_init.num_cpus=7",
     "transfer_queue.backend.SimpleStorage.num_data_storage_units=1",
     # On GPUs no worker is a fork: each of the profile's 16 would import torch and vLLM for 4 prompts
     "actor_rollout_ref.rollout.agent.num_workers=1",
@@ -53,7 +51,6 @@ TINY_RUN = [
     "actor_rollout_ref.rollout.max_model_len=160",
     "actor_rollout_ref.rollout.checkpoint_engine.update_weights_bucket_megabytes=64",
     "algorithm.dpo_tie_policy=first",
-    "trainer.n_gpus_per_node=1",
     "trainer.nnodes=1",
     "trainer.total_training_steps=2",
     "trainer.ref_update_freq=2",
@@ -281,27 +278,37 @@ def probe_device(profile: str) -> Iterator[Finding]:
         yield Finding("device", FAIL, f"a measurement on the device {last_words(code, err, PROBE_SECONDS)}; report it")
 
 
+def tiny_settings(profile: str, ranks: int) -> list[str]:
+    """Ray has as many CPUs as machine.cpus_needed counts: a run that ends shows the count to be enough."""
+    settings = [*TINY_RUN, *TINY_RUN_ON[profile], f"trainer.n_gpus_per_node={ranks}"]
+    return [*settings, f"ray_kwargs.ray_init.num_cpus={cpus_needed(compose(profile, *settings))}"]
+
+
 def tiny_run(profile: str, folder: Path) -> Iterator[Finding]:
     """Two steps of the whole recipe on a tiny model, and what they say of themselves."""
     from recipe.spin.tools.probe_model import TINY, save_probe_model
 
+    gpus = torch.cuda.device_count()
+    ranks = 2 if profile == "gpu" and gpus > 1 else 1  # two talk over NCCL
     files = {name: write_prompts(folder / f"{name}.parquet", name) for name in ("train", "test")}
     run = folder / "run"
-    arguments = ["-m", "recipe.spin.main_spin", f"device={profile}", *TINY_RUN, *TINY_RUN_ON[profile]]
+    arguments = ["-m", "recipe.spin.main_spin", f"device={profile}", *tiny_settings(profile, ranks)]
     arguments += [f"actor_rollout_ref.model.path={save_probe_model(folder / 'model', **TINY)}"]
     arguments += [f"data.train_files={files['train']}", f"data.val_files={files['test']}"]
     arguments += [f"reward.custom_reward_function.path={ROOT / 'examples' / 'arithmetic' / 'reward.py'}"]
     arguments += [f"trainer.default_local_dir={run}"]
     code, out, err = start(command_of(profile, *arguments), RUN_SECONDS, folder)
+    where = f" on {ranks} of {gpus} visible GPUs" if profile == "gpu" else ""
     if code != 0:
-        yield Finding("tiny run", FAIL, f"two steps on a tiny model: {last_words(code, err + out, RUN_SECONDS)}")
+        text = f"two steps of a tiny model{where}: {last_words(code, err + out, RUN_SECONDS)}"
+        yield Finding("tiny run", FAIL, text)
         return
     first, second = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     summary = json.loads((run / "summary.json").read_text())
     seconds = {name: second[f"timing_s/{phase}"] for phase, name in PHASES.items() if f"timing_s/{phase}" in second}
     told = ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items())
     figures = {"seconds": seconds, "run_seconds": summary["seconds"], "peak_memory_gb": summary["peak_memory_gb"]}
-    text = f"two steps in {summary['seconds']:.0f} s from start to end; the second: {told}"
+    text = f"two steps{where} in {summary['seconds']:.0f} s from start to end; the second: {told}"
     yield Finding("tiny run", OK, f"{text}; at most {summary['peak_memory_gb']:.1f} GB on the host", figures)
     # A step whose gradient is not finite is skipped, and has no gap
     yield judge_gap([step.get("rollout/logp_gap_max", math.nan) for step in (first, second)], LOGP_GAP[profile])
