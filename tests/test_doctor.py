@@ -7,9 +7,11 @@ import re
 import socket
 import subprocess
 import sys
+import time
 from copy import deepcopy
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from as_on_gpus import segments_on_a_cpu
@@ -54,7 +56,7 @@ def finished_tiny_run(monkeypatch, folder: Path, profile: str, gpus: int, *steps
     given = []
     monkeypatch.setattr(doctor, "command_of", lambda *arguments: given.append(arguments) or ["true"])
     monkeypatch.setattr(doctor.torch.cuda, "device_count", lambda: gpus)
-    findings = list(doctor.tiny_run(profile, folder))
+    findings = list(doctor.tiny_run(profile, folder, time.time() + 60))
     return [given[0], *findings]
 
 
@@ -62,7 +64,7 @@ def finished_tiny_run(monkeypatch, folder: Path, profile: str, gpus: int, *steps
 def test_the_quick_doctor(tmp_path, tiny_models):
     """Without Ray: versions and machine, and the worker beside plain PyTorch."""
     model = f"actor_rollout_ref.model.path={tiny_models['llama']}"
-    result, report = run_doctor(tmp_path, "--quick", model, timeout=doctor.PROBE_SECONDS + 180)
+    result, report = run_doctor(tmp_path, "--quick", model, timeout=600)
     found = verdicts(report)
     assert result.returncode == 0, result.stdout
     assert list(found) == ["machine", "versions", "ports", "CPU cores", "shared memory", "disk", "host memory", *PROBED]
@@ -233,22 +235,42 @@ def test_a_refresh_that_leaves_a_difference_or_none_that_is_a_number(before, aft
 def test_a_measurement_that_fails_is_told_with_its_last_words(monkeypatch):
     script = 'import sys; print(\'{"name": "x", "verdict": "ok", "text": "t", "figures": {}}\'); sys.exit("no device")'
     monkeypatch.setattr(doctor, "command_of", lambda *arguments: [sys.executable, "-c", script])
-    first, second = doctor.probe_device("cpu")
+    first, second = doctor.probe_device("cpu", time.time() + 60)
     assert first == Finding("x", OK, "t", {})
     assert second.verdict == FAIL and "ended with 1: no device" in second.text
 
 
 def test_a_measurement_that_does_not_end_is_ended(monkeypatch):
     monkeypatch.setattr(doctor, "command_of", lambda *arguments: ["sleep", "60"])
-    monkeypatch.setattr(doctor, "PROBE_SECONDS", 0.2)
-    (finding,) = doctor.probe_device("cpu")
-    assert finding.verdict == FAIL and "no end after 0.2 s" in finding.text
+    (finding,) = doctor.probe_device("cpu", time.time() + 2)
+    assert finding.verdict == FAIL and "no end after 1 s" in finding.text
+
+
+def test_a_tiny_run_has_the_time_that_is_left(monkeypatch, tmp_path):
+    """Of ten minutes; what took long before it, as first imports do, leaves it less."""
+    given = []
+    monkeypatch.setattr(doctor, "start", lambda command, seconds, folder: given.append(seconds) or (None, "", "x"))
+    for left in (500, -1):
+        (finding,) = doctor.tiny_run("cpu", tmp_path, time.time() + left)
+        assert finding.verdict == FAIL and f"no end after {given[-1]:.0f} s" in finding.text
+    assert 400 < given[0] < 500 and given[1] == 0
+
+
+def test_the_time_counts_from_the_start_of_the_process(monkeypatch, tmp_path):
+    """Python's imports are before main."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)  # as main does, which the tests after it are not to see
+    deadlines = []
+    monkeypatch.setattr(doctor, "examine", lambda *arguments: deadlines.append(arguments[-1]) or [])
+    monkeypatch.setattr(sys, "argv", ["doctor", "--profile", "cpu", "--json", str(tmp_path / "doctor.json")])
+    with pytest.raises(SystemExit):
+        doctor.main()
+    assert deadlines == [psutil.Process().create_time() + doctor.SECONDS] and doctor.SECONDS + 30 < 600
 
 
 def test_a_run_that_is_refused_is_told_by_its_error(monkeypatch, tmp_path):
     script = 'import sys; sys.exit("noise\\nerror: data.train_files is missing\\nlogs: x")'
     monkeypatch.setattr(doctor, "command_of", lambda *arguments: [sys.executable, "-c", script])
-    (finding,) = doctor.tiny_run("cpu", tmp_path)
+    (finding,) = doctor.tiny_run("cpu", tmp_path, time.time() + 60)
     assert finding.verdict == FAIL and "ended with 1: error: data.train_files is missing" in finding.text
 
 
@@ -262,7 +284,7 @@ def test_a_step_of_the_tiny_run_that_was_skipped_is_told(monkeypatch, tmp_path):
 def test_nothing_is_measured_with_another_verl(monkeypatch):
     monkeypatch.setattr(doctor, "check_versions", lambda profile: Finding("versions", FAIL, "verl is 0.8.0"))
     monkeypatch.setattr(doctor, "probe_device", None)
-    *_, last = doctor.examine("cpu", [], quick=False)
+    *_, last = doctor.examine("cpu", [], quick=False, deadline=0)
     assert (last.name, last.verdict) == ("device", WARN)
 
 
@@ -271,7 +293,7 @@ def test_the_doctor_looks_where_the_run_would(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     checked = []
     monkeypatch.setattr(doctor, "findings", lambda config: checked.append(config) or [Finding("driver", FAIL, "none")])
-    list(doctor.examine("cpu", ["trainer.default_local_dir='~/run'"], quick=True))
+    list(doctor.examine("cpu", ["trainer.default_local_dir='~/run'"], quick=True, deadline=0))
     assert [config.trainer.default_local_dir for config in checked] == ["/home/me/run"]
 
 
@@ -281,7 +303,7 @@ def test_cores_and_memory_are_checked_for_the_gpus_that_are_there(monkeypatch):
     checked = []
     monkeypatch.setattr(doctor, "findings", lambda config: checked.append(config) or [Finding("driver", FAIL, "none")])
     for overrides in ([], ["trainer.n_gpus_per_node=1"]):
-        list(doctor.examine("gpu", overrides, quick=True))
+        list(doctor.examine("gpu", overrides, quick=True, deadline=0))
     assert [config.trainer.n_gpus_per_node for config in checked] == [2, 1]
 
 

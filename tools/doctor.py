@@ -37,7 +37,7 @@ from recipe.spin.checks.paths import make_absolute
 
 ROOT = Path(__file__).resolve().parents[1]
 REQUIRED = {"verl", "transferqueue"}  # of the constraints, what the recipe's code is made for
-PROBE_SECONDS, RUN_SECONDS = 200, 270  # with what stopping them takes below ten minutes
+SECONDS = 565  # since the doctor's own process began; with what stopping another takes below ten minutes
 PROMPTS = 4
 # A tiny model, two steps, the reference refreshed in the second; ties train, as its answers are all wrong
 TINY_RUN = [
@@ -83,8 +83,8 @@ def main() -> None:
     options = parser.parse_args()
     os.environ.pop("RAY_ADDRESS", None)  # it looks at this machine, and not at a cluster
     profile = options.profile or ("gpu" if torch.cuda.device_count() > 0 else "cpu")
-    started, found = time.monotonic(), []
-    for finding in examine(profile, options.overrides, options.quick):
+    began, found = psutil.Process().create_time(), []
+    for finding in examine(profile, options.overrides, options.quick, began + SECONDS):
         finding = without_names(finding)
         found.append(finding)
         print(f"{finding.verdict:4}  {finding.name}: {finding.text}", flush=True)
@@ -92,7 +92,7 @@ def main() -> None:
         "date": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
         "profile": profile,
         "quick": options.quick,
-        "seconds": round(time.monotonic() - started, 1),
+        "seconds": round(time.time() - began, 1),
         "findings": [asdict(finding) for finding in found],
     }
     options.json.write_text(json.dumps(report, indent=1) + "\n")
@@ -102,8 +102,11 @@ def main() -> None:
     sys.exit(bool(failed))
 
 
-def examine(profile: str, overrides: list[str], quick: bool) -> Iterator[Finding]:
-    """All findings, the quick ones first; measurements on the device only where they can be made."""
+def examine(profile: str, overrides: list[str], quick: bool, deadline: float) -> Iterator[Finding]:
+    """All findings, the quick ones first; measurements on the device only where they can be made.
+
+    `deadline`, in seconds since the epoch, is when the last of them is stopped.
+    """
     yield hardware()
     fit = check_versions(profile)
     yield fit
@@ -118,10 +121,10 @@ def examine(profile: str, overrides: list[str], quick: bool) -> Iterator[Finding
     if not able:
         yield Finding("device", WARN, "nothing was measured on the device; remove the causes above first")
         return
-    yield from probe_device(profile)
+    yield from probe_device(profile, deadline)
     if not quick:
         with tempfile.TemporaryDirectory(prefix="spin-doctor-") as folder:
-            yield from tiny_run(profile, Path(folder))
+            yield from tiny_run(profile, Path(folder), deadline)
 
 
 def compose(profile: str, *overrides: str) -> DictConfig:
@@ -240,6 +243,10 @@ def command_of(profile: str, *arguments: str) -> list[str]:
     return ["bash", "-c", 'source "$0"; exec "$@"', f"{package}/env.sh", *python]
 
 
+def seconds_until(deadline: float) -> float:
+    return max(deadline - time.time(), 0)
+
+
 def start(command: list[str], seconds: float, folder: Path | None = None) -> tuple[int | None, str, str]:
     """Exit code, None after `seconds`, and what was written to stdout and stderr; nothing is left running."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
@@ -265,19 +272,20 @@ def start(command: list[str], seconds: float, folder: Path | None = None) -> tup
 
 
 def last_words(code: int | None, text: str, seconds: float) -> str:
-    end = f"no end after {seconds} s" if code is None else f"ended with {code}"
+    end = f"no end after {seconds:.0f} s" if code is None else f"ended with {code}"
     lines = [line for line in text.strip().splitlines() if line.strip()]
     error = next((line for line in lines if line.startswith("error: ")), None)
     return f"{end}: {error or ' | '.join(lines[-3:])}"
 
 
-def probe_device(profile: str) -> Iterator[Finding]:
-    """The measurements of device_probe.py."""
+def probe_device(profile: str, deadline: float) -> Iterator[Finding]:
+    """The measurements of device_probe.py, in half of the time that is left: the other half is the tiny run's."""
+    seconds = seconds_until(deadline) / 2
     arguments = ("-m", "recipe.spin.tools.device_probe", "cuda" if profile == "gpu" else "cpu")
-    code, out, err = start(command_of(profile, *arguments), PROBE_SECONDS)
+    code, out, err = start(command_of(profile, *arguments), seconds)
     yield from (Finding(**json.loads(line)) for line in out.splitlines() if line.startswith('{"name": '))
     if code != 0:
-        yield Finding("device", FAIL, f"a measurement on the device {last_words(code, err, PROBE_SECONDS)}; report it")
+        yield Finding("device", FAIL, f"a measurement on the device {last_words(code, err, seconds)}; report it")
 
 
 def tiny_settings(profile: str, ranks: int) -> list[str]:
@@ -286,7 +294,7 @@ def tiny_settings(profile: str, ranks: int) -> list[str]:
     return [*settings, f"ray_kwargs.ray_init.num_cpus={cpus_needed(compose(profile, *settings))}"]
 
 
-def tiny_run(profile: str, folder: Path) -> Iterator[Finding]:
+def tiny_run(profile: str, folder: Path, deadline: float) -> Iterator[Finding]:
     """Two steps of the whole recipe on a tiny model, and what they say of themselves."""
     from recipe.spin.tools.probe_model import TINY, save_probe_model
 
@@ -299,10 +307,11 @@ def tiny_run(profile: str, folder: Path) -> Iterator[Finding]:
     arguments += [f"data.train_files={files['train']}", f"data.val_files={files['test']}"]
     arguments += [f"reward.custom_reward_function.path={ROOT / 'examples' / 'arithmetic' / 'reward.py'}"]
     arguments += [f"trainer.default_local_dir={run}"]
-    code, out, err = start(command_of(profile, *arguments), RUN_SECONDS, folder)
+    left = seconds_until(deadline)
+    code, out, err = start(command_of(profile, *arguments), left, folder)
     where = f" on {ranks} of {gpus} visible GPUs" if profile == "gpu" else ""
     if code != 0:
-        text = f"two steps of a tiny model{where}: {last_words(code, err + out, RUN_SECONDS)}"
+        text = f"two steps of a tiny model{where}: {last_words(code, err + out, left)}"
         yield Finding("tiny run", FAIL, text)
         return
     first, second = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
