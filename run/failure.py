@@ -18,10 +18,13 @@ MOST_RECORDS = 20  # of failed prompts that a file tells
 # What a run's error says when generating or scoring failed; the second is verl's, of a step without any response
 HELD_OUT_FAILED = "held-out answers failed"
 PROMPTS_FAILED = ("generating or scoring", "no materializable trajectories")
+FAILED_PROMPT = "Error in _run_prompt"  # as verl's agent loop logs it
 LOG_RECORD = re.compile(r"^[A-Z]+:(?=\d{4}-\d\d-\d\d )", re.MULTILINE)  # by level, before its time
 # In the log: a training prompt is called by its step and number, a held-out one by a random id
-TRAINING_PROMPT = re.compile(r"Error in _run_prompt for uid=[0-9]{8}-[0-9]{8}$", re.MULTILINE)
-HELD_OUT_PROMPT = re.compile(r"Error in _run_prompt for uid=[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$", re.MULTILINE)
+TRAINING_PROMPT = re.compile(rf"{FAILED_PROMPT} for uid=[0-9]{{8}}-[0-9]{{8}}$", re.MULTILINE)
+HELD_OUT_PROMPT = re.compile(
+    rf"{FAILED_PROMPT} for uid=[0-9a-f]{{8}}(-[0-9a-f]{{4}}){{3}}-[0-9a-f]{{12}}$", re.MULTILINE
+)
 FROM_LAST_CHECKPOINT = "goes on from the last checkpoint"  # what the same command does, given once more
 
 
@@ -55,6 +58,7 @@ def explained(logs: Path, workers_logs: str | None = None, go_on: str = FROM_LAS
         records = _failed_prompts_of(error)
         lines = [
             cause_of(error, records),
+            *_told_elsewhere(error, records),
             *full_disks(logs),
             f"When the cause is removed the same command {go_on}.",
             f"logs: {workers_logs or logs} (the whole error: {logs / WHOLE_ERROR})",
@@ -109,13 +113,24 @@ def _failed_prompts_of(error: Exception) -> list[str]:
     training prompt that fails ends the run, so the first counts; of held-out ones, of which some may fail
     (`trainer.max_failed_validation`), the last. None of another error.
     """
-    said, logs = _last_exception(str(error)), ray_logs()
-    held_out = HELD_OUT_FAILED in said
-    if logs is None or not (held_out or any(words in said for words in PROMPTS_FAILED)):
+    logs, held_out = ray_logs(), _tells_of(error, HELD_OUT_FAILED)
+    if logs is None or not (held_out or _tells_of(error, *PROMPTS_FAILED)):
         return []
     others = TRAINING_PROMPT if held_out else HELD_OUT_PROMPT
     records = [record for record in _failed_prompts(logs, job_id()) if not others.search(record)]
     return records[::-1] if held_out else records
+
+
+def _told_elsewhere(error: Exception, records: list[str]) -> list[str]:
+    """Where to look for why prompts failed that were answered on another node of a cluster, whose logs are there."""
+    if records or not _tells_of(error, HELD_OUT_FAILED, *PROMPTS_FAILED):
+        return []
+    return [f"Why is not in this machine's logs; on the other nodes: grep -A 30 '{FAILED_PROMPT}' in {ray_logs()}"]
+
+
+def _tells_of(error: Exception, *words: str) -> bool:
+    said = _last_exception(str(error))
+    return any(one in said for one in words)
 
 
 def _failed_prompts(logs: Path, job: str) -> list[str]:
@@ -123,7 +138,7 @@ def _failed_prompts(logs: Path, job: str) -> list[str]:
     records: list[str] = []
     for file in logs.glob(f"worker-*-{job}-*"):  # on a joined cluster other jobs' and earlier runs' stand beside them
         records += LOG_RECORD.split(file.read_text(errors="replace"))
-    failed = [record for record in records if "Error in _run_prompt" in record.partition("\n")[0]]
+    failed = [record for record in records if FAILED_PROMPT in record.partition("\n")[0]]
     return sorted(failed)  # each begins with its time
 
 

@@ -87,6 +87,14 @@ def test_what_the_agent_loop_logged_is_the_cause_and_only_of_this_run(tmp_path, 
     assert refusal(older, remote(message))[0] == "MyError: in a.b: it"
 
 
+@pytest.mark.parametrize("message", [SCORING_FAILED, HELD_OUT_FAILED, NOTHING_LEFT])
+def test_where_to_look_for_why_prompts_failed_on_another_node(tmp_path, ray_logs, message):
+    lines = refusal(tmp_path, remote(message))
+    assert len(lines) == 4 and f"grep -A 30 'Error in _run_prompt' in {ray_logs}" in lines[1]
+    log(ray_logs, "ValueError: here", HELD_OUT if message == HELD_OUT_FAILED else TRAINING)
+    assert len(refusal(tmp_path, remote(message))) == 3
+
+
 def test_the_whole_error_holds_what_the_users_code_raised(tmp_path, ray_logs):
     log(ray_logs, "ValueError: in the user's reward", TRAINING)
     refusal(tmp_path, remote(SCORING_FAILED))
