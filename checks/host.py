@@ -86,7 +86,8 @@ def check_disk(config: DictConfig, model: Model) -> Finding:
         return Finding("disk", OK, "no checkpoints are saved (trainer.save_freq)")
     refreshed = trainer.ref_update_freq > 0
     reference = BYTES[config.actor_rollout_ref.ref.fsdp_config.model_dtype or "bf16"] if refreshed else 0
-    size = memory.checkpoint_bytes(model, list(actor.checkpoint.save_contents), reference)
+    lora_rank = config.actor_rollout_ref.model.lora_rank
+    size = memory.checkpoint_bytes(model, list(actor.checkpoint.save_contents), reference, lora_rank)
     count = (trainer.max_actor_ckpt_to_keep or 1) + 1
     if steps := trainer.total_training_steps:
         count = min(count, ceil(steps / trainer.save_freq))

@@ -115,9 +115,14 @@ class Layout:
     longest: int | None = 1536  # that vLLM is to take (rollout.max_model_len); None: all the model's positions
 
 
+def trained_parameters(model: Model, lora_rank: int) -> int:
+    """Weights that have gradients and moments."""
+    return model.adapter_parameters(lora_rank) if lora_rank else model.parameters
+
+
 def training(model: Model, layout: Layout) -> dict[str, float]:
     """Bytes of a device at the end of an update's last backward pass, by what holds them."""
-    trained = model.adapter_parameters(layout.lora_rank) if layout.lora_rank else model.parameters
+    trained = trained_parameters(model, layout.lora_rank)
     sharded = 0 if layout.offload_policy else 1 / layout.devices
     return {
         "weights": (model.parameters + (trained if layout.lora_rank else 0)) * FP32 * sharded,
@@ -243,7 +248,12 @@ def cpu_bytes(model: Model, ranks: int) -> float:
     return model.parameters * FP32 * (5 + ranks) + CPU_PROCESSES
 
 
-def checkpoint_bytes(model: Model, contents: list[str], reference_bytes: int) -> float:
-    """Bytes of a checkpoint on disk; `contents` as in checkpoint.save_contents, reference_bytes 0 without one."""
-    weights = FP32 * (("model" in contents) + ("hf_model" in contents))
-    return model.parameters * (weights + 2 * FP32 * ("optimizer" in contents) + reference_bytes)
+def checkpoint_bytes(model: Model, contents: list[str], reference_bytes: int, lora_rank: int = 0) -> float:
+    """Bytes of a checkpoint on disk; `contents` as in checkpoint.save_contents, reference_bytes 0 without one.
+
+    With LoRA the adapters lie among the model's weights, and always once more by themselves.
+    """
+    adapters = model.adapter_parameters(lora_rank)
+    moments = 2 * FP32 * trained_parameters(model, lora_rank) * ("optimizer" in contents)
+    weights = model.parameters * ("hf_model" in contents) + (model.parameters + adapters) * ("model" in contents)
+    return (weights + adapters) * FP32 + moments + model.parameters * reference_bytes

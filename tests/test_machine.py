@@ -286,6 +286,13 @@ def test_a_checkpoints_size(model, overrides, bytes_a_weight):
     assert host.check_disk(config, shape).figures["checkpoint"] == bytes_a_weight * shape.parameters
 
 
+def test_a_checkpoints_size_with_adapters(model):
+    config = settings(ONE, model, "actor_rollout_ref.model.lora_rank=4", "trainer.ref_update_freq=0")
+    shape, _ = fit.load_shape(config)
+    size = host.check_disk(config, shape).figures["checkpoint"]
+    assert size == 8 * shape.parameters + 16 * shape.adapter_parameters(4)
+
+
 def test_without_checkpoints_no_disk_is_needed(model, monkeypatch):
     disk(monkeypatch, 0)
     config = settings(ONE, model, "trainer.save_freq=-1")

@@ -173,6 +173,14 @@ def test_a_checkpoint_holds_weights_moments_the_exported_model_and_the_reference
     assert memory.checkpoint_bytes(QWEN_3B, ["hf_model"], 0) == 4 * QWEN_3B.parameters
 
 
+def test_a_checkpoint_with_adapters_holds_their_moments_alone():
+    """And the adapters themselves twice."""
+    adapters = QWEN_3B.adapter_parameters(32)
+    contents = ["model", "optimizer", "extra", "hf_model"]
+    assert memory.checkpoint_bytes(QWEN_3B, contents, 0, 32) == (4 + 4) * QWEN_3B.parameters + (4 + 4 + 8) * adapters
+    assert memory.checkpoint_bytes(QWEN_3B, ["model"], 0, 32) == 4 * QWEN_3B.parameters + 8 * adapters
+
+
 def test_a_checkpoints_estimate_is_what_torch_writes(tmp_path):
     """Weights and AdamW of a plain model, saved as verl saves them, file by file."""
     import torch
