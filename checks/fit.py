@@ -54,7 +54,8 @@ def layout_of(config: DictConfig) -> Layout:
     else:
         tokens = min(actor.ppo_micro_batch_size_per_gpu * row / sequence, mini_batch)
     devices = ranks if fsdp.fsdp_size < 1 else min(fsdp.fsdp_size, ranks)
-    sleeps = rollout.get("enable_sleep_mode", True)  # verl's default
+    # Without sleep mode (verl's default has it) vLLM is told to sleep all the same, and frees nothing
+    sleeps = rollout.free_cache_engine and rollout.get("enable_sleep_mode", True)
     deferred = devices > 1 and fsdp.use_no_sync_for_gradient_accumulation and mini_batch > tokens
     return Layout(
         devices=devices,
@@ -79,8 +80,8 @@ def layout_of(config: DictConfig) -> Layout:
         rollout_share=rollout.gpu_memory_utilization,
         rollout_devices=rollout.tensor_model_parallel_size,
         rollout_graphs=not rollout.enforce_eager,
-        rollout_sleeps=rollout.free_cache_engine,
-        rollout_waits_on_host=bool(model.lora_rank and rollout.free_cache_engine and sleeps),
+        rollout_sleeps=sleeps,
+        rollout_waits_on_host=bool(model.lora_rank and sleeps),
         bucket=rollout.checkpoint_engine.update_weights_bucket_megabytes * 2**20,
         sequence=config.data.max_prompt_length + config.data.max_response_length,
         longest=rollout.max_model_len,

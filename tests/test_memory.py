@@ -213,6 +213,9 @@ def test_the_gpu_profiles_layout():
     assert found.rollout_share == 0.5 and layout("trainer.n_gpus_per_node=1").rollout_share == 0.4
 
 
+LORA = ["actor_rollout_ref.model.lora_rank=32", "trainer.ref_update_freq=0"]
+
+
 @pytest.mark.parametrize(
     ("overrides", "changes"),
     [
@@ -233,6 +236,11 @@ def test_the_gpu_profiles_layout():
         ),
         (["actor_rollout_ref.actor.fsdp_config.optimizer_offload=True"], {"optimizer_offload": True}),
         (["actor_rollout_ref.rollout.gpu_memory_utilization=0.3"], {"rollout_share": 0.3}),
+        ([], {"rollout_sleeps": True, "rollout_waits_on_host": False}),
+        (["actor_rollout_ref.rollout.free_cache_engine=False"], {"rollout_sleeps": False}),
+        (["+actor_rollout_ref.rollout.enable_sleep_mode=False"], {"rollout_sleeps": False}),
+        (LORA, {"rollout_waits_on_host": True}),
+        ([*LORA, "+actor_rollout_ref.rollout.enable_sleep_mode=False"], {"rollout_waits_on_host": False}),
     ],
 )
 def test_settings_make_the_layout(overrides, changes):
