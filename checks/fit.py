@@ -80,6 +80,7 @@ def layout_of(config: DictConfig) -> Layout:
         rollout_share=rollout.gpu_memory_utilization,
         rollout_devices=rollout.tensor_model_parallel_size,
         rollout_graphs=not rollout.enforce_eager,
+        rollout_sequences=rollout.max_num_seqs,
         rollout_sleeps=sleeps,
         rollout_waits_on_host=bool(model.lora_rank and sleeps),
         bucket=rollout.checkpoint_engine.update_weights_bucket_megabytes * 2**20,

@@ -12,8 +12,9 @@ from recipe.spin.engine.kernels import HEAD_STEP
 FP32, BF16 = 4, 2  # bytes of a number
 # Of the trainer and vLLM on one device beside their tensors: CUDA contexts, CUDA graphs, NCCL's buffers (assumed)
 PROCESSES = 2.5e9
-# Of vLLM's share beside weights and cache: activations and logits of its largest batch (assumed)
-ROLLOUT_WORKSPACE = 1.5e9
+# Of vLLM's share beside weights and cache: activations of its largest batch (assumed), or what its sampler holds of a
+# sequence for each token of the vocabulary, whichever is more: logits in bf16 and fp32, log-probs, probabilities, noise
+ROLLOUT_WORKSPACE, SAMPLER_ENTRY = 1.5e9, BF16 + 4 * FP32
 # Of vLLM's share as well: its CUDA graphs, which it sets aside before it counts the room for keys and values (assumed)
 CUDA_GRAPHS = 1e9
 # An attention score where all are kept: capped, and as a probability in fp32 and rounded; gradients in a layer at work
@@ -108,6 +109,7 @@ class Layout:
     rollout_share: float = 0.5  # of a device's memory that vLLM takes while it generates
     rollout_devices: int = 1  # that one vLLM is spread over
     rollout_graphs: bool = True  # vLLM captures CUDA graphs
+    rollout_sequences: int = 512  # that it generates at a time
     rollout_sleeps: bool = True  # vLLM gives its memory back in training
     rollout_waits_on_host: bool = False  # and keeps its weights on the host meanwhile, as only adapters are sent
     bucket: float = 2e9  # of weights on their way to vLLM
@@ -170,8 +172,10 @@ def rollout_need(model: Model, layout: Layout) -> float:
     the longest sequence's keys and values, those of windows left out."""
     layers = model.layers if model.whole_layers is None else model.whole_layers
     cache = longest_sequence(model, layout) * 2 * layers * model.kv_heads * model.head_size * BF16
-    own = ROLLOUT_WORKSPACE + (CUDA_GRAPHS if layout.rollout_graphs else 0)
-    return (model.parameters * BF16 + cache) / layout.rollout_devices + own
+    # Every device of a vLLM has the logits of the whole vocabulary
+    workspace = max(ROLLOUT_WORKSPACE, layout.rollout_sequences * model.vocabulary * SAMPLER_ENTRY)
+    graphs = CUDA_GRAPHS if layout.rollout_graphs else 0
+    return (model.parameters * BF16 + cache) / layout.rollout_devices + workspace + graphs
 
 
 def reference_bytes(model: Model, layout: Layout) -> float:

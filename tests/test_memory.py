@@ -403,6 +403,18 @@ def test_vllm_sets_cuda_graphs_aside_unless_it_is_told_to_do_without():
     assert memory.rollout_need(QWEN_3B, graphs) - memory.rollout_need(QWEN_3B, without) == memory.CUDA_GRAPHS > 0
 
 
+def test_vllms_sampler_holds_the_vocabulary_for_each_sequence():
+    """18 bytes an entry: 2.4 GB for Gemma's 256,000 tokens and 512 sequences, on each device of a vLLM."""
+    large, small = dataclasses.replace(QWEN_3B, vocabulary=256000), dataclasses.replace(QWEN_3B, vocabulary=32000)
+
+    def beside_weights(model: Model, **changes) -> float:
+        layout = Layout(longest=0, rollout_graphs=False, rollout_devices=2, **changes)
+        return memory.rollout_need(model, layout) - model.parameters * 2 / 2
+
+    assert beside_weights(large) == 18 * 512 * 256000
+    assert beside_weights(large, rollout_sequences=64) == beside_weights(small) == memory.ROLLOUT_WORKSPACE
+
+
 def test_layers_with_a_window_hold_no_whole_sequence():
     from transformers import Qwen2Config
 
