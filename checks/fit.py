@@ -56,6 +56,8 @@ def layout_of(config: DictConfig) -> Layout:
     devices = ranks if fsdp.fsdp_size < 1 else min(fsdp.fsdp_size, ranks)
     # Without sleep mode (verl's default has it) vLLM is told to sleep all the same, and frees nothing
     sleeps = rollout.free_cache_engine and rollout.get("enable_sleep_mode", True)
+    # With LoRA the adapter is taken from the whole model
+    gathers = model.lora_rank or "hf_model" in actor.checkpoint.save_contents
     deferred = devices > 1 and fsdp.use_no_sync_for_gradient_accumulation and mini_batch > tokens
     return Layout(
         devices=devices,
@@ -75,6 +77,8 @@ def layout_of(config: DictConfig) -> Layout:
         optimizer_offload=fsdp.optimizer_offload,
         offload_policy=fsdp.offload_policy,
         reference_offload=ref.fsdp_config.param_offload,
+        flat=actor.strategy == "fsdp",
+        gathers_on_host=bool(gathers and config.trainer.save_freq > 0),
         lora_rank=model.lora_rank,
         plays_reference=source_class(config.algorithm.preference_source).takes_reference(config),
         rollout_share=rollout.gpu_memory_utilization,

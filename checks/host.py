@@ -1,6 +1,7 @@
 """Whether the host's memory and the disk suffice for a run by the estimate of memory.py."""
 
 import shutil
+from dataclasses import replace
 from math import ceil
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from recipe.spin.checks.memory import Model
 from recipe.spin.checks.model_files import weight_bucket
 from recipe.spin.run_folder import checkpoints, nearest_existing
 
+SAVE_CONTENTS = f"{ACTOR}.checkpoint.save_contents"
 SHARED_MEMORY = "/dev/shm"
 NCCL_SHARED_MEMORY = 1e9  # what NVIDIA's documentation of NCCL advises to give a container (docker's --shm-size=1g)
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
@@ -50,6 +52,9 @@ def check_host_memory(config: DictConfig, model: Model) -> Finding:
         return Finding("host memory", WARN, f"{text}; {remedy}", figures)
     why = " (each loads the whole model in fp32, for its embeddings are tied)" if model.tied and ranks > 1 else ""
     remedy = "use a machine with more memory or fewer GPUs of it (trainer.n_gpus_per_node)"
+    shards_alone = replace(layout_of(config), gathers_on_host=False)
+    if not shards_alone.lora_rank and memory.host_bytes(model, shards_alone, ranks) <= there:
+        remedy += f", or leave hf_model, for which one rank gathers all weights, out of {SAVE_CONTENTS}"
     return Finding("host memory", FAIL, f"{text}{why}; {remedy}", figures)
 
 
@@ -99,4 +104,4 @@ def check_disk(config: DictConfig, model: Model) -> Finding:
     if needed <= there:
         return Finding("disk", OK, text, figures)
     remedy = "free some, name another folder, lower trainer.max_actor_ckpt_to_keep, or leave hf_model out "
-    return Finding("disk", FAIL, f"{text}; {remedy}of {ACTOR}.checkpoint.save_contents", figures)
+    return Finding("disk", FAIL, f"{text}; {remedy}of {SAVE_CONTENTS}", figures)

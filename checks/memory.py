@@ -5,7 +5,7 @@ arithmetic in bytes; docs/scaling.md says where each part comes from. No run on 
 """
 
 from dataclasses import dataclass
-from math import inf
+from math import ceil, inf, log2
 
 from recipe.spin.engine.kernels import HEAD_STEP
 
@@ -63,10 +63,16 @@ class Model:
         )
 
     @property
+    def layer_matrices(self) -> list[tuple[int, int]]:
+        """Shapes of one layer's: query, key, value, output, gate, up, down."""
+        query, key = (self.hidden, self.heads * self.head_size), (self.hidden, self.kv_heads * self.head_size)
+        up = (self.hidden, self.intermediate)
+        return [query, key, key, query[::-1], up, up, up[::-1]]
+
+    @property
     def layer_parameters(self) -> int:
         """Weights of one layer's matrices."""
-        attention = self.hidden * self.head_size * 2 * (self.heads + self.kv_heads)
-        return attention + 3 * self.hidden * self.intermediate
+        return sum(inputs * outputs for inputs, outputs in self.layer_matrices)
 
     @property
     def embeddings(self) -> int:
@@ -79,8 +85,7 @@ class Model:
 
     def adapter_parameters(self, rank: int) -> int:
         """Weights of LoRA adapters beside all matrices of all layers: a matrix (a, b) gets (a, rank) and (rank, b)."""
-        attention = 2 * (2 * self.hidden + self.head_size * (self.heads + self.kv_heads))
-        return self.layers * rank * (attention + 3 * (self.hidden + self.intermediate))
+        return self.layers * rank * sum(map(sum, self.layer_matrices))
 
 
 @dataclass(frozen=True)
@@ -104,6 +109,8 @@ class Layout:
     optimizer_offload: bool = False  # AdamW's moments likewise
     offload_policy: bool = False  # weights, gradients and moments on the host always
     reference_offload: bool = False  # the reference on the host always
+    flat: bool = False  # a layer's weights are one piece (FSDP1), where else each matrix is one
+    gathers_on_host: bool = False  # checkpoints have the first rank gather the whole model there
     lora_rank: int = 0  # above 0: adapters are trained, and the reference is the model without them
     plays_reference: bool = False  # vLLM takes its weights, for which adapters will not do
     rollout_share: float = 0.5  # of a device's memory that vLLM takes while it generates
@@ -232,18 +239,62 @@ def score_bytes(model: Model, layout: Layout) -> float:
 
 
 def host_bytes(model: Model, layout: Layout, ranks: int) -> float:
-    """Bytes of a node with so many ranks, at the highest: while the models load, or with what waits on the host.
+    """Bytes of a node with so many ranks, at the highest: while the models load, or as a checkpoint is written beside
+    what waits on the host.
 
     With tied embeddings every rank loads the whole model in fp32, without them one rank does, and the others get their
-    shards from it.
+    shards from it. A model that is gathered has the embeddings under both their names.
     """
     loading = model.parameters * FP32 * (ranks if model.tied else 1)
-    shard = model.parameters / layout.devices
-    moved = 0.0 if layout.lora_rank or not layout.reference_offload else layout.reference_bytes
-    moved += FP32 if layout.param_offload or layout.offload_policy else 0
-    moved += 2 * FP32 if layout.optimizer_offload or layout.offload_policy else 0
-    asleep = model.parameters * BF16 / layout.rollout_devices if layout.rollout_waits_on_host else 0
-    return max(loading, (shard * moved + asleep) * ranks) + ranks * RANK_PROCESSES + NODE_PROCESSES
+    saving = (model.parameters + (model.embeddings if model.tied else 0)) * FP32 if layout.gathers_on_host else 0
+    waiting = waiting_on_host(model, layout) * ranks
+    return max(loading, waiting + saving) + ranks * RANK_PROCESSES + NODE_PROCESSES
+
+
+def waiting_on_host(model: Model, layout: Layout) -> float:
+    """Bytes of host memory that a rank takes for what its device does without at times.
+
+    It is pinned, and what was pinned stays with the process when the device has its contents back.
+    """
+    base, adapters = weight_pieces(model, layout.flat), adapter_pieces(model, layout.lora_rank)
+    trained, held = adapters or base, 0.0
+    if layout.param_offload or layout.offload_policy:
+        held += pinned_bytes(base + adapters, FP32, layout.devices)
+    if layout.offload_policy:  # gradients come to the host pinned, where AdamW makes its moments of ordinary memory
+        held += pinned_bytes(trained, FP32, layout.devices) + 2 * FP32 * sum(trained) / layout.devices
+    elif layout.optimizer_offload:
+        held += 2 * pinned_bytes(trained, FP32, layout.devices)
+    if layout.reference_offload and not layout.lora_rank:
+        held += pinned_bytes(base, layout.reference_bytes, layout.devices)
+    if layout.rollout_waits_on_host:
+        held += pinned_bytes(rollout_pieces(model), BF16, layout.rollout_devices)
+    return held
+
+
+def pinned_bytes(pieces: list[int], number: int, devices: int) -> float:
+    """Bytes of pinned host memory for a device's share of pieces of so many numbers: torch takes powers of two."""
+    return sum(2.0 ** ceil(log2(piece * number / devices)) for piece in pieces)
+
+
+def weight_pieces(model: Model, flat: bool) -> list[int]:
+    """Weights of each tensor that goes to the host in one."""
+    layer = [inputs * outputs for inputs, outputs in model.layer_matrices]
+    ends = [model.hidden * model.vocabulary] * (1 if model.tied else 2)
+    if flat:
+        layer, ends = [sum(layer)], [sum(ends)]
+    return model.layers * layer + ends
+
+
+def adapter_pieces(model: Model, rank: int) -> list[int]:
+    """The same of LoRA adapters, which FSDP1 keeps apart too; [] without."""
+    return model.layers * [rank * side for shape in model.layer_matrices for side in shape] if rank else []
+
+
+def rollout_pieces(model: Model) -> list[int]:
+    """The same of vLLM's weights; it makes one matrix of query, key and value, and one of gate and up."""
+    query, key, value, output, gate, up, down = (inputs * outputs for inputs, outputs in model.layer_matrices)
+    layer = [query + key + value, output, gate + up, down]
+    return model.layers * layer + [model.hidden * model.vocabulary] * (1 if model.tied else 2)
 
 
 def cpu_bytes(model: Model, ranks: int) -> float:

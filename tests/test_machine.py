@@ -206,6 +206,26 @@ def test_host_memory_for_every_ranks_copy(model, monkeypatch):
     assert host.check_host_memory(config, shape).verdict == OK
 
 
+def test_a_checkpoint_that_gathers_the_model_is_told_where_it_alone_is_too_much(model, monkeypatch):
+    """Adapters are taken from the gathered model too, whatever is saved."""
+    offload = "actor_rollout_ref.actor.fsdp_config.optimizer_offload=True"
+    config = settings(ONE, model, offload)
+    shape, _ = fit.load_shape(config)
+    gathered = 4 * (shape.parameters + shape.embeddings)
+    needed = host.check_host_memory(config, shape).figures["needed"]
+    monkeypatch.setattr(host, "available_memory", lambda: needed - 1)
+    finding = host.check_host_memory(config, shape)
+    words = "leave hf_model, for which one rank gathers all weights, out of actor_rollout_ref.actor.checkpoint.save_con"
+    assert finding.verdict == FAIL and words in finding.text
+    monkeypatch.setattr(host, "available_memory", lambda: needed - gathered - 1)
+    assert "hf_model" not in host.check_host_memory(config, shape).text
+    config = settings(ONE, model, offload, "actor_rollout_ref.model.lora_rank=4", "trainer.ref_update_freq=0")
+    needed = host.check_host_memory(config, shape).figures["needed"]
+    monkeypatch.setattr(host, "available_memory", lambda: needed - 1)
+    finding = host.check_host_memory(config, shape)
+    assert finding.verdict == FAIL and "hf_model" not in finding.text
+
+
 def test_a_run_without_gpus_is_warned_where_memory_is_short(model, tmp_path, monkeypatch):
     """Ray's memory monitor would kill it on a small laptop, some minutes in."""
     config = settings(model, f"trainer.default_local_dir={tmp_path}", device="cpu")

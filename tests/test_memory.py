@@ -154,17 +154,63 @@ def test_every_rank_loads_a_model_with_tied_embeddings():
     assert memory.host_bytes(QWEN_7B, EIGHT, ranks=8) == 4 * QWEN_7B.parameters + processes
 
 
-def test_what_is_offloaded_waits_on_the_host():
-    offloaded = dataclasses.replace(EIGHT, param_offload=True, optimizer_offload=True, reference_offload=True)
-    more = memory.host_bytes(QWEN_7B, offloaded, ranks=8) - 8 * memory.RANK_PROCESSES - memory.NODE_PROCESSES
-    assert more == pytest.approx((4 + 8 + 2) * QWEN_7B.parameters)
+# All matrices are powers of two, as query, key and value together are, and gate and up
+EVEN = Model(4, 1024, 4096, heads=8, kv_heads=4, head_size=128, vocabulary=2**15, tied=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "bytes_a_weight"),
+    [
+        ({"param_offload": True}, 4),
+        ({"optimizer_offload": True}, 8),
+        ({"reference_offload": True}, 2),
+        ({"param_offload": True, "optimizer_offload": True, "reference_offload": True}, 14),
+        ({"offload_policy": True}, 16),  # gradients too
+    ],
+)
+def test_what_is_offloaded_waits_on_the_host(changes, bytes_a_weight):
+    assert memory.waiting_on_host(EVEN, EIGHT) == 0
+    assert memory.waiting_on_host(EVEN, dataclasses.replace(EIGHT, **changes)) == bytes_a_weight * EVEN.parameters / 8
+
+
+def test_what_waits_on_the_host_takes_powers_of_two():
+    """Pinned memory, a matrix each; a device's share of a matrix of 7B, 34 MB, takes 67."""
+    layout = dataclasses.replace(EIGHT, param_offload=True)
+    uneven = dataclasses.replace(EVEN, intermediate=3072)
+    assert memory.waiting_on_host(uneven, layout) == memory.waiting_on_host(EVEN, layout)
+    assert memory.waiting_on_host(QWEN_7B, layout) > 1.8 * 4 * QWEN_7B.parameters / 8
+    policy = dataclasses.replace(EIGHT, offload_policy=True)
+    moments = 8 * (EVEN.parameters - uneven.parameters) / 8  # that AdamW makes there itself, not pinned
+    assert memory.waiting_on_host(EVEN, policy) - memory.waiting_on_host(uneven, policy) == moments
+
+
+def test_fsdp1_moves_a_layer_in_one():
+    layout = Layout(param_offload=True, flat=True)
+    whole = 4 * 2**26 + 2**28  # of 61 MB a layer, and both embeddings
+    assert memory.waiting_on_host(dataclasses.replace(EVEN, kv_heads=2), layout) == whole
 
 
 def test_a_sleeping_rollout_with_adapters_waits_on_the_host():
     """Each rank's vLLM keeps what it holds of the base model, for nothing sends it anew."""
     adapters = dataclasses.replace(EIGHT, lora_rank=32, rollout_waits_on_host=True, rollout_devices=2)
-    more = memory.host_bytes(QWEN_7B, adapters, ranks=8) - 8 * memory.RANK_PROCESSES - memory.NODE_PROCESSES
-    assert more == pytest.approx(8 * 2 * QWEN_7B.parameters / 2)
+    assert memory.waiting_on_host(EVEN, adapters) == 2 * EVEN.parameters / 2
+
+
+def test_of_an_optimizer_that_waits_on_the_host_adapters_have_moments_alone():
+    layout = Layout(optimizer_offload=True, lora_rank=32)
+    assert memory.waiting_on_host(EVEN, layout) == 8 * EVEN.adapter_parameters(32)
+    with_weights = dataclasses.replace(layout, param_offload=True)
+    weights = EVEN.parameters + EVEN.adapter_parameters(32)
+    assert memory.waiting_on_host(EVEN, with_weights) - memory.waiting_on_host(EVEN, layout) == 4 * weights
+
+
+def test_a_checkpoint_gathers_the_whole_model_beside_what_waits_on_the_host():
+    """Tied embeddings under both their names."""
+    saving = Layout(param_offload=True, optimizer_offload=True, gathers_on_host=True)
+    processes = memory.RANK_PROCESSES + memory.NODE_PROCESSES
+    assert memory.host_bytes(EVEN, saving, ranks=1) == (4 + 8 + 4) * EVEN.parameters + processes
+    tied = dataclasses.replace(EVEN, tied=True)
+    assert memory.host_bytes(tied, saving, ranks=1) == (4 + 8) * tied.parameters + 4 * EVEN.parameters + processes
 
 
 def test_a_checkpoint_holds_weights_moments_the_exported_model_and_the_reference():
@@ -214,6 +260,7 @@ def test_the_gpu_profiles_layout():
 
 
 LORA = ["actor_rollout_ref.model.lora_rank=32", "trainer.ref_update_freq=0"]
+SHARDS_ALONE = "actor_rollout_ref.actor.checkpoint.save_contents=[model,optimizer,extra]"
 
 
 @pytest.mark.parametrize(
@@ -236,11 +283,16 @@ LORA = ["actor_rollout_ref.model.lora_rank=32", "trainer.ref_update_freq=0"]
         ),
         (["actor_rollout_ref.actor.fsdp_config.optimizer_offload=True"], {"optimizer_offload": True}),
         (["actor_rollout_ref.rollout.gpu_memory_utilization=0.3"], {"rollout_share": 0.3}),
-        ([], {"rollout_sleeps": True, "rollout_waits_on_host": False}),
+        (["actor_rollout_ref.rollout.max_num_seqs=64"], {"rollout_sequences": 64}),
+        ([], {"rollout_sleeps": True, "rollout_waits_on_host": False, "gathers_on_host": True, "flat": False}),
         (["actor_rollout_ref.rollout.free_cache_engine=False"], {"rollout_sleeps": False}),
         (["+actor_rollout_ref.rollout.enable_sleep_mode=False"], {"rollout_sleeps": False}),
         (LORA, {"rollout_waits_on_host": True}),
         ([*LORA, "+actor_rollout_ref.rollout.enable_sleep_mode=False"], {"rollout_waits_on_host": False}),
+        ([SHARDS_ALONE], {"gathers_on_host": False}),
+        ([SHARDS_ALONE, *LORA], {"gathers_on_host": True}),  # for the adapter
+        (["trainer.save_freq=-1"], {"gathers_on_host": False}),
+        (["actor_rollout_ref.actor.strategy=fsdp"], {"flat": True}),
     ],
 )
 def test_settings_make_the_layout(overrides, changes):
