@@ -1,6 +1,7 @@
 """Whether the host's memory and the disk suffice for a run by the estimate of memory.py."""
 
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from math import ceil
 from pathlib import Path
@@ -19,19 +20,45 @@ from recipe.spin.run_folder import checkpoints, nearest_existing
 SAVE_CONTENTS = f"{ACTOR}.checkpoint.save_contents"
 SHARED_MEMORY = "/dev/shm"
 NCCL_SHARED_MEMORY = 1e9  # what NVIDIA's documentation of NCCL advises to give a container (docker's --shm-size=1g)
-CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+OWN_CGROUPS, CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+# Files of a cgroup's limit and of what it holds, and what of that are files nobody has used lately, by cgroups' version
+CGROUP_FILES = {
+    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    2: ("memory.max", "memory.current", "inactive_file"),
+}
 
 
 def available_memory() -> float:
-    """Bytes that processes may still take: the machine's, or what the container's limit leaves of them."""
-    limits = [int(text) for file in CGROUP_LIMITS if (text := _read(file)).isdigit()]
-    own = psutil.Process().memory_info().rss
-    return min([psutil.virtual_memory().available, *(limit - own for limit in limits)])
+    """Bytes that processes may still take: the machine's, or what the limit of a container or a job leaves of them."""
+    return min([psutil.virtual_memory().available, *_left_by_limits()])
 
 
-def _read(file: str) -> str:
-    path = Path(file)
-    return path.read_text().strip() if path.is_file() else ""
+def _left_by_limits() -> Iterator[float]:
+    """Bytes that this process's cgroup, and each that it lies in, leaves where it has a limit.
+
+    A container may be told its path on the host, and see its own cgroup at the top of all.
+    """
+    for line in _read(OWN_CGROUPS).splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        top, files = (CGROUPS / "memory", CGROUP_FILES[1]) if controllers else (CGROUPS, CGROUP_FILES[2])
+        names = Path(path).parts[1:]
+        for depth in range(len(names) + 1):
+            yield from _left(top.joinpath(*names[:depth]), *files)
+
+
+def _left(cgroup: Path, limit: str, held: str, idle: str) -> list[float]:
+    """Bytes that a cgroup leaves; [] without a limit, or where it is not to be seen."""
+    most = _read(cgroup / limit)
+    if not most.isdigit():
+        return []
+    reclaimable = dict(line.split() for line in _read(cgroup / "memory.stat").splitlines()).get(idle, 0)
+    return [int(most) - int(_read(cgroup / held) or 0) + int(reclaimable)]
+
+
+def _read(file: Path) -> str:
+    return file.read_text().strip() if file.is_file() else ""
 
 
 def check_host_memory(config: DictConfig, model: Model) -> Finding:

@@ -8,6 +8,7 @@ import sys
 import types
 from importlib.metadata import PackageNotFoundError, packages_distributions, requires
 
+import psutil
 import pytest
 import torch
 from checkable_run import composed, override
@@ -244,12 +245,47 @@ def test_the_estimate_without_gpus_is_what_the_default_run_took():
     assert memory.cpu_bytes(smollm2, ranks=1) == pytest.approx(7.0e9, rel=0.01)
 
 
-def test_a_containers_limit_is_what_there_is(tmp_path, monkeypatch):
-    (tmp_path / "memory.max").write_text("max\n")
-    monkeypatch.setattr(host, "CGROUP_LIMITS", (str(tmp_path / "memory.max"), str(tmp_path / "none")))
-    free = host.available_memory()
-    (tmp_path / "memory.max").write_text("1500000000\n")
-    assert host.available_memory() < 1.5e9 < free
+@pytest.fixture
+def cgroup(tmp_path, monkeypatch):
+    """Makes cgroups on a machine with 64,000 bytes free."""
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: types.SimpleNamespace(available=64_000))
+    monkeypatch.setattr(host, "CGROUPS", tmp_path)
+    monkeypatch.setattr(host, "OWN_CGROUPS", tmp_path / "own")
+
+    def make(path: str, limit: str, held: int, idle: int = 0, version: int = 2) -> None:
+        files = host.CGROUP_FILES[version]
+        (tmp_path / path).mkdir(parents=True, exist_ok=True)
+        (tmp_path / path / files[0]).write_text(f"{limit}\n")
+        (tmp_path / path / files[1]).write_text(f"{held}\n")
+        (tmp_path / path / "memory.stat").write_text(f"anon 7\n{files[2]} {idle}\n")
+
+    return make
+
+
+JOB = "slurm/job_7/step_0"
+
+
+@pytest.mark.parametrize(
+    ("own", "cgroups", "left"),
+    [
+        ("0::/", [], 64_000),
+        ("0::/", [(".", "max", 900)], 64_000),
+        ("0::/", [(".", "1500", 900)], 600),  # a container's own
+        ("0::/", [(".", "1500", 900, 300)], 900),  # what was read from files goes when memory runs short
+        ("0::/../other", [(".", "1500", 900)], 600),
+        (f"0::/{JOB}", [("slurm", "max", 9000), ("slurm/job_7", "8000", 900), (JOB, "max", 900)], 7100),
+        (f"0::/{JOB}", [("slurm/job_7", "8000", 5000), (JOB, "6000", 900)], 3000),  # other steps hold the rest
+        (f"0::/{JOB}", [("slurm/job_7", "8000", 900), ("slurm/job_8", "10", 9)], 7100),
+        ("0::/host/path/of/it", [(".", "1500", 900)], 600),
+        (f"9:name=systemd:/x\n4:cpu,memory:/{JOB}\n0::/", [("memory/slurm/job_7", "8000", 900, 100, 1)], 7200),
+        (f"4:cpu:/{JOB}", [("memory/slurm/job_7", "8000", 900, 100, 1)], 64_000),
+    ],
+)
+def test_the_tightest_limit_above_the_process_is_what_there_is(cgroup, tmp_path, own, cgroups, left):
+    (tmp_path / "own").write_text(f"{own}\n")
+    for one in cgroups:
+        cgroup(*one)
+    assert host.available_memory() == left
 
 
 def disk(monkeypatch, free: float = 1e12, shared: float = 1e12) -> None:
