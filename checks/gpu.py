@@ -32,13 +32,13 @@ class Device:
     free: float
 
 
-def ask(*fields: str) -> list[list[str]] | None:
-    """What nvidia-smi tells of the visible GPUs, a row each: CUDA itself would take memory of theirs.
+def ask(*fields: str, hidden: bool = False) -> list[list[str]] | None:
+    """What nvidia-smi tells of the visible GPUs, or the hidden ones too, a row each: CUDA itself would take memory.
 
     [] where there is no nvidia-smi, or it knows no such fields; None where it takes too long.
     """
     command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
-    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) and not hidden:
         command += ["-i", visible]
     if shutil.which(command[0]) is None:
         return []
@@ -78,8 +78,25 @@ def check_devices(config: DictConfig, found: list[Device] | None) -> Finding:
                 "several), or SPIN_PROFILE=cpu for a small model"
             )
             return Finding("GPUs", FAIL, text, {"GPUs": mine})
+    if kinds := _numbered_otherwise(config.trainer.n_gpus_per_node):
+        text = (
+            f"this machine has different GPUs ({', '.join(kinds)}), of which CUDA numbers the fastest first, and "
+            "nvidia-smi, by which they are checked, goes by their slots: the run may take others than those that were "
+            "checked; export CUDA_DEVICE_ORDER=PCI_BUS_ID, so that both count alike"
+        )
+        return Finding("GPUs", WARN, text, {"GPUs": mine})
     told = ", ".join(f"{name} (compute capability {capability})" for name, capability in mine)
     return Finding("GPUs", OK, told or "nvidia-smi does not tell their compute capability", {"GPUs": mine})
+
+
+def _numbered_otherwise(count: int) -> list[str]:
+    """The kinds of GPUs of the machine where so many of them may be others for CUDA than for nvidia-smi, else []."""
+    named = not re.fullmatch(r"[\d,\s]*", os.environ.get("CUDA_VISIBLE_DEVICES", ""))  # GPU-..., the same for both
+    if os.environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID" or named:
+        return []
+    names = [name for (name,) in ask("name", hidden=True) or []]
+    kinds = sorted(set(names))
+    return kinds if count < len(names) and len(kinds) > 1 else []
 
 
 def check_system() -> Finding:

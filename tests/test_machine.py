@@ -132,12 +132,42 @@ def test_a_slow_nvidia_smi_is_a_warning_and_asked_once(gpus, monkeypatch, tmp_pa
         ("NVIDIA L4, [N/A]", "NVIDIA L4, [N/A]", [ONE], False),
     ],
 )
-def test_gpus_without_the_kernels_are_refused(gpus, first, second, overrides, refused):
+def test_gpus_without_the_kernels_are_refused(gpus, first, second, overrides, refused, monkeypatch):
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     gpus.write_text(f"#!/bin/bash\necho '{first}'\necho '{second}'\n")
     finding = gpu.check_devices(settings(*overrides), found=[])
     assert finding.verdict == (FAIL if refused else OK)
     words = ("the Tesla T4 has compute capability 7.5", "needs 8.0", "CUDA_VISIBLE_DEVICES", "SPIN_PROFILE=cpu")
     assert not refused or all(word in finding.text for word in words), finding.text
+
+
+@pytest.mark.parametrize(
+    ("second", "count", "environment", "doubted"),
+    [
+        ("NVIDIA RTX A4000", 1, {}, True),
+        ("NVIDIA RTX A4000", 1, {"CUDA_VISIBLE_DEVICES": "1"}, True),  # for CUDA that may be the first of these
+        ("NVIDIA RTX A4000", 2, {}, False),  # all of them
+        ("NVIDIA RTX A4000", 1, {"CUDA_DEVICE_ORDER": "FASTEST_FIRST"}, True),
+        ("NVIDIA RTX A4000", 1, {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}, False),
+        ("NVIDIA RTX A4000", 1, {"CUDA_VISIBLE_DEVICES": "GPU-8a2f"}, False),
+        ("NVIDIA L4", 1, {}, False),
+    ],
+)
+def test_different_gpus_that_cuda_may_number_otherwise_are_a_warning(
+    gpus, monkeypatch, second, count, environment, doubted
+):
+    monkeypatch.delenv("CUDA_DEVICE_ORDER", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    gpus.write_text(f"""#!/bin/bash
+[[ "$*" == *compute_cap* ]] && capability=", 8.9"
+[[ "$*" == *" -i "* ]] || echo "NVIDIA L4$capability"
+echo "{second}$capability"
+""")
+    finding = gpu.check_devices(settings(f"trainer.n_gpus_per_node={count}"), found=[])
+    assert finding.verdict == (WARN if doubted else OK), finding.text
+    words = ("(NVIDIA L4, NVIDIA RTX A4000)", "export CUDA_DEVICE_ORDER=PCI_BUS_ID")
+    assert not doubted or all(word in finding.text for word in words), finding.text
 
 
 def test_a_driver_too_old_to_tell_the_capability_keeps_the_rest(gpus):
