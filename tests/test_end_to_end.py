@@ -37,7 +37,7 @@ def one_rank(task, tiny_llama, tmp_path_factory) -> Path:
         (run.parent / "output.txt").write_text(output)
         assert process.returncode == 0, output[-5000:]
         (run.parent / "left.json").write_text(json.dumps(watch.left()))
-    (run.parent / "listening.json").write_text(json.dumps(sorted(watch.listening)))
+    (run.parent / "listening.json").write_text(json.dumps([sorted(watch.listening), sorted(watch.answers)]))
     return run
 
 
@@ -95,12 +95,13 @@ def test_a_run_leaves_nothing_behind(one_rank):
 
 def test_nothing_of_a_run_listens_on_the_network(one_rank):
     """Ray's own sockets are IPv6 ones: by an IPv4 one vLLM's HTTP server, and TransferQueue's sockets, were seen."""
-    found = json.loads((one_rank.parent / "listening.json").read_text())
+    found, answers = json.loads((one_rank.parent / "listening.json").read_text())
     open_to_all = [(ip, name) for ip, name in found if not ipaddress.ip_address(ip.removeprefix("::ffff:")).is_loopback]
     assert open_to_all == []
     assert {"gcs_server", "raylet"} < {name for _, name in found}
     for part in ("RolloutServer", "TransferQueueController", "SimpleStorageUnit"):
         assert [name for ip, name in found if ip == "127.0.0.1" and part in name], part
+    assert answers == [401]  # of vLLM's HTTP server, to who has no key
 
 
 def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(one_rank, task, tiny_llama, tmp_path):

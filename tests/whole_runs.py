@@ -14,6 +14,7 @@ from collections import Counter
 from itertools import count
 from pathlib import Path
 
+import httpx
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -167,6 +168,7 @@ class Watch:
     Attributes:
         temporary: the folder, for `start`.
         listening: the addresses on which the run's processes took connections, with the processes' names.
+        answers: what vLLM's HTTP server answered to a request without a key, as HTTP's status codes.
     """
 
     SHARED_MEMORY = Path("/dev/shm")
@@ -176,6 +178,7 @@ class Watch:
         self._run = run
         self.temporary = temporary_folder()
         self.listening: set[tuple[str, str]] = set()
+        self.answers: set[int] = set()
         self._before = set(self.SHARED_MEMORY.iterdir())
         self._shared_memory: set[str] = set()
         self._looks: Counter[str] = Counter()
@@ -208,7 +211,9 @@ class Watch:
                 return
             self._find_shared_memory()
             if tick % 40 == 0:
-                self.listening.update(*processes(self._run, listening))
+                found = set().union(*processes(self._run, listening))
+                self.listening |= {(ip, name) for ip, _, name in found}
+                self.answers |= {code for _, port, name in found if "RolloutServer" in name and (code := asked(port))}
 
     def _find_shared_memory(self) -> None:
         new = set(map(str, set(self.SHARED_MEMORY.iterdir()) - self._before)) - self._shared_memory
@@ -217,10 +222,18 @@ class Watch:
             self._shared_memory |= new & set().union(*processes(self._run, mapped_files))
 
 
-def listening(process: psutil.Process) -> set[tuple[str, str]]:
-    """The addresses on which a process takes connections, with its name; those of IPv6 sockets in its notation."""
+def listening(process: psutil.Process) -> set[tuple[str, int, str]]:
+    """Where a process takes connections, with its name; addresses of IPv6 sockets in IPv6's notation."""
     sockets = [socket for socket in process.net_connections(kind="tcp") if socket.status == psutil.CONN_LISTEN]
-    return {(socket.laddr.ip, process.name()) for socket in sockets}
+    return {(*socket.laddr, process.name()) for socket in sockets}
+
+
+def asked(port: int) -> int | None:
+    """The status that a server on this machine answers to a question about its models; None of one without HTTP."""
+    try:
+        return httpx.get(f"http://127.0.0.1:{port}/v1/models", timeout=2, trust_env=False).status_code
+    except httpx.HTTPError:
+        return None
 
 
 def mapped_files(process: psutil.Process) -> set[str]:
