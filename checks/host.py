@@ -21,10 +21,11 @@ SAVE_CONTENTS = f"{ACTOR}.checkpoint.save_contents"
 SHARED_MEMORY = "/dev/shm"
 NCCL_SHARED_MEMORY = 1e9  # what NVIDIA's documentation of NCCL advises to give a container (docker's --shm-size=1g)
 OWN_CGROUPS, CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
-# Files of a cgroup's limit and of what it holds, and what of that are files nobody has used lately, by cgroups' version
+# Files of a cgroup's limit and of what it holds, and what of that are pages of files, which the kernel gives up, by
+# cgroups' version
 CGROUP_FILES = {
-    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-    2: ("memory.max", "memory.current", "inactive_file"),
+    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file")),
+    2: ("memory.max", "memory.current", ("inactive_file", "active_file")),
 }
 
 
@@ -48,13 +49,13 @@ def _left_by_limits() -> Iterator[float]:
             yield from _left(top.joinpath(*names[:depth]), *files)
 
 
-def _left(cgroup: Path, limit: str, held: str, idle: str) -> list[float]:
+def _left(cgroup: Path, limit: str, held: str, of_files: tuple[str, str]) -> list[float]:
     """Bytes that a cgroup leaves; [] without a limit, or where it is not to be seen."""
     most = _read(cgroup / limit)
     if not most.isdigit():
         return []
-    reclaimable = dict(line.split() for line in _read(cgroup / "memory.stat").splitlines()).get(idle, 0)
-    return [int(most) - int(_read(cgroup / held) or 0) + int(reclaimable)]
+    counts = dict(line.split() for line in _read(cgroup / "memory.stat").splitlines())
+    return [int(most) - int(_read(cgroup / held) or 0) + sum(int(counts.get(name, 0)) for name in of_files)]
 
 
 def _read(file: Path) -> str:

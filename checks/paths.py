@@ -44,6 +44,15 @@ def make_absolute(config: DictConfig) -> None:
             OmegaConf.update(config, key, _absolute(value, key in MODELS))
 
 
+def files_read(config: DictConfig) -> list[str]:
+    """The files and folders that a run reads, of a config that make_absolute has seen, as far as they are there."""
+    parts = OmegaConf.select(config, PARTS)
+    keys = [key for key in _keys(parts or ()) if not key.startswith("trainer.")]
+    values = [OmegaConf.select(config, key) for key in keys]
+    names = [name for value in values for name in (value if isinstance(value, ListConfig) else [value])]
+    return [name for name in names if isinstance(name, str) and os.path.isabs(name) and os.path.exists(name)]
+
+
 def names_can_be_looked_up(settings: Settings) -> None:
     """A name that is too long, or leads through a folder that may not be entered, is a fault of its key."""
     parts = settings.value(PARTS)

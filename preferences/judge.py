@@ -28,7 +28,6 @@ from recipe.spin.preferences.judge_settings import (
     REFERENCE,
     check_answer,
     check_length,
-    check_reach,
     check_settings,
     check_step_limit,
     cost,
@@ -37,6 +36,7 @@ from recipe.spin.preferences.judge_settings import (
     read_template,
     read_verdict,
     shown_content,
+    warn_of_loopback,
 )
 from recipe.spin.preferences.source import Group, PreferenceSource, Score
 
@@ -153,7 +153,7 @@ class JudgeSource(PreferenceSource):
         """Looks at the settings, asks each server what it serves and a question, and says what a step will ask."""
         settings = config.algorithm.judge
         check_settings(settings)
-        check_reach(config)
+        warn_of_loopback(config)
         check_step_limit(config)
         question = read_template(settings.prompt).substitute(EXAMPLE)
         for judge in judges(settings):

@@ -9,6 +9,7 @@ from string import Template
 
 from omegaconf import DictConfig
 
+from recipe.spin.common.ray_address import joins_cluster
 from recipe.spin.common.secrets import shown_address
 from recipe.spin.common.settings import MODEL_LENGTH, Settings, Unusable
 from recipe.spin.preferences.judge_server import SHOWN, Answer, Judge, JudgeFailed, extra_body, is_address, is_local
@@ -109,14 +110,14 @@ def check_settings(settings: DictConfig) -> None:
         )
 
 
-def check_reach(config: DictConfig) -> None:
-    """Raises ValueError where workers on several machines would each ask a judge of their own machine."""
+def warn_of_loopback(config: DictConfig) -> None:
+    """Says where workers on several machines would each ask a judge of their own machine."""
     alone = [shown_address(address) for address in config.algorithm.judge.servers if is_local(address)]
-    if alone and config.trainer.nnodes > 1:
-        raise ValueError(
-            f"algorithm.judge.servers: {', '.join(alone)} is the machine itself to each of the "
-            f"trainer.nnodes={config.trainer.nnodes}, whose workers all ask; name the judge's machine by an address "
-            "that they reach, and let the judge listen there"
+    if alone and joins_cluster(config):
+        sys.stderr.write(
+            f"[spin] warning: algorithm.judge.servers: {', '.join(alone)} is the machine itself to each machine of the "
+            "Ray cluster, whose workers all ask: unless a judge listens on each, name its machine by an address that "
+            "they reach\n"
         )
 
 

@@ -1,4 +1,4 @@
-"""vLLM's engine ends with its server, although it is no child that the system ends with it."""
+"""vLLM's engine ends with its server, although the system does not end it with that."""
 
 import os
 import threading
@@ -23,6 +23,8 @@ def end_engine_with_server(environment: Mapping[str, str]) -> None:
         return
     try:
         watched = psutil.Process(int(server)), psutil.Process(engine)
+        if watched[1].ppid() != int(server):  # this process was inherited, by who is no engine
+            return
     except psutil.NoSuchProcess:
         return  # the end is under way
     threading.Thread(target=_kill_after, args=watched, name="end-engine-with-server", daemon=True).start()

@@ -22,11 +22,14 @@ ENGINE_POLL_SECONDS = 1.0
 class ModelServer(vLLMHttpServer):
     """verl's vLLM server, which ends with its engine. A reward model's answers over HTTP, to the reward function."""
 
+    def __init__(self, *args, **kwargs):
+        os.environ[SERVER_PID] = str(os.getpid())
+        super().__init__(*args, **kwargs)
+
     def _get_worker_extension_cls(self) -> str:
         return "recipe.spin.rollout.vllm_worker.RolloutWorkerExtension"
 
     async def run_server(self, args) -> None:
-        os.environ[SERVER_PID] = str(os.getpid())
         await super().run_server(args)
         heap.hand_back()
         threading.Thread(target=self._end_with_engine, name="end-with-engine", daemon=True).start()

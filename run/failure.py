@@ -123,9 +123,16 @@ def _failed_prompts_of(error: Exception) -> list[str]:
 
 def _told_elsewhere(error: Exception, records: list[str]) -> list[str]:
     """Where to look for why prompts failed that were answered on another node of a cluster, whose logs are there."""
-    if records or not _tells_of(error, HELD_OUT_FAILED, *PROMPTS_FAILED):
+    if records or not has_other_nodes() or not _tells_of(error, HELD_OUT_FAILED, *PROMPTS_FAILED):
         return []
-    return [f"Why is not in this machine's logs; on the other nodes: grep -A 30 '{FAILED_PROMPT}' in {ray_logs()}"]
+    return [f"Why stands in the logs of another node; there: grep -rA 30 '{FAILED_PROMPT}' {ray_logs()}"]
+
+
+def has_other_nodes() -> bool:
+    """Whether the Ray that runs is a cluster of several nodes."""
+    import ray
+
+    return ray.is_initialized() and sum(node["Alive"] for node in ray.nodes()) > 1
 
 
 def _tells_of(error: Exception, *words: str) -> bool:

@@ -121,9 +121,9 @@ def job(tmp_path):
         file.chmod(0o755)
     started = []
 
-    def start(script: str, variables: dict[str, str]) -> subprocess.Popen:
+    def start(script: str, variables: dict[str, str], stderr=subprocess.PIPE) -> subprocess.Popen:
         path = f"{tmp_path}/bin:{os.environ['PATH']}"
-        options = {"text": True, "stderr": subprocess.PIPE, "start_new_session": True}
+        options = {"text": True, "stderr": stderr, "start_new_session": True}
         environment = {"PATH": path, "SLURM_SUBMIT_DIR": str(tmp_path), **variables}
         started.append(subprocess.Popen(["bash", "-c", script], cwd=tmp_path, env=environment, **options))
         return started[-1]
@@ -152,6 +152,23 @@ def ended(process: subprocess.Popen, status: int) -> str:
 def start_skypilots_nodes(job) -> list[subprocess.Popen]:
     script = shell("skypilot.yaml")[1]
     return [job(script, SKYPILOT | {"SKYPILOT_NODE_RANK": str(rank)}) for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("name", ["slurm.sbatch", "skypilot.yaml"])
+def test_a_job_ends_that_is_not_told_where_ray_is(job, tmp_path, name):
+    replace(tmp_path, "run_spin.sh", "ready: ", "done: ")
+    variables = SLURM if name == "slurm.sbatch" else SKYPILOT | {"SKYPILOT_NODE_RANK": "1"}
+    assert "did not say where Ray is" in ended(job(shell(name)[-1], variables), 1)
+
+
+def test_what_slurms_job_had_written_stays(job, tmp_path):
+    """Slurm gives a job one file for both streams."""
+    log = tmp_path / "slurm-7.out"
+    log.write_text("before\n")
+    with log.open("a") as file:
+        process = job(shell("slurm.sbatch")[0], SLURM, stderr=file)
+        assert process.wait(timeout=60) == 0
+    assert log.read_text().startswith("before\n") and "[spin] ready: " in log.read_text()
 
 
 def test_both_of_skypilots_nodes_end_well_after_the_run(job, tmp_path):

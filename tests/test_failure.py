@@ -88,9 +88,11 @@ def test_what_the_agent_loop_logged_is_the_cause_and_only_of_this_run(tmp_path, 
 
 
 @pytest.mark.parametrize("message", [SCORING_FAILED, HELD_OUT_FAILED, NOTHING_LEFT])
-def test_where_to_look_for_why_prompts_failed_on_another_node(tmp_path, ray_logs, message):
+def test_where_to_look_for_why_prompts_failed_on_another_node(tmp_path, ray_logs, monkeypatch, message):
+    assert len(refusal(tmp_path, remote(message))) == 3  # of one machine
+    monkeypatch.setattr(failure, "has_other_nodes", lambda: True)
     lines = refusal(tmp_path, remote(message))
-    assert len(lines) == 4 and f"grep -A 30 'Error in _run_prompt' in {ray_logs}" in lines[1]
+    assert len(lines) == 4 and lines[1].endswith(f"there: grep -rA 30 'Error in _run_prompt' {ray_logs}")
     log(ray_logs, "ValueError: here", HELD_OUT if message == HELD_OUT_FAILED else TRAINING)
     assert len(refusal(tmp_path, remote(message))) == 3
 

@@ -287,7 +287,8 @@ def cgroup(tmp_path, monkeypatch):
         (tmp_path / path).mkdir(parents=True, exist_ok=True)
         (tmp_path / path / files[0]).write_text(f"{limit}\n")
         (tmp_path / path / files[1]).write_text(f"{held}\n")
-        (tmp_path / path / "memory.stat").write_text(f"anon 7\n{files[2]} {idle}\n")
+        (unused, used), part = files[2], idle // 3
+        (tmp_path / path / "memory.stat").write_text(f"anon 7\n{unused} {part}\n{used} {idle - part}\n")
 
     return make
 

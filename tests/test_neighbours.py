@@ -176,9 +176,10 @@ async def started(monkeypatch, server_class: type, **variables: str) -> SimpleNa
         seen.keys, seen.environment = args.api_key, dict(os.environ)
 
     monkeypatch.setattr(os, "environ", dict(variables))
+    monkeypatch.setattr(server.vLLMHttpServer, "__init__", lambda self: None)
     monkeypatch.setattr(server.vLLMHttpServer, "run_server", run_server)
     monkeypatch.setattr(server.ModelServer, "_end_with_engine", lambda self: None)
-    await object.__new__(server_class).run_server(SimpleNamespace(api_key=None))
+    await server_class().run_server(SimpleNamespace(api_key=None))
     assert seen.environment.pop("SPIN_SERVER_PID") == str(os.getpid())
     return seen
 

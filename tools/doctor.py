@@ -83,7 +83,7 @@ def main() -> None:
     options = parser.parse_args()
     os.environ.pop("RAY_ADDRESS", None)  # it looks at this machine, and not at a cluster
     profile = options.profile or ("gpu" if torch.cuda.device_count() > 0 else "cpu")
-    began, found = psutil.Process().create_time(), []
+    began, found = min(psutil.Process().create_time(), time.time()), []  # in some containers the former lies ahead
     for finding in examine(profile, options.overrides, options.quick, began + SECONDS):
         finding = without_names(finding)
         found.append(finding)
