@@ -123,7 +123,8 @@ def _failed_prompts_of(error: Exception) -> list[str]:
 
 def _told_elsewhere(error: Exception, records: list[str]) -> list[str]:
     """Where to look for why prompts failed that were answered on another node of a cluster, whose logs are there."""
-    if records or not has_other_nodes() or not _tells_of(error, HELD_OUT_FAILED, *PROMPTS_FAILED):
+    # Nodes are asked for last: of other errors Ray's own processes may be the dead ones, and would not answer
+    if records or not _tells_of(error, HELD_OUT_FAILED, *PROMPTS_FAILED) or not has_other_nodes():
         return []
     return [f"Why stands in the logs of another node; there: grep -rA 30 '{FAILED_PROMPT}' {ray_logs()}"]
 

@@ -16,7 +16,7 @@ from ray.exceptions import RayTaskError
 from recipe.spin.common.settings import ConfigError
 from recipe.spin.main_spin import _check_by_verl
 from recipe.spin.run import failure, signals
-from recipe.spin.run.failure import RunFailed, explained
+from recipe.spin.run.failure import CannotGoOn, RunFailed, explained
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -95,6 +95,12 @@ def test_where_to_look_for_why_prompts_failed_on_another_node(tmp_path, ray_logs
     assert len(lines) == 4 and lines[1].endswith(f"there: grep -rA 30 'Error in _run_prompt' {ray_logs}")
     log(ray_logs, "ValueError: here", HELD_OUT if message == HELD_OUT_FAILED else TRAINING)
     assert len(refusal(tmp_path, remote(message))) == 3
+
+
+def test_ray_is_not_asked_about_nodes_when_it_may_be_what_died(tmp_path, ray_logs, monkeypatch):
+    monkeypatch.setattr(failure, "has_other_nodes", lambda: pytest.fail("a dead control service answers nobody"))
+    died = CannotGoOn("Ray's control service (gcs_server) (process 7) died")
+    assert refusal(tmp_path, died)[0] == str(died)
 
 
 def test_the_whole_error_holds_what_the_users_code_raised(tmp_path, ray_logs):
