@@ -34,7 +34,11 @@ def every(steps: int) -> list[str]:
 
 
 LONGER = ["trainer.total_training_steps=24"]
+SLOWER = [*LONGER, "actor_rollout_ref.actor.optim.lr=1e-5"]
 ARMS = {
+    "sync, 24 steps, lr 1e-5": SLOWER,
+    "colocate_async, a quarter of a batch ahead, 24 steps, lr 1e-5": ahead(0.25) + SLOWER,
+    "sync, weights every 4 steps, 24 steps, lr 1e-5": every(4) + SLOWER,
     "sync, 24 steps": LONGER,
     "colocate_async, a quarter of a batch ahead, 24 steps": ahead(0.25) + LONGER,
     "sync, weights every 4 steps, 24 steps": every(4) + LONGER,
