@@ -142,7 +142,7 @@ def layout_of(machine: Machine, load: Load, devices: int) -> Layout:
         compute_bytes=machine.compute_bytes,
         reference_bytes=machine.reference_bytes,
         checkpointing=load.checkpointing,
-        whole_gradients=devices == 1 or (load.deferred_reduction and of_device > tokens),
+        whole_gradients=load.deferred_reduction and of_device > tokens,
         rollout_share=machine.lone_rollout_share if devices == 1 else machine.rollout_share,
         rollout_sequences=load.most_sequences,
         sequence=load.prompt + (load.longest or load.response),

@@ -72,7 +72,7 @@ def layout_of(config: DictConfig) -> Layout:
         ranks_per_sequence=sequence,
         kernel_caps_scores=has_flash_attention_2(),
         eager=not config.actor_rollout_ref.share_prompt and model.override_config.get("attn_implementation") == "eager",
-        whole_gradients=devices == 1 or deferred,
+        whole_gradients=deferred,
         param_offload=fsdp.param_offload,
         optimizer_offload=fsdp.optimizer_offload,
         offload_policy=fsdp.offload_policy,
@@ -118,7 +118,7 @@ def remedies(model: Model, layout: Layout, memory_bytes: float, row: float) -> l
     shares = [share for share in (0.4, 0.3, 0.2) if least <= share < layout.rollout_share]
     for share in [least] if layout.rollout_share < least < 1 else shares:
         found.append(_set(f"{ROLLOUT}.gpu_memory_utilization={share:g}", rollout_share=share))
-    if layout.whole_gradients and layout.devices > 1:
+    if layout.whole_gradients:
         key = f"{ACTOR}.fsdp_config.use_no_sync_for_gradient_accumulation"
         found.append(_set(f"{key}=False", whole_gradients=False))
     if layout.keeps_products:

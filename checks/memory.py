@@ -1,7 +1,8 @@
 """What a run holds on a device, on its host and on disk, from the model's shape and how it is laid out.
 
 One formula for the check before a run (fit.py, host.py), the doctor and docs/scaling.md (benchmarks/growth.py). Pure
-arithmetic in bytes; docs/scaling.md says where each part comes from. No run on a GPU has confirmed it yet.
+arithmetic in bytes; docs/scaling.md says where each part comes from. What the trainer holds of a device was counted on
+a pretended one (tests/test_pretended_gpu.py); no run on a GPU has confirmed the rest yet.
 """
 
 from dataclasses import dataclass
@@ -104,7 +105,7 @@ class Layout:
     ranks_per_sequence: int = 1  # that share one, each with `tokens` of it (Ulysses)
     kernel_caps_scores: bool = False  # flash-attn 2 is installed, which does
     eager: bool = False  # attention without a kernel
-    whole_gradients: bool = True  # wait unsharded for the last micro-batch
+    whole_gradients: bool = False  # wait unsharded for the last micro-batch
     param_offload: bool = False  # weights on the host except in training
     optimizer_offload: bool = False  # AdamW's moments likewise
     offload_policy: bool = False  # weights, gradients and moments on the host always
@@ -141,7 +142,8 @@ def training(model: Model, layout: Layout) -> dict[str, float]:
         "gathered": gathered_bytes(model, layout),
         "reduced": reduced_bytes(model, layout),
         "activations": activation_bytes(model, layout),
-        "logits": layout.logits * model.vocabulary * layout.compute_bytes,
+        "logits": logit_bytes(model, layout),
+        "backward": backward_bytes(model, layout),
         "processes": PROCESSES,
     }
 
@@ -157,16 +159,29 @@ def peaks(model: Model, layout: Layout, memory: float) -> dict[str, float]:
     """Bytes of a device that has `memory`, at the highest, by phase."""
     rollout = layout.rollout_share * memory
     kept = waiting(model, layout)
-    # verl brings weights that wait on the host back to the device to collect the adapters
-    back = training(model, layout)["weights"] if layout.lora_rank and layout.param_offload else 0.0
-    # The embedding, gathered and as it is sent; of adapters none is as large
-    largest = 0.0 if layout.lora_rank else model.hidden * model.vocabulary * (FP32 + BF16)
-    arriving = model.parameters * BF16 / layout.rollout_devices + layout.bucket + largest
+    arriving = model.parameters * BF16 / layout.rollout_devices
+    sent = layout.bucket + sent_bytes(model, layout)
     return {
         "training": sum(training(model, layout).values()) + (0 if layout.rollout_sleeps else rollout),
-        "weights to vLLM": kept + back + (arriving if layout.rollout_sleeps else rollout + layout.bucket + largest),
+        "weights to vLLM": kept + sent + (arriving if layout.rollout_sleeps else rollout),
         "generation": kept + rollout,
     }
+
+
+def sent_bytes(model: Model, layout: Layout) -> float:
+    """Of weights on their way to vLLM, beside the bucket.
+
+    The embedding, gathered and as it is sent. For adapters, none of which is as large, and with FSDP1 verl brings back
+    what waits on the host; FSDP1 has a copy of the whole shard besides, and gathers by way of another.
+    """
+    embedding, sent = model.hidden * model.vocabulary, 0.0
+    if layout.param_offload and (layout.lora_rank or layout.flat):
+        sent += training(model, layout)["weights"]
+    if layout.lora_rank:
+        return sent
+    if layout.flat:
+        sent += model.parameters * FP32 / layout.devices + (embedding * FP32 if layout.devices > 1 else 0)
+    return sent + embedding * (FP32 + BF16)
 
 
 def longest_sequence(model: Model, layout: Layout) -> int:
@@ -215,8 +230,21 @@ def activation_bytes(model: Model, layout: Layout) -> float:
     layers = 1 if layout.checkpointing else model.layers
     values = model.layers * model.hidden + layers * inner
     if layout.checkpointing and layout.keeps_products:
-        values += (model.layers - 1) * products
+        values += model.layers * products
     return layout.tokens * layout.compute_bytes * values + score_bytes(model, layout)
+
+
+def logit_bytes(model: Model, layout: Layout) -> float:
+    """Of a micro-batch's response tokens, over which their gradient is written."""
+    return layout.logits * model.vocabulary * layout.compute_bytes
+
+
+def backward_bytes(model: Model, layout: Layout) -> float:
+    """What a backward pass adds: the output layer's gradient, which waits until the end to be reduced, and a layer's
+    inner gradients where they are more than the logits, which are gone by then."""
+    output = 0 if layout.lora_rank else model.hidden * model.vocabulary * layout.compute_bytes
+    inner = layout.tokens * (4 * model.intermediate * layout.compute_bytes + 2 * model.hidden * FP32)
+    return output + max(0.0, inner - logit_bytes(model, layout))
 
 
 def score_bytes(model: Model, layout: Layout) -> float:

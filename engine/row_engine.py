@@ -70,6 +70,19 @@ class RowEngine(FSDPEngineWithLMHead):
             return super()._build_lora_module(module)
 
     @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """The model without its adapter, which stays trainable.
+
+        peft freezes what it disables, and FSDP2 looks in a model's first pass for what is trainable: were that the
+        reference's, gradients would be reduced and kept in the precision of arithmetic.
+        """
+        trainable = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        with super().disable_adapter():
+            for parameter in trainable:
+                parameter.requires_grad_(True)
+            yield
+
+    @contextmanager
     def _configured(self, **changes) -> Iterator[None]:
         """verl builds a model as `engine_config` says; within, it says something else."""
         config = self.engine_config

@@ -21,7 +21,8 @@ def standing_in_for_the_kernel(
     for i in range(len(cu_seq_q) - 1):
         q = query[cu_seq_q[i] : cu_seq_q[i + 1]].transpose(0, 1)
         k, v = (x[cu_seq_k[i] : cu_seq_k[i + 1]].repeat_interleave(groups, 1).transpose(0, 1) for x in (key, value))
-        back = k.shape[1] - q.shape[1] + torch.arange(q.shape[1])[:, None] - torch.arange(k.shape[1])
+        places = torch.arange(k.shape[1], device=q.device)
+        back = places[k.shape[1] - q.shape[1] :, None] - places
         seen = back >= 0
         if window_size[0] >= 0:
             seen &= back <= window_size[0]
@@ -44,7 +45,7 @@ def attention_as_on_gpus() -> Iterator[None]:
     patches = {
         "choose_attention": lambda device, *asked: choose("cuda", *asked),
         "has_flash_attention_2": lambda: False,
-        "_half": lambda *tensors: half(*tensors) if torch.is_autocast_enabled("cpu") else tensors,
+        "_half": lambda *tensors: half(*tensors) if torch.is_autocast_enabled(tensors[0].device.type) else tensors,
     }
     kernel = mock.patch.object(varlen, "varlen_attn", standing_in_for_the_kernel)
     with mock.patch.multiple(attention, **patches), kernel:

@@ -130,3 +130,14 @@ def test_without_hf_model_a_checkpoint_holds_the_adapter_alone(tiny_models, rank
     adapted = logps(with_adapter(actor / "lora_adapter"), trained["rows"])
     np.testing.assert_allclose(adapted, trained["seen"]["trained"], atol=5e-5)
     assert not list((actor / "huggingface").glob("*.safetensors"))
+
+
+@pytest.mark.slow
+def test_adapters_train_in_bf16_after_the_reference_was_asked(tiny_models, ranks, tmp_path):
+    """As in a run that is resumed: FSDP2 looks in the first pass for what trains, and peft has frozen them."""
+    settings = overrides(tiny_models["llama"], "fsdp2", "model,optimizer,extra")
+    bf16 = "actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype=bf16"
+    trained, *_ = ranks[1].run(train_adapter, [*settings, bf16], BATCHES, str(tmp_path))
+    seen = trained["seen"]
+    assert np.median(abs(seen["trained"] - seen["base"])) > 1e-2
+    np.testing.assert_array_equal(seen["resumed"], seen["trained"])

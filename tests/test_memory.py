@@ -16,7 +16,7 @@ from recipe.spin.checks.gpu import Device
 from recipe.spin.checks.memory import Layout, Model
 from recipe.spin.common.settings import Settings
 
-EIGHT = Layout(devices=8, whole_gradients=False)
+EIGHT = Layout(devices=8)
 QWEN_3B_CONFIG = {
     "hidden_size": 2048,
     "intermediate_size": 11008,

@@ -16,6 +16,7 @@ import torch
 from as_on_gpus import fsdp_on_one_rank, segments_on_a_cpu
 from plain_model import EPS, LEARNING_RATE, REFRESH_AT, WEIGHT_DECAY, load_model, response_entropy, response_logp
 from ulysses_on_gloo import ulysses_on_gloo
+from worker_harness import Ranks
 from worker_jobs import (
     MAX_PROMPT,
     MAX_RESPONSE,
@@ -276,13 +277,12 @@ def gap(ours, theirs) -> float:
     return ((ours - theirs).norm() / theirs.norm()).item()
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_worker_trains_like_plain_pytorch(case, tiny_models, ranks):
-    folder = tiny_models[case.model]
+def check_against_plain_pytorch(case: Case, folder: str, ranks: Ranks, contexts: list, overrides: list[str]) -> None:
+    """Trains a model's folder on ranks within contexts, with settings besides the case's own."""
     data = (case.n, case.longest_prompt)
     plain = plain_training(folder, *data, case.loss, case.temperature, case.clip, case.prompts_per_step, case.epochs)
-    job = (case.contexts(), train, case.all_overrides(folder), make_batches(*data), case.reference_passes)
-    outputs = ranks[case.world_size].run(run_within, *job)
+    job = (contexts, train, [*case.all_overrides(folder), *overrides], make_batches(*data), case.reference_passes)
+    outputs = ranks.run(run_within, *job)
     for worker in outputs:
         # Optimizer steps: one list of values a metric and call of update_actor
         steps = [
@@ -309,6 +309,11 @@ def test_worker_trains_like_plain_pytorch(case, tiny_models, ranks):
         assert gaps["parameters"] < 2e-6
         assert gaps["change"] < 1e-4
         assert max(gaps[name] for name in COMPARED) < 5e-5
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_worker_trains_like_plain_pytorch(case, tiny_models, ranks):
+    check_against_plain_pytorch(case, tiny_models[case.model], ranks[case.world_size], case.contexts(), [])
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

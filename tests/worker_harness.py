@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import torch.multiprocessing as mp
 from omegaconf import DictConfig, OmegaConf
+from pretended_gpu import building
 from tensordict import TensorDict
 
 from recipe.spin.tools import doctor
@@ -29,19 +30,21 @@ def cpu_environment() -> dict[str, str]:
     return exported | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 
 
-def compose(*overrides: str, device: str = "cpu") -> DictConfig:
-    """The recipe's config for a profile with overrides, as main_spin composes it."""
-    return doctor.compose(device, *overrides)
+def compose(*overrides: str, device: str | None = None) -> DictConfig:
+    """The recipe's config for a profile, that of this process's device, with overrides, as main_spin composes it."""
+    return doctor.compose(device or ("gpu" if building.LIBRARY in os.environ else "cpu"), *overrides)
 
 
 class Ranks:
     """gloo ranks that live from call to call: importing verl takes each of them seconds.
 
     Functions that they run must stand in a helper module, not in a test file: processes import them by name.
+    `environment` is what they have besides this process's own.
     """
 
-    def __init__(self, world_size: int):
+    def __init__(self, world_size: int, environment: dict[str, str] | None = None):
         self.world_size = world_size
+        self._environment = cpu_environment() if environment is None else environment
         self._processes: list = []
 
     def run(self, function, *args, timeout: float = 300) -> list:
@@ -89,7 +92,7 @@ class Ranks:
         self._results = context.Queue()
         self._calls = [context.Queue() for _ in range(self.world_size)]
         before = dict(os.environ)
-        os.environ.update(cpu_environment())
+        os.environ.update(self._environment)
         try:
             for rank, calls in enumerate(self._calls):
                 args = (rank, self.world_size, port, calls, self._results)
@@ -213,4 +216,4 @@ def full_parameters(module_engine) -> dict:
     from recipe.spin.engine.row_engine import RowEngine
 
     parameters, _ = super(RowEngine, module_engine).get_per_tensor_param()
-    return {name: tensor.detach().clone().numpy() for name, tensor in parameters}
+    return {name: tensor.detach().clone().cpu().numpy() for name, tensor in parameters}

@@ -202,7 +202,7 @@ class Players:
 
     def reference(self):
         """Log-probs of the probe's responses under the reference."""
-        return self.group.compute_ref_logps(self._inputs())["logps"].values().numpy().copy()
+        return self.group.compute_ref_logps(self._inputs())["logps"].values().cpu().numpy().copy()
 
     def actor(self):
         """The same under the actor: the reference's own method with the actor in its place."""
@@ -268,11 +268,11 @@ def play(rank: int, overrides: list[str], batches: list[Batch], folder: str) -> 
     }
 
 
-def make_long_batch(prompts: int = 4, length: int = 400, seed: int = 2) -> Batch:
+def make_long_batch(prompts: int = 4, length: int = 400, response: int = MAX_RESPONSE, seed: int = 2) -> Batch:
     """One batch of long prompts with two responses each: far positions show what positions are computed from."""
     draw = random.Random(seed)
     questions = [draw.choices(range(300), k=length) for _ in range(prompts)]
-    responses = [draw.choices(range(300), k=MAX_RESPONSE) for _ in range(2 * prompts)]
+    responses = [draw.choices(range(300), k=response) for _ in range(2 * prompts)]
     masks = [[1] * len(response) for response in responses]
     first = list(range(0, 2 * prompts, 2))
     repeated = [question for question in questions for _ in range(2)]
@@ -382,3 +382,79 @@ def probe_update(rank: int, folder: str):
     from recipe.spin.tools.device_probe import PROBES, Worker
 
     return Worker("cpu", folder, PROBES["cpu"]).update_beside_plain_pytorch()
+
+
+# ---- A pretended GPU -------------------------------------------------------------------------------------------------
+def probe_pretended_gpu(rank: int) -> list:
+    """The doctor's findings of the device, as on a GPU but for sizes."""
+    from dataclasses import replace
+    from unittest import mock
+
+    from recipe.spin.tools import device_probe
+    from recipe.spin.tools.probe_model import TINY
+
+    small = replace(device_probe.PROBES["cuda"], shape=TINY, prompts=8, prompt=32, response=16, matrix=256)
+    with mock.patch.dict(device_probe.PROBES, cuda=small):
+        return list(device_probe.measure("cuda"))
+
+
+def try_the_device(rank: int, folder: str) -> dict:
+    """What a device that is not the host does to tensors, or says; of two ranks."""
+    import torch
+
+    def attempt(function: Callable):
+        try:
+            return function()
+        except RuntimeError as error:
+            return str(error)
+
+    meeting = {"init_method": f"file://{folder}/ranks", "rank": rank, "world_size": 2}
+    torch.distributed.init_process_group("cpu:gloo,cuda:nccl", **meeting)
+    here, there = torch.arange(4.0), torch.arange(4.0, device="cuda")
+    before = torch.cuda.memory_allocated()
+    more = there.repeat(1000)
+    used = torch.cuda.memory_allocated() - before
+    more.untyped_storage().resize_(0)
+    freed = torch.cuda.memory_allocated() - before
+    more.untyped_storage().resize_(16000)
+    total = there.clone()
+    torch.distributed.all_reduce(total)
+    torch.save(there, f"{folder}/{rank}.pt")
+    seen = {
+        "mixed": [attempt(lambda: here + there), attempt(lambda: there.index_select(0, torch.tensor([1])))],
+        "pinned": (here.pin_memory().is_pinned(), here.is_pinned()),
+        "bytes": (used, freed),
+        "given back": more.isnan().all().item(),
+        "sum over ranks": total.tolist(),
+        "strided to NCCL": attempt(lambda: torch.distributed.all_reduce(there.view(2, 2).t())),
+        "loaded": torch.load(f"{folder}/{rank}.pt", weights_only=True).device.type,
+    }
+    torch.distributed.destroy_process_group()
+    return seen
+
+
+def count_memory(rank: int, overrides: list[str], batch: Batch) -> dict[str, int]:
+    """Bytes of the device: at the most in the second update, in a push of the weights, and between the two.
+
+    What earlier jobs left in the process does not count.
+    """
+    import gc
+
+    import torch
+
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    dpo = make_update(*overrides)
+    for step in (1, 2):  # AdamW has its moments after the first
+        rows = lay_out(dpo, batch)
+        dpo.reference_equals_actor = False
+        dpo.add_ref_logps(rows)
+        torch.cuda.reset_peak_memory_stats()
+        optimize(dpo, rows, step)
+    counted = {"training": torch.cuda.max_memory_allocated(), "waiting": torch.cuda.memory_allocated()}
+    torch.cuda.reset_peak_memory_stats()
+    weights, _ = dpo.workers.worker.actor.engine.get_per_tensor_param(base_sync_done=True)
+    for _ in weights:
+        pass
+    counted["weights to vLLM"] = torch.cuda.max_memory_allocated()
+    return {phase: bytes_ - before for phase, bytes_ in counted.items()}
