@@ -217,3 +217,19 @@ def test_a_run_with_the_profiles_own_settings(task, tiny_llama, tmp_path):
         assert 0 < history[step]["rollout/logp_gap_max"] < 0.25
     summary = json.loads((run / "summary.json").read_text())
     assert summary["steps"] == 4 and summary["before"].keys() == summary["after"].keys() == {"greedy"}
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_a_run_with_adapters_and_the_profiles_own_settings(task, tiny_llama, tmp_path):
+    """Every step asks the base model for log-probs before it trains an adapter on two ranks; resumed after two."""
+    run = tmp_path / "run"
+    adapters = ["actor_rollout_ref.model.lora_rank=4", "trainer.ref_update_freq=0"]
+    for steps in (2, 4):
+        overrides = [*CPU, *SIZES, *SETTINGS, *adapters, f"trainer.total_training_steps={steps}"]
+        succeed(task, tiny_llama, run, *overrides, device="gpu")
+    history = metrics(run)
+    assert history[1]["actor/loss"] == pytest.approx(math.log(2), abs=1e-6)  # an adapter begins as nothing
+    for step in (2, 3, 4):
+        assert history[step]["actor/loss"] != pytest.approx(math.log(2), abs=1e-6)
+        assert 0 < history[step]["rollout/logp_gap_max"] < 0.25
