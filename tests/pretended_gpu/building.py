@@ -1,6 +1,7 @@
 """Compiles device.cpp for the torch that is installed, once a version of either."""
 
 import hashlib
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -26,7 +27,7 @@ def build(folder: Path) -> Path:
     library = folder / f"pretended-gpu-{key}.so"
     if not library.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        made = library.with_suffix(".new")
+        made = library.with_suffix(f".{os.getpid()}")  # another process may be at it
         includes = [f"-I{path}" for path in cpp_extension.include_paths()]
         links = [f"-L{path}" for path in cpp_extension.library_paths()]
         options = ["-std=c++20", "-O1", "-fPIC", "-shared", *includes, *links, "-ltorch_cpu", "-lc10"]
