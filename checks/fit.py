@@ -58,8 +58,8 @@ def layout_of(config: DictConfig) -> Layout:
     sleeps = rollout.free_cache_engine and rollout.get("enable_sleep_mode", True)
     # With LoRA the adapter is taken from the whole model
     gathers = model.lora_rank or "hf_model" in actor.checkpoint.save_contents
-    unsharded = devices > 1 or fsdp.offload_policy
-    deferred = unsharded and fsdp.use_no_sync_for_gradient_accumulation and mini_batch > tokens
+    reducing_frees = devices > 1 or fsdp.offload_policy  # of one device's gradients nothing leaves it otherwise
+    deferred = reducing_frees and fsdp.use_no_sync_for_gradient_accumulation and mini_batch > tokens
     return Layout(
         devices=devices,
         tokens=tokens,

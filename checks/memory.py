@@ -171,8 +171,8 @@ def peaks(model: Model, layout: Layout, memory: float) -> dict[str, float]:
 def sent_bytes(model: Model, layout: Layout) -> float:
     """Of weights on their way to vLLM, beside the bucket.
 
-    The embedding, gathered and as it is sent. For adapters, none of which is as large, and with FSDP1 verl brings back
-    what waits on the host; FSDP1 has a copy of the whole shard besides, and gathers by way of another.
+    All weights: the embedding, gathered and as it is sent. FSDP1 copies the whole shard besides, and what it gathers.
+    Adapters: none is as large. For these and with FSDP1 verl brings weights that wait on the host back to the device.
     """
     embedding, sent = model.hidden * model.vocabulary, 0.0
     if layout.param_offload and (layout.lora_rank or layout.flat):

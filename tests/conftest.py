@@ -8,7 +8,7 @@ import torch
 from checkable_run import Run, hub_without_network
 from fake_checkout import Checkout, copy_checkout
 from whole_runs import write_task
-from worker_harness import ROOT, Ranks
+from worker_harness import ROOT, ranks_by_number
 
 from benchmarks.tiny_models import ARCHITECTURES, save_tiny_model
 from recipe.spin.checks import model_files
@@ -83,8 +83,6 @@ def checkout(tmp_path) -> Checkout:
 
 @pytest.fixture(scope="session")
 def ranks():
-    """Processes for the real worker by their number, started at the first use."""
-    worlds = {size: Ranks(size) for size in (1, 2)}
-    yield worlds
-    for world in worlds.values():
-        world.stop(patience=5)
+    """Processes for the real worker by their number."""
+    with ranks_by_number() as worlds:
+        yield worlds

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from pretended_gpu import building
 from test_update import Case, check_against_plain_pytorch
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
-from worker_harness import ROOT, Ranks, compose
+from worker_harness import ROOT, compose, ranks_by_number
 from worker_jobs import count_memory, make_long_batch, probe_pretended_gpu, refresh, try_the_device
 
 from recipe.spin.checks import fit, memory
@@ -32,11 +32,18 @@ FSDP1 = f"{ACTOR}.strategy=fsdp"
 @pytest.fixture(scope="module")
 def gpu_ranks():
     """Ranks with a device each, as the fixture `ranks` has them on a CPU."""
-    environment = building.environment(building.build(ROOT / ".cache" / "pretended_gpu"))
-    worlds = {size: Ranks(size, environment) for size in (1, 2)}
-    yield worlds
-    for world in worlds.values():
-        world.stop(patience=5)
+    library = building.build(ROOT / ".cache" / "pretended_gpu")
+    with ranks_by_number(building.environment(library)) as worlds:
+        yield worlds
+
+
+def of_model(folder: str, micro_batch: int) -> list[str]:
+    """Settings that both models of this file take: where it lies, and tokens of a micro-batch."""
+    return [
+        f"actor_rollout_ref.model.path={folder}",
+        f"{ACTOR}.ppo_max_token_len_per_gpu={micro_batch}",
+        f"{REF}.log_prob_max_token_len_per_gpu={micro_batch}",
+    ]
 
 
 def test_the_device_is_not_the_host(gpu_ranks, tmp_path):
@@ -79,9 +86,7 @@ def test_worker_trains_like_plain_pytorch(case, contexts, overrides, tiny_models
 def test_reference_follows_the_actor_in_the_profiles_precision(overrides, tiny_models, gpu_ranks, tmp_path):
     """To the bit: as loaded, refreshed, and resumed from a checkpoint that exports the model too."""
     settings = [
-        f"actor_rollout_ref.model.path={tiny_models['llama']}",
-        f"{ACTOR}.ppo_max_token_len_per_gpu=420",
-        f"{REF}.log_prob_max_token_len_per_gpu=420",
+        *of_model(tiny_models["llama"], 420),
         f"{ACTOR}.optim.lr=1e-2",
         f"{ACTOR}.checkpoint.save_contents=[model,optimizer,extra,hf_model]",
         *overrides,
@@ -136,13 +141,11 @@ def model_to_count(tmp_path_factory) -> str:
 def test_the_trainer_holds_what_is_estimated(ranks, overrides, model_to_count, gpu_ranks):
     """Never more, as the check before a run would then pass what does not fit, and not much less."""
     settings = [
-        f"actor_rollout_ref.model.path={model_to_count}",
+        *of_model(model_to_count, MICRO_BATCH),
         f"trainer.n_gpus_per_node={ranks}",
         f"data.train_batch_size={PROMPTS}",
         f"data.max_prompt_length={PROMPT}",
         f"data.max_response_length={RESPONSE}",
-        f"{ACTOR}.ppo_max_token_len_per_gpu={MICRO_BATCH}",
-        f"{REF}.log_prob_max_token_len_per_gpu={MICRO_BATCH}",
         *overrides,
     ]
     counted, *_ = gpu_ranks[ranks].run(count_memory, settings, make_long_batch(PROMPTS, PROMPT, RESPONSE))

@@ -6,6 +6,8 @@ import queue
 import subprocess
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -101,6 +103,15 @@ class Ranks:
         finally:
             os.environ.clear()
             os.environ.update(before)
+
+
+@contextmanager
+def ranks_by_number(environment: dict[str, str] | None = None) -> Iterator[dict[int, Ranks]]:
+    """One rank and two, started at their first use."""
+    worlds = {size: Ranks(size, environment) for size in (1, 2)}
+    yield worlds
+    for world in worlds.values():
+        world.stop(patience=5)
 
 
 class _Failure:

@@ -7,7 +7,6 @@ import subprocess
 from pathlib import Path
 
 import torch
-from torch.utils import cpp_extension
 
 LIBRARY = "PRETENDED_GPU"  # the variable that names the library to a process
 HERE = Path(__file__).resolve().parent
@@ -23,6 +22,8 @@ def missing() -> str:
 
 def build(folder: Path) -> Path:
     """The library, made where the folder does not hold it yet."""
+    from torch.utils import cpp_extension  # with setuptools, for which every test's import would wait
+
     key = hashlib.sha256(torch.__version__.encode() + SOURCE.read_bytes()).hexdigest()[:16]
     library = folder / f"pretended-gpu-{key}.so"
     if not library.exists():
