@@ -5,6 +5,7 @@
 // for all operations, and by hand those that make tensors or views. Fresh memory is NaN, so that what FSDP has given
 // back is not read unnoticed.
 #include <ATen/ATen.h>
+#include <ATen/NativeFunctions.h>
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/Allocator.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
@@ -13,8 +14,10 @@
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 #include <map>
 #include <mutex>
 
@@ -219,17 +222,20 @@ class Call {
  public:
   explicit Call(const c10::FunctionSchema& schema) : schema_(schema) {}
 
-  c10::IValue to_host(const c10::IValue& value, const std::string& argument) {
-    if (value.isTensor()) return to_host(value.toTensor(), argument);
+  c10::IValue to_host(const c10::IValue& value, const c10::Argument& argument) {
+    if (value.isTensor()) {  // CUDA reads numbers of the host's, and writes none
+      bool written = argument.alias_info() && argument.alias_info()->isWrite();
+      return to_host(value.toTensor(), argument, !written && value.toTensor().dim() == 0);
+    }
     if (value.isTensorList()) {
       Tensors list;
-      for (const Tensor& one : value.toTensorList()) list.push_back(to_host(one, argument));
+      for (const Tensor& one : value.toTensorList()) list.push_back(to_host(one, argument, false));
       return list;
     }
-    if (value.isOptionalTensorList()) {
+    if (value.isOptionalTensorList()) {  // the places of an index, which CUDA fetches
       c10::List<std::optional<Tensor>> list;
       for (const std::optional<Tensor>& one : value.toOptionalTensorList())
-        list.push_back(one ? std::optional<Tensor>(to_host(*one, argument)) : std::nullopt);
+        list.push_back(one ? std::optional<Tensor>(to_host(*one, argument, true)) : std::nullopt);
       return list;
     }
     return value.isDevice() ? c10::IValue(Device(at::kCPU)) : value;
@@ -243,20 +249,19 @@ class Call {
     return list;
   }
 
-  void fill_outputs() {  // that had no elements and were given some
+  void fill_outputs() {  // that the operation has resized
     for (auto& [ours, hosts] : pairs_)
-      if (ours.numel() == 0 && hosts.numel() > 0) copy(ours.resize_(hosts.sizes()), hosts);
+      if (ours.sizes() != hosts.sizes()) copy(ours.resize_(hosts.sizes()), hosts);
   }
 
  private:
   static void copy(const Tensor& ours, const Tensor& hosts) { host(ours).copy_(hosts); }
 
-  Tensor to_host(const Tensor& tensor, const std::string& argument) {
+  Tensor to_host(const Tensor& tensor, const c10::Argument& argument, bool may_be_there) {
     if (!tensor.defined()) return tensor;
-    if (!tensor.is_cuda()) {  // CUDA takes numbers of the host's, and places of it in an index
-      bool place = argument == "indices" && schema_.name().find("index") != std::string::npos;
-      TORCH_CHECK(tensor.dim() == 0 || place, "Expected all tensors to be on the same device: ", schema_.name(),
-                  " got its ", argument, ", of shape ", tensor.sizes(), ", on the host");
+    if (!tensor.is_cuda()) {
+      TORCH_CHECK(may_be_there, "Expected all tensors to be on the same device: ", schema_.name(), " got its ",
+                  argument.name(), ", of shape ", tensor.sizes(), ", on the host");
       return tensor;
     }
     for (auto& [ours, hosts] : pairs_)
@@ -286,7 +291,7 @@ void on_the_host(const c10::OperatorHandle& operation, torch::jit::Stack* stack)
   Call call(schema);
   const size_t first = stack->size() - schema.arguments().size();
   for (size_t i = first; i < stack->size(); ++i)
-    (*stack)[i] = call.to_host((*stack)[i], schema.arguments()[i - first].name());
+    (*stack)[i] = call.to_host((*stack)[i], schema.arguments()[i - first]);
   operation.callBoxed(stack);
   call.fill_outputs();
   for (size_t i = stack->size() - schema.returns().size(); i < stack->size(); ++i)
@@ -435,10 +440,12 @@ size_t pretended_used() { return device_memory().used; }
 size_t pretended_peak() { return device_memory().peak; }
 void pretended_reset_peak() { device_memory().peak = device_memory().used; }
 void pretended_resize(void* storage, size_t bytes) { resize_storage(static_cast<c10::StorageImpl*>(storage), bytes); }
-// Gives a group of ranks, which has gloo for the host's tensors, NCCL's collectives for the device's
-void pretended_collectives(const char* group) {
+// Gives a group of ranks, which has gloo for the host's tensors, NCCL's collectives for the device's; `alone`: for all,
+// of which they refuse the host's
+void pretended_collectives(const char* group, bool alone) {
   auto ranks = c10d::resolve_process_group(group);
-  auto gloo = ranks->getBackend(c10::DeviceType::CPU);
-  ranks->setBackend(DEVICE.type(), c10d::ProcessGroup::BackendType::NCCL, c10::make_intrusive<Collectives>(gloo));
+  auto nccl = c10::make_intrusive<Collectives>(ranks->getBackend(c10::DeviceType::CPU));
+  ranks->setBackend(DEVICE.type(), c10d::ProcessGroup::BackendType::NCCL, nccl);
+  if (alone) ranks->setBackend(c10::DeviceType::CPU, c10d::ProcessGroup::BackendType::NCCL, nccl);
 }
 }

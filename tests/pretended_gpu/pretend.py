@@ -22,6 +22,7 @@ def _load() -> ctypes.CDLL:
     loaded = ctypes.CDLL(os.environ["PRETENDED_GPU"])
     loaded.pretended_used.restype = loaded.pretended_peak.restype = ctypes.c_size_t
     loaded.pretended_resize.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    loaded.pretended_collectives.argtypes = [ctypes.c_char_p, ctypes.c_bool]
     return loaded
 
 
@@ -159,7 +160,7 @@ def _with_collectives(group_size, group_rank, ranks, backend, *args, **kwargs):
     group = made[0]
     if group is distributed_c10d.GroupMember.NON_GROUP_MEMBER:
         return made
-    device_memory.pretended_collectives(group.group_name.encode())
+    device_memory.pretended_collectives(group.group_name.encode(), "gloo" not in asked)
     world = distributed_c10d._world
     world.pg_map[group] = (asked, world.pg_map[group][1])
     world.pg_backend_config[group] = str(distributed_c10d.BackendConfig(distributed_c10d.Backend(asked)))
@@ -167,6 +168,7 @@ def _with_collectives(group_size, group_rank, ranks, backend, *args, **kwargs):
 
 
 distributed_c10d._new_process_group_helper = _with_collectives
+torch.cuda.nccl.version = _always((0, 0, 0))  # that an error of a group of NCCL's is told with
 
 
 # ---- torch's attention kernel of variable lengths --------------------------------------------------------------------
