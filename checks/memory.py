@@ -13,11 +13,16 @@ from recipe.spin.engine.kernels import HEAD_STEP
 FP32, BF16 = 4, 2  # bytes of a number
 # Of the trainer and vLLM on one device beside their tensors: CUDA contexts, CUDA graphs, NCCL's buffers (assumed)
 PROCESSES = 2.5e9
+# Of what the trainer holds in an update, what its allocator holds beside it in pieces too small to use (assumed)
+FRAGMENTS = 0.05
 # Of vLLM's share beside weights and cache: activations of its largest batch (assumed), or what its sampler holds of a
 # sequence for each token of the vocabulary, whichever is more: logits in bf16 and fp32, log-probs, probabilities, noise
 ROLLOUT_WORKSPACE, SAMPLER_ENTRY = 1.5e9, BF16 + 4 * FP32
 # Of vLLM's share as well: its CUDA graphs, which it sets aside before it counts the room for keys and values (assumed)
 CUDA_GRAPHS = 1e9
+# Tokens whose log-probs are computed at a time (engine/logps.py, which imports more than a check may), and of each for
+# each token of the vocabulary: logits in fp32, scaled, and the terms of their sum
+CHUNK, CHUNK_ENTRY = 128, 3 * FP32
 # An attention score where all are kept: capped, and as a probability in fp32 and rounded; gradients in a layer at work
 KEPT_SCORE, SCORE = 8, 16
 # Host memory of a rank with its vLLM (assumed), and of everything else that runs on a node: eight agent loop workers of
@@ -76,13 +81,19 @@ class Model:
         return sum(inputs * outputs for inputs, outputs in self.layer_matrices)
 
     @property
-    def embeddings(self) -> int:
-        return self.hidden * self.vocabulary * (1 if self.tied else 2)
+    def output_parameters(self) -> int:
+        """Weights of the output layer, as many as of the input embedding."""
+        return self.hidden * self.vocabulary
+
+    @property
+    def end_parameters(self) -> int:
+        """Weights of both ends, which may be one matrix."""
+        return self.output_parameters * (1 if self.tied else 2)
 
     @property
     def parameters(self) -> int:
         """All weights but those of norms and biases."""
-        return self.layers * self.layer_parameters + self.embeddings
+        return self.layers * self.layer_parameters + self.end_parameters
 
     def adapter_parameters(self, rank: int) -> int:
         """Weights of LoRA adapters beside all matrices of all layers: a matrix (a, b) gets (a, rank) and (rank, b)."""
@@ -131,20 +142,64 @@ def trained_parameters(model: Model, lora_rank: int) -> int:
 
 
 def training(model: Model, layout: Layout) -> dict[str, float]:
-    """Bytes of a device at the end of an update's last backward pass, by what holds them."""
+    """Bytes of a device at the fullest moment of an update's last backward pass, by what holds them."""
     trained = trained_parameters(model, layout.lora_rank)
     sharded = 0 if layout.offload_policy else 1 / layout.devices
-    return {
+    held = {
         "weights": (model.parameters + (trained if layout.lora_rank else 0)) * FP32 * sharded,
         "gradients": trained * FP32 * (1 if layout.whole_gradients else sharded),
         "AdamW": trained * 2 * FP32 * sharded,
         "reference": reference_bytes(model, layout),
-        "gathered": gathered_bytes(model, layout),
-        "reduced": reduced_bytes(model, layout),
-        "activations": activation_bytes(model, layout),
-        "logits": logit_bytes(model, layout),
-        "backward": backward_bytes(model, layout),
-        "processes": PROCESSES,
+    }
+    moments = (log_probs_moment(model, layout), layer_moment(model, layout), embedding_moment(model, layout))
+    held |= max(moments, key=lambda moment: sum(moment.values()))
+    return held | {"fragments": FRAGMENTS * sum(held.values()), "processes": PROCESSES}
+
+
+def tensor_bytes(parts: dict[str, float]) -> float:
+    """Of the parts of `training` those that are tensors, which torch counts."""
+    return sum(parts.values()) - parts["fragments"] - parts["processes"]
+
+
+def log_probs_moment(model: Model, layout: Layout) -> dict[str, float]:
+    """As log-probs come from logits: the output layer is whole, and everything waits for the backward pass."""
+    tokens = min(layout.logits, CHUNK)
+    return {
+        "gathered": gathered_bytes(model.output_parameters, layout),
+        "summed": 0.0,
+        "activations": kept_bytes(model, layout),
+        "logits": model.vocabulary * (layout.logits * layout.compute_bytes + tokens * CHUNK_ENTRY),
+    }
+
+
+def layer_moment(model: Model, layout: Layout) -> dict[str, float]:
+    """In a layer's backward pass: it is whole, and the one before it or the input embedding.
+
+    A unit of FSDP's with both embeddings in it (tied, or FSDP1) stays whole, and the output layer's gradient waits
+    until the end.
+    """
+    together = layout.flat or model.tied
+    ends = model.end_parameters if together else 0
+    other = model.layer_parameters if together else max(model.layer_parameters, model.output_parameters)
+    summed = model.layer_parameters * (layout.compute_bytes + FP32)
+    summed += model.output_parameters * layout.compute_bytes if together else 0
+    return {
+        "gathered": gathered_bytes(model.layer_parameters + other + ends, layout),
+        "summed": 0.0 if layout.lora_rank else summed,
+        "activations": kept_bytes(model, layout) + layer_bytes(model, layout),
+        "logits": 0.0,
+    }
+
+
+def embedding_moment(model: Model, layout: Layout) -> dict[str, float]:
+    """As an embedding's gradients are summed, with a layer's on their way."""
+    ends = model.end_parameters if layout.flat or model.tied else model.output_parameters
+    summed = ends * (layout.compute_bytes + FP32) + model.layer_parameters * FP32
+    return {
+        "gathered": gathered_bytes(ends, layout),
+        "summed": 0.0 if layout.lora_rank else summed,
+        "activations": kept_bytes(model, layout),
+        "logits": 0.0,
     }
 
 
@@ -171,17 +226,19 @@ def peaks(model: Model, layout: Layout, memory: float) -> dict[str, float]:
 def sent_bytes(model: Model, layout: Layout) -> float:
     """Of weights on their way to vLLM, beside the bucket.
 
-    All weights: the embedding, gathered and as it is sent. FSDP1 copies the whole shard besides, and what it gathers.
-    Adapters: none is as large. For these and with FSDP1 verl brings weights that wait on the host back to the device.
+    All weights: an embedding as it is sent, and gathered, or fetched from the host, where the device lacks it. FSDP1
+    copies the whole shard besides, and what it gathers, both embeddings in one. Adapters: none is as large. For these
+    and with FSDP1 verl brings weights that wait on the host back to the device.
     """
-    embedding, sent = model.hidden * model.vocabulary, 0.0
+    whole = layout.devices == 1 and not (layout.param_offload or layout.offload_policy)
+    sent = 0.0
     if layout.param_offload and (layout.lora_rank or layout.flat):
         sent += training(model, layout)["weights"]
     if layout.lora_rank:
         return sent
     if layout.flat:
-        sent += model.parameters * FP32 / layout.devices + (embedding * FP32 if layout.devices > 1 else 0)
-    return sent + embedding * (FP32 + BF16)
+        sent += model.parameters * FP32 / layout.devices + (0 if whole else model.end_parameters * FP32)
+    return sent + model.output_parameters * (BF16 if whole else BF16 + FP32)
 
 
 def longest_sequence(model: Model, layout: Layout) -> int:
@@ -206,49 +263,41 @@ def reference_bytes(model: Model, layout: Layout) -> float:
     return model.parameters * layout.reference_bytes / layout.devices
 
 
-def gathered_bytes(model: Model, layout: Layout) -> float:
-    """Two layers and the embeddings whole; on one device in fp32 nothing is gathered."""
-    if layout.devices == 1 and layout.compute_bytes == FP32:
+def gathered_bytes(weights: int, layout: Layout) -> float:
+    """Of weights that are whole at a time; on one device in fp32 they are never anything else."""
+    if layout.devices == 1 and layout.compute_bytes == FP32 and not layout.offload_policy:
         return 0.0
-    return (2 * model.layer_parameters + model.embeddings) * layout.compute_bytes
+    return weights * layout.compute_bytes
 
 
-def reduced_bytes(model: Model, layout: Layout) -> float:
-    """A layer's gradients on their way to the shards, a single device's too: as computed, and in fp32 as summed."""
-    if layout.lora_rank:
-        return 0.0
-    return model.layer_parameters * (layout.compute_bytes + FP32)
+def inner_values(model: Model) -> int:
+    """Numbers of a token that a layer's backward pass takes, beside the layer's input."""
+    return 6 * model.hidden + 2 * model.head_size * (model.heads + model.kv_heads) + 4 * model.intermediate
 
 
-def activation_bytes(model: Model, layout: Layout) -> float:
-    """Of a micro-batch: every layer's input, and of one layer (with recomputation) or all of them the inner values.
-
-    Recomputation may leave the results of matrix products and attention as they are; then they wait in every layer.
-    """
-    inner = 6 * model.hidden + 2 * model.head_size * (model.heads + model.kv_heads) + 4 * model.intermediate
-    products = 2 * model.hidden + 2 * model.head_size * (model.heads + model.kv_heads) + 2 * model.intermediate
-    layers = 1 if layout.checkpointing else model.layers
-    values = model.layers * model.hidden + layers * inner
-    if layout.checkpointing and layout.keeps_products:
-        values += model.layers * products
-    return layout.tokens * layout.compute_bytes * values + score_bytes(model, layout)
-
-
-def logit_bytes(model: Model, layout: Layout) -> float:
-    """Of a micro-batch's response tokens, over which their gradient is written."""
-    return layout.logits * model.vocabulary * layout.compute_bytes
+def kept_bytes(model: Model, layout: Layout) -> float:
+    """Of a micro-batch what waits for the backward pass: every layer's input, and the inner values where they are not
+    recomputed, or of these the results of matrix products and attention alone (keeps_products)."""
+    values, waiting = model.hidden, 0
+    if not layout.checkpointing:
+        values, waiting = values + inner_values(model), KEPT_SCORE
+    elif layout.keeps_products:
+        values += 2 * model.hidden + 2 * model.head_size * (model.heads + model.kv_heads) + 2 * model.intermediate
+        waiting = layout.compute_bytes
+    scores = (model.layers - 1) * waiting * kept_scores(model, layout)
+    return layout.tokens * layout.compute_bytes * model.layers * values + scores
 
 
-def backward_bytes(model: Model, layout: Layout) -> float:
-    """What a backward pass adds: the output layer's gradient, which waits until the end to be reduced, and a layer's
-    inner gradients where they are more than the logits, which are gone by then."""
-    output = 0 if layout.lora_rank else model.hidden * model.vocabulary * layout.compute_bytes
-    inner = layout.tokens * (4 * model.intermediate * layout.compute_bytes + 2 * model.hidden * FP32)
-    return output + max(0.0, inner - logit_bytes(model, layout))
+def layer_bytes(model: Model, layout: Layout) -> float:
+    """Of a micro-batch in one layer's backward pass: inner values that are recomputed, and inner gradients."""
+    recomputed = inner_values(model) if layout.checkpointing else 0
+    gradients = 4 * model.intermediate * layout.compute_bytes + 2 * model.hidden * FP32
+    per_token = recomputed * layout.compute_bytes + gradients
+    return layout.tokens * per_token + SCORE * kept_scores(model, layout)
 
 
-def score_bytes(model: Model, layout: Layout) -> float:
-    """Of a micro-batch's attention scores where no kernel does without them (engine/attention.py), else 0.
+def kept_scores(model: Model, layout: Layout) -> float:
+    """Attention scores of a micro-batch in a layer where no kernel does without them (engine/attention.py), else 0.
 
     For every head tokens by tokens: of all at once, or of each row filled up to the longest, whichever are fewer
     (engine/packing.py); a model's own attention takes all at once.
@@ -256,14 +305,10 @@ def score_bytes(model: Model, layout: Layout) -> float:
     kernel_does = model.head_size % HEAD_STEP == 0 and (layout.kernel_caps_scores or not model.caps_scores)
     if kernel_does and not layout.eager:
         return 0.0
-    waiting = KEPT_SCORE
-    if layout.checkpointing:
-        waiting = layout.compute_bytes if layout.keeps_products else 0
     pairs = (layout.tokens * layout.ranks_per_sequence) ** 2  # Ulysses exchanges tokens for heads
     if not layout.eager:
         pairs = min(pairs, layout.rows * layout.row**2)
-    scores = model.heads / layout.ranks_per_sequence * pairs
-    return scores * (SCORE + (model.layers - 1) * waiting)
+    return model.heads / layout.ranks_per_sequence * pairs
 
 
 def host_bytes(model: Model, layout: Layout, ranks: int) -> float:
@@ -274,7 +319,7 @@ def host_bytes(model: Model, layout: Layout, ranks: int) -> float:
     shards from it. A model that is gathered has the embeddings under both their names.
     """
     loading = model.parameters * FP32 * (ranks if model.tied else 1)
-    saving = (model.parameters + (model.embeddings if model.tied else 0)) * FP32 if layout.gathers_on_host else 0
+    saving = (model.parameters + (model.end_parameters if model.tied else 0)) * FP32 if layout.gathers_on_host else 0
     waiting = waiting_on_host(model, layout) * ranks
     return max(loading, waiting + saving) + ranks * RANK_PROCESSES + NODE_PROCESSES
 
@@ -307,7 +352,7 @@ def pinned_bytes(pieces: list[int], number: int, devices: int) -> float:
 def weight_pieces(model: Model, flat: bool) -> list[int]:
     """Weights of each tensor that goes to the host in one."""
     layer = [inputs * outputs for inputs, outputs in model.layer_matrices]
-    ends = [model.hidden * model.vocabulary] * (1 if model.tied else 2)
+    ends = [model.output_parameters] * (1 if model.tied else 2)
     if flat:
         layer, ends = [sum(layer)], [sum(ends)]
     return model.layers * layer + ends
@@ -322,7 +367,7 @@ def rollout_pieces(model: Model) -> list[int]:
     """The same of vLLM's weights; it makes one matrix of query, key and value, and one of gate and up."""
     query, key, value, output, gate, up, down = (inputs * outputs for inputs, outputs in model.layer_matrices)
     layer = [query + key + value, output, gate + up, down]
-    return model.layers * layer + [model.hidden * model.vocabulary] * (1 if model.tied else 2)
+    return model.layers * layer + [model.output_parameters] * (1 if model.tied else 2)
 
 
 def cpu_bytes(model: Model, ranks: int) -> float:
@@ -334,9 +379,10 @@ def cpu_bytes(model: Model, ranks: int) -> float:
 def checkpoint_bytes(model: Model, contents: list[str], reference_bytes: int, lora_rank: int = 0) -> float:
     """Bytes of a checkpoint on disk; `contents` as in checkpoint.save_contents, reference_bytes 0 without one.
 
-    With LoRA the adapters lie among the model's weights, and always once more by themselves.
+    With LoRA a resume takes the adapters alone, which always lie there once more by themselves.
     """
-    adapters = model.adapter_parameters(lora_rank)
-    moments = 2 * FP32 * trained_parameters(model, lora_rank) * ("optimizer" in contents)
-    weights = model.parameters * ("hf_model" in contents) + (model.parameters + adapters) * ("model" in contents)
-    return (weights + adapters) * FP32 + moments + model.parameters * reference_bytes
+    trained = trained_parameters(model, lora_rank)
+    moments = 2 * FP32 * trained * ("optimizer" in contents)
+    weights = model.parameters * ("hf_model" in contents) + trained * ("model" in contents)
+    weights += model.adapter_parameters(lora_rank)
+    return weights * FP32 + moments + model.parameters * reference_bytes

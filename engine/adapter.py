@@ -21,10 +21,12 @@ MODEL_DTYPE = torch.bfloat16  # that verl writes into the configuration of every
 class AdapterCheckpointManager(FSDPCheckpointManager):
     """verl's checkpoint with `huggingface` as the merged model and `lora_adapter` as the adapter.
 
-    verl itself would save the model under peft's names, of which from_pretrained finds none.
+    verl itself would save the model under peft's names, of which from_pretrained finds none. A resume takes the base
+    model's weights from its own files: from a checkpoint they would come beside those that the device has of them.
     """
 
     should_save_hf_model = False  # by verl
+    should_save_lora_only = True
 
     def __init__(self, *args, base: str, **kwargs):
         super().__init__(*args, **kwargs)

@@ -119,6 +119,8 @@ def test_a_checkpoint_holds_the_merged_model_and_the_adapter(
     assert stored["dtype"] == "bfloat16"  # as verl has it for any model
     weights = load_file(actor / "huggingface" / "model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+    resumable = torch.load(actor / f"model_world_size_{world_size}_rank_0.pt", weights_only=False)
+    assert resumable and all("lora_" in name for name in resumable)  # the base model has files of its own
     assert weights.keys() == load_file(Path(base) / "model.safetensors").keys()
 
 

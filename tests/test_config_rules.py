@@ -39,9 +39,13 @@ BAD = [
         [f"{ACTOR}.fsdp_config.mixed_precision=", "reduce_dtype: fp16 is not supported", "in no checkpoint"],
     ),
     (f"{ACTOR}.fsdp_config.model_dtype=fp16", [f"{ACTOR}.fsdp_config.model_dtype='fp16'", "use bf16 or fp32"]),
-    *(
-        (f"{ACTOR}.strategy=fsdp {key}=True", [f"{key}=True", f"set {ACTOR}.strategy=fsdp2, or False here"])
-        for key in (f"{ACTOR}.fsdp_config.offload_policy", "actor_rollout_ref.ref.fsdp_config.param_offload")
+    (
+        f"{ACTOR}.strategy=fsdp actor_rollout_ref.ref.fsdp_config.param_offload=True",
+        ["actor_rollout_ref.ref.fsdp_config.param_offload=True", f"set {ACTOR}.strategy=fsdp2, or False here"],
+    ),
+    (
+        f"{ACTOR}.strategy=fsdp {ACTOR}.fsdp_config.offload_policy=True",
+        [f"{ACTOR}.fsdp_config.offload_policy=True", "FSDP1 has none", f"{ACTOR}.fsdp_config.param_offload=True"],
     ),
     (
         f"{ACTOR}.fsdp_config.fsdp_size=0 actor_rollout_ref.ref.fsdp_config.fsdp_size=0",

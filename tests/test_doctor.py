@@ -171,10 +171,10 @@ def test_an_address_that_is_not_this_machines_is_told(monkeypatch):
 
 
 @pytest.mark.parametrize(("measured", "verdict"), [(2.9e9, OK), (4e9, WARN)])
-def test_what_tensors_took_is_compared_with_the_estimate_less_processes(measured, verdict):
+def test_what_tensors_took_is_compared_with_the_estimate_of_tensors(measured, verdict):
     """torch counts neither CUDA's contexts nor vLLM's process: with them an estimate 2.5 GB too low would pass."""
-    finding = device_probe.judge_memory(measured, {"weights": 3e9, "processes": 2.5e9})
-    assert finding.verdict == verdict and "3.0 GB, and 2.5 GB more for processes" in finding.text
+    finding = device_probe.judge_memory(measured, {"weights": 3e9, "fragments": 2e8, "processes": 2.5e9})
+    assert finding.verdict == verdict and "3.0 GB, and 2.7 GB more for what" in finding.text
     assert ("too low" in finding.text) == (verdict == WARN)
 
 

@@ -242,7 +242,7 @@ def test_a_checkpoint_that_gathers_the_model_is_told_where_it_alone_is_too_much(
     offload = "actor_rollout_ref.actor.fsdp_config.optimizer_offload=True"
     config = settings(ONE, model, offload)
     shape, _ = fit.load_shape(config)
-    gathered = 4 * (shape.parameters + shape.embeddings)
+    gathered = 4 * (shape.parameters + shape.end_parameters)
     needed = host.check_host_memory(config, shape).figures["needed"]
     monkeypatch.setattr(host, "available_memory", lambda: needed - 1)
     finding = host.check_host_memory(config, shape)
@@ -377,7 +377,7 @@ def test_a_checkpoints_size_with_adapters(model):
     config = settings(ONE, model, "actor_rollout_ref.model.lora_rank=4", "trainer.ref_update_freq=0")
     shape, _ = fit.load_shape(config)
     size = host.check_disk(config, shape).figures["checkpoint"]
-    assert size == 8 * shape.parameters + 16 * shape.adapter_parameters(4)
+    assert size == 4 * shape.parameters + 16 * shape.adapter_parameters(4)
 
 
 def test_without_checkpoints_no_disk_is_needed(model, monkeypatch):

@@ -13,8 +13,9 @@ from benchmarks.tiny_models import save_tiny_model
 from recipe.spin.checks import fit, machine, memory
 from recipe.spin.checks.finding import FAIL, OK, WARN, Finding
 from recipe.spin.checks.gpu import Device
-from recipe.spin.checks.memory import Layout, Model
+from recipe.spin.checks.memory import KEPT_SCORE, SCORE, Layout, Model
 from recipe.spin.common.settings import Settings
+from recipe.spin.engine.logps import CHUNK
 
 EIGHT = Layout(devices=8)
 QWEN_3B_CONFIG = {
@@ -66,7 +67,63 @@ def test_training_in_mixed_precision_takes_18_bytes_a_weight_on_one_device():
 
 
 def test_logits_take_the_vocabulary_for_each_response_token_in_the_precision_of_arithmetic():
-    assert memory.training(QWEN_3B, Layout(logits=1000))["logits"] == 1000 * 151936 * 2
+    """And in fp32, three times over, for as many as log-probs are computed of at once."""
+    logits = memory.log_probs_moment(QWEN_3B, Layout(logits=1000))["logits"]
+    assert logits == 151936 * (1000 * 2 + CHUNK * 3 * 4)
+
+
+WIDE = dataclasses.replace(QWEN_3B, vocabulary=2**20)
+FEW_TOKENS = Layout(tokens=512, logits=256)
+
+
+@pytest.mark.parametrize(
+    ("model", "layout", "moment"),
+    [
+        (QWEN_3B, Layout(logits=8192), memory.layer_moment),
+        (WIDE, dataclasses.replace(FEW_TOKENS, lora_rank=32), memory.log_probs_moment),
+        (WIDE, FEW_TOKENS, memory.embedding_moment),
+    ],
+)
+def test_an_update_takes_what_its_fullest_moment_does(model, layout, moment):
+    held, fullest = memory.training(model, layout), moment(model, layout)
+    assert {name: held[name] for name in fullest} == fullest
+    for other in (memory.layer_moment, memory.log_probs_moment, memory.embedding_moment):
+        assert sum(other(model, layout).values()) <= sum(fullest.values())
+
+
+def test_untied_embeddings_are_whole_one_at_a_time_but_with_fsdp1():
+    untied = dataclasses.replace(QWEN_3B, tied=False)
+    embedding, layer = untied.output_parameters, untied.layer_parameters
+    assert memory.layer_moment(untied, Layout())["gathered"] == 2 * (layer + embedding)
+    assert memory.layer_moment(QWEN_3B, Layout())["gathered"] == 2 * (2 * layer + embedding)
+    assert memory.layer_moment(untied, Layout(flat=True))["gathered"] == 2 * (2 * layer + 2 * embedding)
+    waiting = memory.layer_moment(QWEN_3B, Layout())["summed"] - memory.layer_moment(untied, Layout())["summed"]
+    assert waiting == 2 * embedding  # the gradient of the output layer, which else is summed at once
+
+
+def test_on_one_device_in_fp32_weights_are_whole_unless_they_come_from_the_host():
+    plain = Layout(compute_bytes=4)
+    assert memory.training(QWEN_3B, plain)["gathered"] == 0
+    assert memory.training(QWEN_3B, dataclasses.replace(plain, offload_policy=True))["gathered"] > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "bytes_a_weight"),
+    [
+        ({"devices": 1}, 2),  # as it is sent
+        ({}, 6),
+        ({"devices": 1, "param_offload": True}, 6),
+        ({"devices": 1, "offload_policy": True}, 6),
+    ],
+)
+def test_an_embedding_on_its_way_to_vllm_is_gathered_where_it_is_not_there(changes, bytes_a_weight):
+    layout = dataclasses.replace(EIGHT, **changes)
+    assert memory.sent_bytes(QWEN_7B, layout) == bytes_a_weight * QWEN_7B.output_parameters
+
+
+def test_fsdp1_copies_the_shard_and_gathers_both_embeddings_for_vllm():
+    more = memory.sent_bytes(QWEN_7B, dataclasses.replace(EIGHT, flat=True)) - memory.sent_bytes(QWEN_7B, EIGHT)
+    assert more == 4 * (QWEN_7B.parameters / 8 + QWEN_7B.end_parameters)
 
 
 @pytest.mark.parametrize(
@@ -74,7 +131,7 @@ def test_logits_take_the_vocabulary_for_each_response_token_in_the_precision_of_
     [
         ({"caps_scores": True}, {}, 0),
         ({"caps_scores": True}, {"keeps_products": True}, 2),
-        ({"caps_scores": True}, {"checkpointing": False}, memory.KEPT_SCORE),
+        ({"caps_scores": True}, {"checkpointing": False}, KEPT_SCORE),
         (
             {"head_size": 100},
             {},
@@ -88,21 +145,22 @@ def test_logits_take_the_vocabulary_for_each_response_token_in_the_precision_of_
 )
 def test_scores_count_where_no_attention_kernel_does_without_them(shape, changes, waiting):
     model, layout = dataclasses.replace(QWEN_3B, **shape), Layout(tokens=1000, logits=0, **changes)
-    a_pair = 0 if waiting is None else memory.SCORE + (model.layers - 1) * waiting
-    assert memory.score_bytes(model, layout) == model.heads * 1000**2 * a_pair
+    scores = 0 if waiting is None else model.heads * 1000**2
+    assert memory.kept_scores(model, layout) == scores
     more = dataclasses.replace(layout, tokens=2000)
-    linear = 2 * (memory.activation_bytes(model, layout) - memory.score_bytes(model, layout))
-    assert memory.activation_bytes(model, more) == pytest.approx(linear + 4 * memory.score_bytes(model, layout))
+    for bytes_of, a_score in ((memory.kept_bytes, (model.layers - 1) * (waiting or 0)), (memory.layer_bytes, SCORE)):
+        linear = bytes_of(model, layout) - scores * a_score
+        assert bytes_of(model, more) == pytest.approx(2 * linear + 4 * scores * a_score)
 
 
 def test_scores_of_short_rows_are_those_of_each_row():
     model = dataclasses.replace(QWEN_3B, caps_scores=True)
     layout = Layout(tokens=16384, rows=8, row=2560)
-    assert memory.score_bytes(model, layout) == model.heads * 8 * 2560**2 * memory.SCORE
+    assert memory.kept_scores(model, layout) == model.heads * 8 * 2560**2
     shared = dataclasses.replace(layout, tokens=8192, ranks_per_sequence=2)
-    assert 2 * memory.score_bytes(model, shared) == memory.score_bytes(model, layout)
+    assert 2 * memory.kept_scores(model, shared) == memory.kept_scores(model, layout)
     whole = dataclasses.replace(layout, eager=True)
-    assert memory.score_bytes(model, whole) == model.heads * 16384**2 * memory.SCORE
+    assert memory.kept_scores(model, whole) == model.heads * 16384**2
 
 
 def test_gradients_are_whole_only_while_their_reduction_is_deferred():
@@ -219,12 +277,12 @@ def test_a_checkpoint_holds_weights_moments_the_exported_model_and_the_reference
     assert memory.checkpoint_bytes(QWEN_3B, ["hf_model"], 0) == 4 * QWEN_3B.parameters
 
 
-def test_a_checkpoint_with_adapters_holds_their_moments_alone():
-    """And the adapters themselves twice."""
+def test_a_checkpoint_with_adapters_goes_without_the_base_model():
+    """But for the merged one; and the adapters themselves lie there twice."""
     adapters = QWEN_3B.adapter_parameters(32)
     contents = ["model", "optimizer", "extra", "hf_model"]
-    assert memory.checkpoint_bytes(QWEN_3B, contents, 0, 32) == (4 + 4) * QWEN_3B.parameters + (4 + 4 + 8) * adapters
-    assert memory.checkpoint_bytes(QWEN_3B, ["model"], 0, 32) == 4 * QWEN_3B.parameters + 8 * adapters
+    assert memory.checkpoint_bytes(QWEN_3B, contents, 0, 32) == 4 * QWEN_3B.parameters + (4 + 4 + 8) * adapters
+    assert memory.checkpoint_bytes(QWEN_3B, ["model"], 0, 32) == 8 * adapters
 
 
 def test_a_checkpoints_estimate_is_what_torch_writes(tmp_path):

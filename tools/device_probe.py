@@ -302,10 +302,11 @@ def judge_refresh(before: float, after: float, seconds: float) -> Finding:
 
 
 def judge_memory(measured: float, parts: dict[str, float]) -> Finding:
-    """Bytes of tensors that torch counted beside the estimate's parts, less what it does not count: processes."""
-    estimate = sum(parts.values()) - parts["processes"]
+    """Bytes of tensors that torch counted beside the estimate's parts, less what it does not count."""
+    estimate = memory.tensor_bytes(parts)
     text = f"the update's tensors took {gigabytes(measured)} GB; the estimate for the profile's fullest micro-batch is "
-    text += f"{gigabytes(estimate)} GB, and {gigabytes(parts['processes'])} GB more for processes"
+    text += f"{gigabytes(estimate)} GB, and {gigabytes(sum(parts.values()) - estimate)} GB more for what the allocator "
+    text += "cannot use and for processes"
     good = measured < estimate
     text += "" if good else "; it is too low, report it"
     return Finding("memory", OK if good else WARN, text, {"measured": measured, "estimate": estimate})

@@ -66,13 +66,23 @@ def fsdp1_wraps_both_models(settings: Settings) -> None:
     plain = ranks(settings) == 1 and {precision, settings[f"{REF}.fsdp_config.model_dtype"]} <= set(FP32)
     if settings[f"{ACTOR}.strategy"] != "fsdp" or not plain or settings["trainer.ref_update_freq"] <= 0:
         return
-    for key in (f"{ACTOR}.fsdp_config.offload_policy", f"{REF}.fsdp_config.param_offload"):
-        settings.require(
-            not settings[key],
-            key,
-            f"FSDP1 would wrap one of two models on one rank in fp32, and a refresh could not copy; set {ACTOR}."
-            "strategy=fsdp2, or False here",
-        )
+    key = f"{REF}.fsdp_config.param_offload"
+    settings.require(
+        not settings[key],
+        key,
+        f"FSDP1 would wrap one of two models on one rank in fp32, and a refresh could not copy; set {ACTOR}."
+        "strategy=fsdp2, or False here",
+    )
+
+
+def fsdp1_has_no_offload_policy(settings: Settings) -> None:
+    key = f"{ACTOR}.fsdp_config.offload_policy"
+    settings.require(
+        not settings[key] or settings[f"{ACTOR}.strategy"] == "fsdp2",
+        key,
+        f"FSDP1 has none, and verl would leave the weights on the device; set {ACTOR}.strategy=fsdp2, or in its place "
+        f"{ACTOR}.fsdp_config.param_offload=True and {ACTOR}.fsdp_config.optimizer_offload=True",
+    )
 
 
 def precisions_are_known(settings: Settings) -> None:
@@ -125,6 +135,7 @@ RULES = (
     small_steps_need_fp32,
     reference_is_sharded_as_the_actor,
     fsdp1_wraps_both_models,
+    fsdp1_has_no_offload_policy,
     precisions_are_known,
     the_actor_trains_without_fp16,
     shared_prompts_meet_half_precision,
