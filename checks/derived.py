@@ -19,6 +19,14 @@ def ranks(settings: Settings) -> int:
     return settings["trainer.nnodes"] * settings["trainer.n_gpus_per_node"]
 
 
+def fit_nodes(size: int, node: int) -> bool:
+    """Whether vLLM's groups of so many devices lie within nodes of `node` devices or take whole ones.
+
+    verl starts all devices of another group on the node of its first.
+    """
+    return node < 1 or node % size == 0 or size % node == 0
+
+
 def computes_in(mixed_precision: Mapping[str, Any] | None) -> str:
     """What weights are cast to for arithmetic; bf16 is verl's default."""
     return (mixed_precision or {}).get("param_dtype", "bf16")

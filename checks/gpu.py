@@ -11,13 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from recipe.spin.checks.finding import FAIL, OK, WARN, Finding
 
 # The oldest driver for the CUDA that torch was built with, by its major version (NVIDIA's CUDA compatibility guide)
 DRIVERS = {11: 450, 12: 525, 13: 580}
 OLDEST_CAPABILITY = 8.0  # Ampere: vLLM's bf16 and flash attention
+FLASHINFER_CAPABILITY = "10."  # Blackwell's for data centres
+TOOLKIT = "/usr/local/cuda"
+ATTENTION_BACKEND = "actor_rollout_ref.rollout.engine_kwargs.vllm.attention_backend"
 NUMBER = re.compile(r"\d+\.\d+")
 SECONDS = 60  # for nvidia-smi; without its persistence daemon it initializes every GPU first
 
@@ -140,6 +143,29 @@ def _cause() -> str:
     except (RuntimeError, AssertionError) as error:  # the latter of a torch without CUDA
         return f": {str(error).splitlines()[0]}"
     return ""
+
+
+def check_toolkit(config: DictConfig, found: list[Device] | None) -> Finding:
+    """Whether vLLM finds CUDA's own compiler where it compiles its attention; `found` is the answer of `devices`.
+
+    vLLM 0.24 takes FlashInfer's first on capability 10, which is compiled as it starts, and FlashInfer 0.6 looks for nvcc
+    in these places alone. Read in their source; tried on no such GPU.
+    """
+    rows = None if found is None else ask("name", "compute_cap")
+    fresh = [row for row in (rows or [])[: config.trainer.n_gpus_per_node] if row[1].startswith(FLASHINFER_CAPABILITY)]
+    if not fresh or OmegaConf.select(config, ATTENTION_BACKEND):
+        return Finding("CUDA toolkit", OK, "not needed")
+    homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
+    places = [Path(home) / "bin" / "nvcc" for home in (*homes, TOOLKIT) if home]
+    if nvcc := shutil.which("nvcc") or next((str(place) for place in places if place.is_file()), None):
+        return Finding("CUDA toolkit", OK, nvcc)
+    name, capability = fresh[0]
+    text = (
+        f"on the {name} (compute capability {capability}) vLLM takes an attention that it compiles as it starts, and "
+        f"there is no nvcc (CUDA_HOME, CUDA_PATH, PATH, {TOOLKIT}): install CUDA's toolkit, or add "
+        f"+{ATTENTION_BACKEND}=FLASH_ATTN"
+    )
+    return Finding("CUDA toolkit", WARN, text)
 
 
 def check_compiler() -> Finding:

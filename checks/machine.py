@@ -12,7 +12,15 @@ from omegaconf import DictConfig, OmegaConf
 
 from recipe.spin.checks.finding import FAIL, HINT, OK, WARN, Finding
 from recipe.spin.checks.fit import check_device_memory, load_shape, spare_memory
-from recipe.spin.checks.gpu import Device, check_compiler, check_devices, check_driver, check_system, devices
+from recipe.spin.checks.gpu import (
+    Device,
+    check_compiler,
+    check_devices,
+    check_driver,
+    check_system,
+    check_toolkit,
+    devices,
+)
 from recipe.spin.checks.host import check_disk, check_host_memory, check_shared_memory
 from recipe.spin.common.ray_address import joins_cluster
 from recipe.spin.common.settings import Settings
@@ -65,6 +73,7 @@ def findings(config: DictConfig) -> Iterator[Finding]:
         yield check_driver(gpus)
         yield check_devices(config, gpus)
         yield check_compiler()
+        yield check_toolkit(config, gpus)
     if config.trainer.check_memory:
         yield from _estimates(config, gpus)
 

@@ -165,7 +165,7 @@ def log_probs_moment(model: Model, layout: Layout) -> dict[str, float]:
     """As log-probs come from logits: the output layer is whole, and everything waits for the backward pass."""
     tokens = min(layout.logits, CHUNK)
     return {
-        "gathered": gathered_bytes(model.output_parameters, layout),
+        "gathered": gathered_bytes(output_unit(model, layout), layout),
         "summed": 0.0,
         "activations": kept_bytes(model, layout),
         "logits": model.vocabulary * (layout.logits * layout.compute_bytes + tokens * CHUNK_ENTRY),
@@ -175,16 +175,16 @@ def log_probs_moment(model: Model, layout: Layout) -> dict[str, float]:
 def layer_moment(model: Model, layout: Layout) -> dict[str, float]:
     """In a layer's backward pass: it is whole, and the one before it or the input embedding.
 
-    A unit of FSDP's with both embeddings in it (tied, or FSDP1) stays whole, and the output layer's gradient waits
-    until the end.
+    Embeddings that are one unit stay whole, and the output layer's gradient waits until the end.
     """
-    together = layout.flat or model.tied
-    ends = model.end_parameters if together else 0
-    other = model.layer_parameters if together else max(model.layer_parameters, model.output_parameters)
     summed = model.layer_parameters * (layout.compute_bytes + FP32)
-    summed += model.output_parameters * layout.compute_bytes if together else 0
+    if embeddings_are_one_unit(model, layout):
+        whole = 2 * model.layer_parameters + output_unit(model, layout)
+        summed += model.output_parameters * layout.compute_bytes
+    else:
+        whole = model.layer_parameters + max(model.layer_parameters, model.output_parameters)
     return {
-        "gathered": gathered_bytes(model.layer_parameters + other + ends, layout),
+        "gathered": gathered_bytes(whole, layout),
         "summed": 0.0 if layout.lora_rank else summed,
         "activations": kept_bytes(model, layout) + layer_bytes(model, layout),
         "logits": 0.0,
@@ -193,14 +193,24 @@ def layer_moment(model: Model, layout: Layout) -> dict[str, float]:
 
 def embedding_moment(model: Model, layout: Layout) -> dict[str, float]:
     """As an embedding's gradients are summed, with a layer's on their way."""
-    ends = model.end_parameters if layout.flat or model.tied else model.output_parameters
-    summed = ends * (layout.compute_bytes + FP32) + model.layer_parameters * FP32
+    embedding = output_unit(model, layout)
+    summed = embedding * (layout.compute_bytes + FP32) + model.layer_parameters * FP32
     return {
-        "gathered": gathered_bytes(ends, layout),
+        "gathered": gathered_bytes(embedding, layout),
         "summed": 0.0 if layout.lora_rank else summed,
         "activations": kept_bytes(model, layout),
         "logits": 0.0,
     }
+
+
+def embeddings_are_one_unit(model: Model, layout: Layout) -> bool:
+    """Whether FSDP gathers and sums both at once."""
+    return model.tied or layout.flat
+
+
+def output_unit(model: Model, layout: Layout) -> int:
+    """Weights that FSDP gathers and sums with the output layer's, these among them."""
+    return model.end_parameters if embeddings_are_one_unit(model, layout) else model.output_parameters
 
 
 def waiting(model: Model, layout: Layout) -> float:

@@ -44,6 +44,13 @@ def test_variables_are_those_that_run_spin_reads(name):
     assert re.search(r"run_spin\.sh\"? --install", text)
 
 
+def test_compilers_caches_are_not_shared_by_slurms_nodes():
+    """vLLM's is in the home folder otherwise, where a node could read what another has half written."""
+    [script] = shell("slurm.sbatch")
+    for variable in ("TRITON_CACHE_DIR", "VLLM_CACHE_ROOT"):
+        assert re.search(rf'^export {variable}="\$\{{TMPDIR:-/tmp\}}/', script, re.MULTILINE)
+
+
 def test_every_cluster_asks_for_a_token():
     [task] = documents("skypilot.yaml")
     assert task["envs"]["RAY_AUTH_MODE"] == "token" and "RAY_AUTH_TOKEN" in task["secrets"]

@@ -58,6 +58,10 @@ BAD = [
         [f"{EXECUTOR}='uni'", f"{ROLLOUT}.tensor_model_parallel_size is 2", "set mp"],
     ),
     (f"{ROLLOUT}.data_parallel_size=2", [f"{ROLLOUT}.data_parallel_size=2", "groups of 2"]),
+    (
+        f"trainer.nnodes=2 trainer.n_gpus_per_node=3 data.train_batch_size=6 {ROLLOUT}.tensor_model_parallel_size=2",
+        [f"{ROLLOUT}.tensor_model_parallel_size=2", "groups of 2 must lie within a node's 3 ranks"],
+    ),
     (f"{ROLLOUT}.expert_parallel_size=2", [f"{ROLLOUT}.expert_parallel_size=2", "or none; set it to 1"]),
     (
         f"trainer.n_gpus_per_node=4 {ROLLOUT}.tensor_model_parallel_size=4 {ROLLOUT}.expert_parallel_size=2",

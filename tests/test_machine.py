@@ -186,7 +186,7 @@ def test_linux_within_windows_is_a_warning(monkeypatch, release):
 
 def test_a_run_on_gpus_is_told_of_system_driver_gpus_and_compiler(gpus, monkeypatch):
     names = [finding.name for finding in machine.findings(settings(ONE, "trainer.check_memory=False"))]
-    assert names[-4:] == ["system", "driver", "GPUs", "compiler"]
+    assert names[-5:] == ["system", "driver", "GPUs", "compiler", "CUDA toolkit"]
 
 
 @pytest.mark.parametrize(
@@ -217,6 +217,37 @@ def test_the_compiler_and_pythons_headers_are_looked_for(tmp_path, monkeypatch):
     (tmp_path / "Python.h").touch()
     (tmp_path / "gcc").touch(mode=0o755)
     assert gpu.check_compiler().verdict == OK
+
+
+@pytest.mark.parametrize(
+    ("capability", "nvcc", "overrides", "warned"),
+    [
+        ("10.0", None, [], True),
+        ("10.3", None, [], True),
+        ("10.0", "PATH", [], False),
+        ("10.0", "CUDA_HOME", [], False),
+        ("10.0", None, [f"+{gpu.ATTENTION_BACKEND}=FLASH_ATTN"], False),
+        ("9.0", None, [], False),
+        ("12.0", None, [], False),
+    ],
+)
+def test_where_vllm_compiles_its_attention_cudas_compiler_is_looked_for(
+    gpus, tmp_path, monkeypatch, capability, nvcc, overrides, warned
+):
+    gpus.write_text(f'#!/bin/bash\necho "NVIDIA B200, {capability}"\n')
+    home = tmp_path / "cuda"
+    (home / "bin").mkdir(parents=True)
+    (home / "bin" / "nvcc").touch(mode=0o755)
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", f"{gpus.parent}:/bin:{home / 'bin' if nvcc == 'PATH' else ''}")
+    if nvcc == "CUDA_HOME":
+        monkeypatch.setenv("CUDA_HOME", str(home))
+    monkeypatch.setattr(gpu, "TOOLKIT", str(tmp_path / "none"))
+    finding = gpu.check_toolkit(settings(ONE, *overrides), found=[])
+    assert finding.verdict == (WARN if warned else OK), finding.text
+    words = (f"B200 (compute capability {capability})", "install CUDA's toolkit", "attention_backend=FLASH_ATTN")
+    assert not warned or all(word in finding.text for word in words), finding.text
 
 
 # ---- Memory of the host, and disk ------------------------------------------------------------------------------------

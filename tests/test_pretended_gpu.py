@@ -7,22 +7,14 @@ the device's tensors alone, and every byte is counted. CUDA's kernels and stream
 import numpy as np
 import pytest
 from as_on_gpus import segments_on_a_cpu
+from device_jobs import count_memory, count_memory_of_a_resume, probe_pretended_gpu, try_the_device
 from omegaconf import OmegaConf
 from pretended_gpu import building
 from safetensors.torch import load_file
 from test_update import Case, check_against_plain_pytorch
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
 from worker_harness import ROOT, compose, ranks_by_number
-from worker_jobs import (
-    count_memory,
-    count_memory_of_a_resume,
-    make_batches,
-    make_long_batch,
-    probe_pretended_gpu,
-    refresh,
-    train_adapter,
-    try_the_device,
-)
+from worker_jobs import make_batches, make_long_batch, refresh, train_adapter
 
 from recipe.spin.checks import fit, memory
 from recipe.spin.checks.finding import OK

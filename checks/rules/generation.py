@@ -4,6 +4,7 @@ import math
 
 from recipe.spin.checks.derived import (
     ROLLOUT,
+    fit_nodes,
     has_late_reward_model,
     ranks,
     scores_groups,
@@ -122,14 +123,16 @@ def a_reward_model_has_devices(settings: Settings) -> None:
         for key in (f"{model}.nnodes", f"{model}.n_gpus_per_node"):
             settings.require(settings[key] > 0, key, "the reward model's own pool needs devices; at least 1")
         devices = settings[f"{model}.nnodes"] * settings[f"{model}.n_gpus_per_node"]
+    node = settings[f"{model}.n_gpus_per_node" if pool else "trainer.n_gpus_per_node"]
     size = 1
     for kind in ("tensor_model_parallel_size", "data_parallel_size"):
         key = f"{model}.rollout.{kind}"
         size *= settings[key]
         settings.require(
-            settings[key] == 1 or devices % size == 0,
+            settings[key] == 1 or (devices % size == 0 and fit_nodes(size, node)),
             key,
-            f"the reward model's {devices} devices must fall into groups of {size}; lower it, for example to 1",
+            f"the reward model's {devices} devices must fall into groups of {size} that lie within a node's {node} or "
+            "take whole nodes; lower it, for example to 1",
         )
 
 

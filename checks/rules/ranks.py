@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from recipe.spin.checks.derived import ACTOR, MODEL, REF, ROLLOUT, SHARE_PROMPT, ULYSSES, ranks
+from recipe.spin.checks.derived import ACTOR, MODEL, REF, ROLLOUT, SHARE_PROMPT, ULYSSES, fit_nodes, ranks
 from recipe.spin.common.ray_address import joins_cluster
 from recipe.spin.common.settings import Settings
 
@@ -21,6 +21,12 @@ def ranks_fall_into_groups(settings: Settings) -> None:
         size *= settings[key]
         settings.require(
             settings[key] == 1 or count % size == 0, key, f"the {count} ranks must fall into groups of {size} for vLLM"
+        )
+        node = settings["trainer.n_gpus_per_node"]
+        settings.require(
+            settings[key] == 1 or fit_nodes(size, node),
+            key,
+            f"vLLM's groups of {size} must lie within a node's {node} ranks or take whole nodes",
         )
 
 
