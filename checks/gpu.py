@@ -148,8 +148,8 @@ def _cause() -> str:
 def check_toolkit(config: DictConfig, found: list[Device] | None) -> Finding:
     """Whether vLLM finds CUDA's own compiler where it compiles its attention; `found` is the answer of `devices`.
 
-    vLLM 0.24 takes FlashInfer's first on capability 10, which is compiled as it starts, and FlashInfer 0.6 looks for nvcc
-    in these places alone. Read in their source; tried on no such GPU.
+    vLLM 0.24 takes FlashInfer's first on capability 10, which is compiled as vLLM starts, and FlashInfer 0.6 looks for
+    nvcc in these places alone. Read in their source; tried on no such GPU.
     """
     rows = None if found is None else ask("name", "compute_cap")
     fresh = [row for row in (rows or [])[: config.trainer.n_gpus_per_node] if row[1].startswith(FLASHINFER_CAPABILITY)]
