@@ -40,7 +40,6 @@ class Machine:
     lone_rollout_share: float = 0.4  # and of that of a single device, which has whole what others share
     compute_bytes: int = BF16  # of a weight or an activation in arithmetic; masters, gradients and AdamW are fp32
     reference_bytes: int = BF16
-    gather_bytes: int = FP32  # of a weight on its way to the inference engine
     sync_copies: int = 4  # times that a weight's bytes cross memory on that way, beside the gathering
     host_bandwidth: float = 20e9  # between a device and its host, one direction
 
@@ -214,5 +213,5 @@ def network_volume(machine: Machine, model: Model, load: Load, devices: int, mic
         "reference": gathered * micro_batches,
         # Gathered again for the backward pass
         "update": 2 * gathered * micro_batches + model.parameters * FP32 * others * reductions,
-        "weight sync": model.parameters * machine.gather_bytes * others,
+        "weight sync": gathered,
     }

@@ -234,21 +234,22 @@ def peaks(model: Model, layout: Layout, memory: float) -> dict[str, float]:
 
 
 def sent_bytes(model: Model, layout: Layout) -> float:
-    """Of weights on their way to vLLM, beside the bucket.
+    """Of weights on their way to vLLM, beside the bucket: those of an embedding, as no other matrix is as large.
 
-    All weights: an embedding as it is sent, and gathered, or fetched from the host, where the device lacks it. FSDP1
-    copies the whole shard besides, and what it gathers, both embeddings in one. Adapters: none is as large. For these
-    and with FSDP1 verl brings weights that wait on the host back to the device.
+    A shard is fetched where it is on the host, rounded, and gathered. FSDP1 gathers before it rounds, both embeddings in
+    one, and copies the whole shard besides. Adapters: none is as large. For these and with FSDP1 verl brings weights
+    that wait on the host back to the device.
     """
-    whole = layout.devices == 1 and not (layout.param_offload or layout.offload_policy)
-    sent = 0.0
-    if layout.param_offload and (layout.lora_rank or layout.flat):
-        sent += training(model, layout)["weights"]
+    several = layout.devices > 1
+    back = training(model, layout)["weights"] if layout.param_offload and (layout.lora_rank or layout.flat) else 0.0
     if layout.lora_rank:
-        return sent
+        return back
     if layout.flat:
-        sent += model.parameters * FP32 / layout.devices + (0 if whole else model.end_parameters * FP32)
-    return sent + model.output_parameters * (BF16 if whole else BF16 + FP32)
+        shard, ends = model.parameters / layout.devices, model.end_parameters + model.output_parameters
+        return back + FP32 * (shard + several * ends) + BF16 * model.output_parameters
+    gathered = BF16 * (1 + several / layout.devices)
+    fetched = (FP32 + BF16) / layout.devices if layout.param_offload or layout.offload_policy else 0
+    return max(gathered, fetched) * model.output_parameters
 
 
 def longest_sequence(model: Model, layout: Layout) -> int:

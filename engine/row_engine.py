@@ -11,12 +11,15 @@ from inspect import signature
 import torch
 from tensordict import TensorDict
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id
+from verl.utils.model import convert_weight_keys
 from verl.utils.torch_dtypes import PrecisionType
 from verl.utils.ulysses import gather_outputs_and_unpad, ulysses_pad_and_slice_inputs
 from verl.workers.engine import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
+from verl.workers.engine.fsdp.utils import unfuse_moe_params
 
 from recipe.spin.engine.adapter import AdapterCheckpointManager
 from recipe.spin.engine.attention import NAME as SHARED_PROMPT_ATTENTION
@@ -145,10 +148,27 @@ class RowEngine(FSDPEngineWithLMHead):
         """Names and tensors for vLLM, as verl gives them, and the adapter's config: weights in the precision that the
         model computes with, which is half of fp32 masters' bytes; adapters and buffers (a router's bias) as they are.
         """
+        if isinstance(self.module, FSDPModule) and not self._is_lora and not self._qat_enabled:
+            return self._gathered(), None
         weights, adapter = super().get_per_tensor_param(layered_summon, base_sync_done, **kwargs)
         if self._qat_enabled or (adapter is not None and base_sync_done):
             return weights, adapter
         return self._rounded(weights), adapter
+
+    def _gathered(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """FSDP2's weights, which are rounded before they are gathered; verl gathers fp32, twice the bytes."""
+        device, precision = get_device_id(), self._precision()
+        shards = convert_weight_keys(self.module.state_dict(), self.module)
+        weights = (
+            (
+                name,
+                shard.to(device, non_blocking=True).to(precision).full_tensor()
+                if isinstance(shard, DTensor)
+                else shard,
+            )
+            for name, shard in shards.items()
+        )
+        return unfuse_moe_params(weights, self.model_config.hf_config.model_type)
 
     def _rounded(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         precision = self._precision()

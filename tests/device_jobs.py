@@ -103,6 +103,20 @@ def count_memory_of_a_resume(rank: int, overrides: list[str], folder: str) -> in
     return torch.cuda.max_memory_allocated() - before
 
 
+def compare_pushes(rank: int, overrides: list[str]) -> dict[str, bool]:
+    """By name, whether a weight for vLLM is to the bit what verl gathers of it, rounded to bf16."""
+    import torch
+
+    from recipe.spin.engine.row_engine import RowEngine
+
+    engine = make_update(*overrides).workers.worker.actor.engine
+    verls, _ = super(RowEngine, engine).get_per_tensor_param()
+    expected = {name: weight.to(torch.bfloat16) for name, weight in verls}
+    ours, _ = engine.get_per_tensor_param()
+    same = {name: torch.equal(weight, expected.pop(name)) for name, weight in ours}
+    return same | dict.fromkeys(expected, False)
+
+
 def _memory_of_others() -> int:
     import gc
 

@@ -111,19 +111,20 @@ def test_on_one_device_in_fp32_weights_are_whole_unless_they_come_from_the_host(
     ("changes", "bytes_a_weight"),
     [
         ({"devices": 1}, 2),  # as it is sent
-        ({}, 6),
-        ({"devices": 1, "param_offload": True}, 6),
-        ({"devices": 1, "offload_policy": True}, 6),
+        ({}, 2 + 2 / 8),
+        ({"param_offload": True}, 2 + 2 / 8),
+        ({"devices": 1, "param_offload": True}, 4 + 2),
+        ({"devices": 2, "offload_policy": True}, 3),
     ],
 )
-def test_an_embedding_on_its_way_to_vllm_is_gathered_where_it_is_not_there(changes, bytes_a_weight):
+def test_an_embedding_on_its_way_to_vllm_is_fetched_rounded_and_gathered(changes, bytes_a_weight):
     layout = dataclasses.replace(EIGHT, **changes)
     assert memory.sent_bytes(QWEN_7B, layout) == bytes_a_weight * QWEN_7B.output_parameters
 
 
 def test_fsdp1_copies_the_shard_and_gathers_both_embeddings_for_vllm():
-    more = memory.sent_bytes(QWEN_7B, dataclasses.replace(EIGHT, flat=True)) - memory.sent_bytes(QWEN_7B, EIGHT)
-    assert more == 4 * (QWEN_7B.parameters / 8 + QWEN_7B.end_parameters)
+    sent = 4 * (QWEN_7B.parameters / 8 + QWEN_7B.end_parameters) + (4 + 2) * QWEN_7B.output_parameters
+    assert memory.sent_bytes(QWEN_7B, dataclasses.replace(EIGHT, flat=True)) == sent
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ the device's tensors alone, and every byte is counted. CUDA's kernels and stream
 import numpy as np
 import pytest
 from as_on_gpus import segments_on_a_cpu
-from device_jobs import count_memory, count_memory_of_a_resume, probe_pretended_gpu, try_the_device
+from device_jobs import compare_pushes, count_memory, count_memory_of_a_resume, probe_pretended_gpu, try_the_device
 from omegaconf import OmegaConf
 from pretended_gpu import building
 from safetensors.torch import load_file
@@ -104,6 +104,13 @@ def test_reference_follows_the_actor_in_the_profiles_precision(overrides, tiny_m
     assert abs(seen["trained"]["actor"] - seen["trained"]["reference"]).max() > 1e-2
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "actor" / "huggingface")
     assert all(parameter.isfinite().all() for parameter in exported.parameters())
+
+
+def test_vllm_gets_what_verl_would_gather_rounded(tiny_models, gpu_ranks):
+    for model in ("llama", "qwen2"):
+        for offloaded in ([], OFFLOADED):
+            for same in gpu_ranks[2].run(compare_pushes, [*of_model(tiny_models[model], 420), *offloaded]):
+                assert same and all(same.values()), same
 
 
 @pytest.mark.parametrize("strategy", ["fsdp2", pytest.param("fsdp", marks=pytest.mark.long)])
