@@ -236,8 +236,8 @@ def peaks(model: Model, layout: Layout, memory: float) -> dict[str, float]:
 def sent_bytes(model: Model, layout: Layout) -> float:
     """Of weights on their way to vLLM, beside the bucket: those of an embedding, as no other matrix is as large.
 
-    A shard is fetched where it is on the host, rounded, and gathered. FSDP1 gathers before it rounds, both embeddings in
-    one, and copies the whole shard besides. Adapters: none is as large. For these and with FSDP1 verl brings weights
+    A shard is fetched where it is on the host, rounded, and gathered. FSDP1 gathers before it rounds, both embeddings
+    in one, and copies the whole shard besides. Adapters: none is as large. For these and with FSDP1 verl brings weights
     that wait on the host back to the device.
     """
     several = layout.devices > 1
