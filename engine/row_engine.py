@@ -36,6 +36,12 @@ from recipe.spin.engine.recompute import keep_products
 from recipe.spin.engine.rows import nest, row_lists
 
 
+def _narrowed(weight: torch.Tensor, precision: torch.dtype) -> torch.Tensor:
+    """The weight in that precision where its own is wider."""
+    wider = weight.is_floating_point() and weight.element_size() > precision.itemsize
+    return weight.to(precision) if wider else weight
+
+
 class RowEngine(FSDPEngineWithLMHead):
     """Turns rows (rows.py) into log-probs of their responses; what both engines share.
 
@@ -158,25 +164,22 @@ class RowEngine(FSDPEngineWithLMHead):
     def _gathered(self) -> Iterator[tuple[str, torch.Tensor]]:
         """FSDP2's weights, which are rounded before they are gathered; verl gathers fp32, twice the bytes."""
         device, precision = get_device_id(), self._precision()
+
+        def gather(weight: torch.Tensor) -> torch.Tensor:
+            if not isinstance(weight, DTensor):  # a buffer
+                return weight
+            return _narrowed(weight.to(device, non_blocking=True), precision).full_tensor()
+
         shards = convert_weight_keys(self.module.state_dict(), self.module)
-        weights = (
-            (
-                name,
-                shard.to(device, non_blocking=True).to(precision).full_tensor()
-                if isinstance(shard, DTensor)
-                else shard,
-            )
-            for name, shard in shards.items()
-        )
+        weights = ((name, gather(shard)) for name, shard in shards.items())
         return unfuse_moe_params(weights, self.model_config.hf_config.model_type)
 
     def _rounded(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         precision = self._precision()
         buffers = {name.split(".")[-1] for name, _ in self.module.named_buffers()}
         for name, weight in weights:
-            wider = weight.is_floating_point() and weight.element_size() > precision.itemsize
-            if wider and name.split(".")[-1] not in buffers:
-                weight = weight.to(precision)  # in its place, so that the wide one is freed
+            if name.split(".")[-1] not in buffers:
+                weight = _narrowed(weight, precision)  # in its place, so that the wide one is freed
             yield name, weight
 
     def _build_optimizer(self, module):
